@@ -1,0 +1,6 @@
+"""FusedAdam and FusedAdamW: torch.optim's Adam and AdamW, one fused pass per step. Imports no triton."""
+
+from .optimizer import FusedAdam, FusedAdamW
+from .version import __version__
+
+__all__ = ["FusedAdam", "FusedAdamW", "__version__"]

@@ -1,0 +1,253 @@
+"""Flat state: segments, the slots in them, and each parameter's views. No arithmetic on moments here."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Slots start on multiples of this many elements: 128 bytes or more for every dtype, and the same distance in
+# elements for all of them, so that neighbours in one buffer are neighbours in every buffer.
+SLOT = 128
+SEGMENT_BYTES = 1 << 30
+
+
+def padded(numel: int) -> int:
+    """Elements from one slot's start to the next one's."""
+    return -(-numel // SLOT) * SLOT
+
+
+def real(tensor: Tensor) -> Tensor:
+    """The tensor itself, or for a complex one its real and imaginary parts as a last dimension of two."""
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+
+
+def flat(tensor: Tensor) -> Tensor:
+    """The memory of a dense tensor, whatever the order of its dimensions, as one dimension."""
+    return tensor.detach().as_strided((tensor.numel(),), (1,))
+
+
+def dense_layout(tensor: Tensor) -> tuple[torch.Size, tuple[int, ...]]:
+    """Size and strides `torch.zeros_like` would choose: the tensor's own if it is dense, else contiguous."""
+    like = torch.empty_like(tensor, device="meta", memory_format=torch.preserve_format)
+    return like.shape, like.stride()
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether the tensor fills its memory without gaps or overlaps, in any order of dimensions."""
+    return tensor.is_contiguous() or tensor.stride() == dense_layout(tensor)[1]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Slot:
+    """`numel` elements of a flat `segment`, from `start` on."""
+
+    segment: Tensor
+    start: int
+    numel: int
+
+    @property
+    def address(self) -> int:
+        return self.segment.data_ptr() + self.start * self.segment.element_size() if self.numel else 0
+
+    def flat(self) -> Tensor:
+        """These elements as one dimension, in a storage of their own over the segment's memory.
+
+        A plain view would make `torch.save` write the whole segment, and safetensors refuse it.
+        """
+        return torch.utils.dlpack.from_dlpack(self.segment[self.start : self.start + self.numel])
+
+    def view(self, like: Tensor) -> Tensor:
+        """These elements in the shape and layout of `like` (complex if it is)."""
+        elements = self.flat()
+        if like.is_complex():
+            elements = torch.view_as_complex(elements.view(-1, 2))
+        return elements.as_strided(*dense_layout(like))
+
+
+def segments(numels: Sequence[int], dtype: torch.dtype, device: torch.device) -> Iterator[list[Slot]]:
+    """Zeroed slots for `numels`, in order; each list shares one segment of at most SEGMENT_BYTES.
+
+    A parameter larger than that has a segment of its own. Segments are allocated as the iterator advances.
+    """
+    limit = SEGMENT_BYTES // dtype.itemsize
+    starts: list[int] = []
+    end = 0
+    for i, numel in enumerate(numels):
+        starts.append(end)
+        end += padded(numel)
+        if i + 1 == len(numels) or end + padded(numels[i + 1]) > limit:
+            segment = torch.zeros(end, dtype=dtype, device=device)
+            batch = numels[i + 1 - len(starts) : i + 1]
+            yield [Slot(segment, start, n) for start, n in zip(starts, batch, strict=True)]
+            starts, end = [], 0
+
+
+class State(defaultdict[Any, Any]):
+    """`optimizer.state`: parameter -> its entry, noting every access, so that a step scans nothing.
+
+    Whoever holds the mapping may replace entries; the next step then verifies them once. The entries inside
+    are plain dicts: another class there would make `torch.load(weights_only=True)` refuse the checkpoint.
+    The optimizer itself reads it through `dict`'s own methods, which note nothing.
+    """
+
+    def __init__(self, entries: Any = ()) -> None:
+        super().__init__(dict, entries)
+        self.touched = True
+
+    def __reduce__(self) -> Any:
+        return State, (), None, None, iter(dict.items(self))
+
+
+def _noting(name: str) -> Any:
+    method = getattr(defaultdict, name)
+
+    def noted(self: State, *args: Any, **kwargs: Any) -> Any:
+        self.touched = True
+        return method(self, *args, **kwargs)
+
+    noted.__name__ = name
+    return noted
+
+
+for _name in (
+    *("__getitem__", "__setitem__", "__delitem__", "__iter__", "__ior__", "get", "pop", "popitem"),
+    *("setdefault", "update", "clear", "keys", "values", "items"),
+):
+    setattr(State, _name, _noting(_name))
+
+
+@dataclass(slots=True)
+class Counters:
+    """Step counters of one device: float32, shape (C,). Entries of `state` are views, so they share its version."""
+
+    steps: Tensor
+    version: int = -1  # of `steps`, after our own last write
+
+
+@dataclass(slots=True)
+class Home:
+    """Where one parameter's state lives: its slots, the tensors put into `state`, its step counter."""
+
+    slots: dict[str, Slot] = field(default_factory=dict)
+    views: dict[str, Tensor] = field(default_factory=dict)
+    counters: Counters | None = None
+    counter: int = 0
+
+    def holds(self, key: str, value: Any, dtype: torch.dtype) -> bool:
+        """Whether `value` is the tensor we put there, still over our memory and of the dtype wanted."""
+        view = self.views.get(key)
+        return (
+            value is view
+            and view is not None
+            and real(view).dtype == dtype
+            and view.data_ptr() == self.slots[key].address
+        )
+
+    def holds_step(self, value: Any, device: torch.device) -> bool:
+        """The same for the step counter."""
+        return (
+            self.counters is not None
+            and value is self.views["step"]
+            and value.device == device
+            and value.data_ptr() == self.step_address
+        )
+
+    @property
+    def step_address(self) -> int:
+        assert self.counters is not None
+        return self.counters.steps.data_ptr() + 4 * self.counter
+
+
+class Arena:
+    """The flat state of one optimizer: what each parameter needs is made here, or adopted from its entry."""
+
+    def __init__(self) -> None:
+        self.homes: dict[Tensor, Home] = {}
+        self.counters: list[Counters] = []
+
+    def check(self, param: Tensor, name: str, entry: dict[str, Any], keys: Sequence[str]) -> None:
+        """Raise ValueError if the entry's tensors cannot be the state of this parameter."""
+        for key in keys:
+            value = entry.get(key)
+            if value is not None and (not isinstance(value, Tensor) or value.shape != param.shape):
+                got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"{type(value).__name__}"
+                raise ValueError(
+                    f"state {key!r} of {name} has {got}, but must be a tensor of shape {tuple(param.shape)}"
+                )
+        step = entry.get("step", 0)
+        number = (
+            step.numel() == 1 and not step.is_complex() if isinstance(step, Tensor) else isinstance(step, (int, float))
+        )
+        if not number:
+            raise ValueError(f"state 'step' of {name} is {step!r}, but must be one real number, as a tensor or plain")
+        # Reading a counter of another device would wait for it; those were checked when they were made or loaded.
+        if not (isinstance(step, Tensor) and step.device.type != "cpu") and not 0 <= float(step) < float("inf"):
+            raise ValueError(f"state 'step' of {name} is {float(step)}, but must be a finite number >= 0")
+
+    def adopt(self, state: State, params: Sequence[Tensor], keys: Sequence[Sequence[str]]) -> bool:
+        """Give every parameter its state: zeros where there is none, a copy where another tensor stands.
+
+        Args:
+            state: the optimizer's state; entries are created or get our views in place of foreign tensors.
+            params: parameters of any device and dtype, each once.
+            keys: for each, the names of its moments, besides `step`.
+
+        Returns whether any entry changed. Call `check` first: nothing here raises half-way.
+        """
+        wanted: dict[tuple[str, torch.dtype, torch.device], list[Tensor]] = {}
+        steps: dict[torch.device, list[Tensor]] = {}
+        for param, names in zip(params, keys, strict=True):
+            entry = dict.setdefault(state, param, {})
+            home = self.homes.setdefault(param, Home())
+            dtype = real(param).dtype
+            for key in names:
+                if not home.holds(key, entry.get(key), dtype):
+                    wanted.setdefault((key, dtype, param.device), []).append(param)
+            if not home.holds_step(entry.get("step"), param.device):
+                steps.setdefault(param.device, []).append(param)
+        for device, owners in steps.items():
+            self._make_counters(state, owners, device)
+        for (key, dtype, device), owners in wanted.items():
+            numels = [real(param).numel() for param in owners]
+            slots = (slot for segment in segments(numels, dtype, device) for slot in segment)
+            for param, slot in zip(owners, slots, strict=True):
+                self._move_in(dict.__getitem__(state, param), param, key, slot)
+        return bool(wanted or steps)
+
+    def _make_counters(self, state: State, params: Sequence[Tensor], device: torch.device) -> None:
+        counters = Counters(torch.zeros(len(params), dtype=torch.float32, device=device))
+        self.counters.append(counters)
+        for i, param in enumerate(params):
+            entry, home = dict.__getitem__(state, param), self.homes[param]
+            view = counters.steps[i]
+            old = entry.get("step", 0)
+            view.copy_(old.reshape(()) if isinstance(old, Tensor) else torch.tensor(float(old)))
+            home.counters, home.counter, home.views["step"] = counters, i, view
+            rest = {key: value for key, value in entry.items() if key != "step"}
+            entry.clear()
+            entry.update(step=view, **rest)  # torch's order: step first
+        counters.version = counters.steps._version
+        used = {id(home.counters) for home in self.homes.values()}
+        self.counters = [c for c in self.counters if id(c) in used]
+
+    def _move_in(self, entry: dict[str, Any], param: Tensor, key: str, slot: Slot) -> None:
+        view = slot.view(param)
+        if entry.get(key) is not None:
+            view.copy_(entry[key])
+        home = self.homes[param]
+        home.slots[key], home.views[key] = slot, view
+        entry[key] = view
+
+    def counters_unchanged(self) -> bool:
+        """Whether nobody but us has written to a step counter since the last step."""
+        return all(c.steps._version == c.version for c in self.counters)
+
+    def note_counters(self) -> None:
+        """Take the counters as they are now for our own work."""
+        for c in self.counters:
+            c.version = c.steps._version

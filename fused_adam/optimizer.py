@@ -1,0 +1,286 @@
+"""FusedAdam and FusedAdamW: arguments, param groups, step(). No arithmetic on moments, no memory layout here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from . import backend as backends
+from . import checkpoint, plan
+from .arena import Arena, State
+from .flatten import FlatBuffers
+from .scalars import hyper
+
+
+class FusedAdam(torch.optim.Adam):
+    """Adam whose whole step is one fused pass: a drop-in for `torch.optim.Adam`.
+
+    All arithmetic is float32 (float64 for float64 parameters), each operation rounded once, in one documented
+    order; the Triton kernel and the CPU reference give the same bits. Kingma & Ba 2015, algorithm 1; AMSGrad:
+    Reddi et al. 2018; decoupled decay: Loshchilov & Hutter 2019.
+
+    Args:
+        params: parameters, named parameters or param groups, as for `torch.optim.Adam`. Dtypes float32, bfloat16,
+            float16, float64 and complex ones of these; devices and dtypes may be mixed in one group.
+        lr, betas, eps, weight_decay, amsgrad, maximize, decoupled_weight_decay: as in `torch.optim.Adam`.
+        foreach, fused, capturable: accepted and checked as in torch; they choose no code path.
+        differentiable: the step runs through torch's own differentiable implementation.
+        flatten: move parameters and gradients into flat buffers at construction (those that are dense and own
+            their whole storage; others stay). `zero_grad()` then zeroes the buffers whatever `set_to_none` says,
+            so an unused parameter has a zero gradient, as with torch's `set_to_none=False`. Same bits.
+        backend: "auto" (triton on GPUs, reference on CPU), "triton", "reference" or "compiled" (the reference
+            through torch.compile: CPU only, needs a C++ compiler). All give the same bits.
+
+    State per parameter is torch's: `step`, `exp_avg`, `exp_avg_sq` and with amsgrad `max_exp_avg_sq`, in the
+    parameter's dtype; checkpoints are exchanged with torch.optim.Adam(W) both ways.
+
+    Raises:
+        ValueError, TypeError: an argument is out of range, with torch's texts for torch's arguments.
+        RuntimeError: the backend cannot run here; the text says why and what to do.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        amsgrad: bool = False,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        decoupled_weight_decay: bool = False,
+        flatten: bool = False,
+        backend: str = "auto",
+    ) -> None:
+        backends.check_name(backend)
+        if not isinstance(flatten, bool):
+            raise TypeError(f"flatten={flatten!r} must be True or False")
+        if flatten and differentiable:
+            raise ValueError(
+                "flatten=True does not go with differentiable=True: gradients would be overwritten in place"
+            )
+        self._backend, self._flatten = backend, flatten
+        # Named, not super(): in FusedAdamW the next class is torch's AdamW, which has another signature.
+        torch.optim.Adam.__init__(
+            self,
+            params,
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            amsgrad=amsgrad,
+            foreach=foreach,
+            maximize=maximize,
+            capturable=capturable,
+            differentiable=differentiable,
+            fused=fused,
+            decoupled_weight_decay=decoupled_weight_decay,
+        )
+        for device in {param.device for param in self._params()} - {torch.device("meta")}:
+            backends.choose(backend, device)
+        self._set_up()
+
+    def _set_up(self) -> None:
+        """Everything that is derived: made at construction, after pickle and after deepcopy."""
+        self.state = State(self.state)
+        self._arena = Arena()
+        self._flat = FlatBuffers(self._params()) if self._flatten else None
+        self._forget_plan()
+
+    def _forget_plan(self) -> None:
+        self._layout: Any = None
+        self._runners: list[backends.Runner] = []
+
+    def _params(self) -> list[Tensor]:
+        return [param for group in self.param_groups for param in group["params"]]
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether GradScaler may leave unscaling and the overflow check to `step`. It may not: it does both itself."""
+        return False
+
+    @_step_supports_amp_scaling.setter
+    def _step_supports_amp_scaling(self, value: bool) -> None:
+        """torch's constructor assigns True under `fused=True`; what we support does not depend on it."""
+
+    @torch._disable_dynamo  # type: ignore[attr-defined]
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a param group, as in torch; with `flatten=True` its parameters stay where they are."""
+        super().add_param_group(param_group)
+        for param in self.param_groups[-1]["params"]:
+            if is_traceable_wrapper_subclass(param):
+                self.param_groups.pop()
+                raise TypeError(f"a parameter is a {type(param).__name__}, but must be a plain tensor")
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+    @torch._disable_dynamo  # type: ignore[attr-defined]
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Perform one optimization step.
+
+        Args:
+            closure: reevaluates the model and returns the loss.
+
+        Parameters without a gradient are skipped: neither they nor their state nor their step counter change.
+
+        Raises RuntimeError, TypeError or ValueError for what cannot be stepped, before anything is changed.
+        """
+        if self.defaults["differentiable"]:
+            function: Any = torch.optim.Adam.step
+            # Without torch's hook wrapper, which this method already has.
+            result: float | None = (function.__wrapped__ if getattr(function, "hooked", False) else function)(
+                self, closure
+            )
+            return result
+        self._accelerator_graph_capture_health_check()
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if getattr(self, "grad_scale", None) is not None or getattr(self, "found_inf", None) is not None:
+            raise RuntimeError("grad_scale and found_inf must be None: unscale gradients before step()")
+        with torch.no_grad():
+            self._step()
+        return loss
+
+    def _step(self) -> None:
+        params = self._params()
+        grads = [param.grad for param in params]
+        layout = self._layout_of(params, grads)
+        state: Any = self.state
+        if layout != self._layout or state.touched or not self._arena.counters_unchanged():
+            self._plan(params, grads)
+            self._layout = layout
+            state.touched = False
+        values = [hyper(group) for group in self.param_groups]
+        for runner in self._runners:
+            runner.run(values, grads)
+        self._arena.note_counters()
+        backends.increment_versions(self._written)
+
+    def _layout_of(self, params: list[Tensor], grads: list[Tensor | None]) -> list[Any]:
+        """All that a plan rests on, as values to compare: memory, dtypes, layouts, who has a gradient, options."""
+        slots = self._flat.grad_addresses if self._flat else {}
+        rows: list[Any] = [
+            None
+            if grad is None or grad.is_sparse
+            else (
+                *(id(param), param.data_ptr(), param.dtype, param.device, param.shape, param.stride()),
+                *(grad.dtype, grad.stride(), slots.get(param) == grad.data_ptr()),
+            )
+            for param, grad in zip(params, grads, strict=True)
+        ]
+        return [rows, [(len(group["params"]), group["amsgrad"]) for group in self.param_groups]]
+
+    def _plan(self, params: list[Tensor], grads: list[Tensor | None]) -> None:
+        self._forget_plan()
+        groups = [number for number, group in enumerate(self.param_groups) for _ in group["params"]]
+        chosen = {
+            device: backends.choose(self._backend, device)
+            for device in {param.device for param, grad in zip(params, grads, strict=True) if grad is not None}
+        }
+        sections = plan.build(
+            params=params,
+            grads=grads,
+            groups=groups,
+            amsgrads=[bool(group["amsgrad"]) for group in self.param_groups],
+            arena=self._arena,
+            state=self.state,  # type: ignore[arg-type]
+            buffers=self._flat,
+            staging={device: backends.staging(name) for device, name in chosen.items()},
+        )
+        self._runners = [backends.bind(chosen[section.device], section) for section in sections]
+        rows = [row for section in sections for row in section.rows]
+        written = [row.param for row in rows] + [row.home.views[key] for row in rows for key in row.keys]
+        self._written = [tensor for tensor in written if not tensor.is_inference()]
+
+    @torch._disable_dynamo  # type: ignore[attr-defined]
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset all gradients; those in flat buffers (`flatten=True`) are zeroed whatever `set_to_none` says."""
+        if self._flat is not None:
+            for param in self._flat.places:
+                param.grad = None
+        super().zero_grad(set_to_none)
+        if self._flat is not None:
+            self._flat.zero_grad()
+
+    def state_dict(self) -> dict[str, Any]:
+        """torch's form: loads into torch.optim.Adam(W) and back. Moments are not copied; steps are."""
+        return checkpoint.export_steps(super().state_dict())
+
+    @torch._disable_dynamo  # type: ignore[attr-defined]
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Load a checkpoint of this class or of torch.optim.Adam(W), copied into our own memory.
+
+        Raises ValueError if groups or shapes do not match, before anything is changed.
+        """
+        state_dict = dict(state_dict)
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = pre_hook(self, state_dict) or state_dict
+        state: Any = self.state
+        groups = checkpoint.load(self.param_groups, self._arena, state, state_dict)
+        self.__setstate__({"state": state, "param_groups": groups})
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_backend": self._backend, "_flatten": self._flatten}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if "_backend" in state:  # unpickled or deep-copied, not loaded from a state_dict
+            self._set_up()
+        self.state.touched = True  # type: ignore[attr-defined]
+
+
+class FusedAdamW(FusedAdam, torch.optim.AdamW):
+    """AdamW whose whole step is one fused pass: a drop-in for `torch.optim.AdamW`.
+
+    Arguments as in `torch.optim.AdamW`, and `flatten` and `backend` of `FusedAdam`. Loshchilov & Hutter 2019.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        flatten: bool = False,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad,
+            foreach=foreach,
+            maximize=maximize,
+            capturable=capturable,
+            differentiable=differentiable,
+            fused=fused,
+            decoupled_weight_decay=True,
+            flatten=flatten,
+            backend=backend,
+        )

@@ -1,0 +1,278 @@
+"""Parameters -> launches: decides once which memory each launch updates. No arithmetic, no backend here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .arena import Arena, Home, Slot, State, flat, is_dense, padded, real
+from .flatten import FlatBuffers
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@dataclass(frozen=True, slots=True)
+class Staging:
+    """When a launch works on copies of parameters and gradients, as a backend asks for.
+
+    small: dense parameters of up to this many elements are copied together, to be updated as one.
+    page: elements per scratch buffer of such copies.
+    shared: one scratch buffer serves page after page (launches run one after the other on the host).
+    """
+
+    small: int = 0
+    page: int = 0
+    shared: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class Row:
+    """One parameter that has a gradient: what the tables say of it."""
+
+    index: int  # among all parameters of the optimizer
+    group: int
+    param: Tensor  # real view of the user's parameter
+    amsgrad: bool
+    home: Home
+    slots: dict[str, Slot | None] = field(default_factory=dict)  # of the operands; None: the gradient, where it is
+    staged: bool = False
+    stage: tuple[Tensor, Tensor] | None = None  # the copies, in the parameter's shape
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return state_keys(self.amsgrad)
+
+
+@dataclass(slots=True, eq=False)
+class Span:
+    """Rows of one group and step count that lie one behind the other in every buffer: updated as one."""
+
+    rows: list[Row]
+    numel: int  # from the first row's start to the last one's end, the gaps between slots included
+
+    @property
+    def first(self) -> Row:
+        return self.rows[0]
+
+
+@dataclass(slots=True, eq=False)
+class Launch:
+    """Spans of one dtype mix: one launch of the update."""
+
+    param: torch.dtype
+    grad: torch.dtype
+    state: torch.dtype
+    amsgrad: bool
+    rows: list[Row] = field(default_factory=list)
+    spans: list[Span] = field(default_factory=list)
+
+
+@dataclass(slots=True, eq=False)
+class Section:
+    """Rows of one device and arithmetic type: one prologue, then their launches."""
+
+    device: torch.device
+    compute: torch.dtype
+    rows: list[Row] = field(default_factory=list)
+    launches: list[Launch] = field(default_factory=list)
+
+
+def state_keys(amsgrad: bool) -> tuple[str, ...]:
+    """Names of the moments, in torch's order."""
+    return ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if amsgrad else ("exp_avg", "exp_avg_sq")
+
+
+def check(param: Tensor, grad: Tensor, name: str) -> None:
+    """Raise if the step cannot take this parameter with this gradient. Texts of torch.optim where it has one."""
+    if grad.is_sparse:
+        raise RuntimeError("Adam does not support sparse gradients, please consider SparseAdam instead")
+    if grad.layout != torch.strided:
+        raise RuntimeError(f"the gradient of {name} has layout {grad.layout}, but must be strided")
+    for what, tensor in ((name, param), (f"the gradient of {name}", grad)):
+        dtype = real(tensor).dtype
+        if dtype not in DTYPES:
+            allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+            raise TypeError(f"{what} has dtype {tensor.dtype}, but must be one of {allowed} (or complex of these)")
+    if grad.shape != param.shape or grad.device != param.device or grad.is_complex() != param.is_complex():
+        raise ValueError(
+            f"the gradient of {name} is {grad.dtype} of shape {tuple(grad.shape)} on {grad.device}, "
+            f"but must match the parameter: {param.dtype} of shape {tuple(param.shape)} on {param.device}"
+        )
+    if any(stride == 0 and size > 1 for size, stride in zip(param.shape, param.stride(), strict=True)):
+        raise RuntimeError(f"{name} is expanded: several of its elements share one place in memory; use .clone()")
+
+
+def waves(rows: Sequence[Row]) -> list[int]:
+    """For each row, how many rows before it overlap it in memory: such rows are stepped in order, as torch does."""
+    ends: list[tuple[int, int, int]] = []
+    for i, row in enumerate(rows):
+        p = row.param
+        reach = 1 + sum((size - 1) * stride for size, stride in zip(p.shape, p.stride(), strict=True))
+        if p.numel():
+            ends.append((p.data_ptr(), p.data_ptr() + reach * p.element_size(), i))
+    wave = [0] * len(rows)
+    cluster: list[int] = []
+    cluster_end = 0
+    for start, end, i in sorted(ends):
+        if start >= cluster_end:
+            cluster = []
+        cluster.append(i)
+        cluster_end = max(cluster_end, end)
+        if len(cluster) > 1:
+            for order, member in enumerate(sorted(cluster)):
+                wave[member] = order
+    return wave
+
+
+def build(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    groups: Sequence[int],
+    amsgrads: Sequence[bool],
+    arena: Arena,
+    state: State,
+    buffers: FlatBuffers | None,
+    staging: dict[torch.device, Staging],
+) -> list[Section]:
+    """Decide the launches for the parameters that have gradients, and give these their state.
+
+    Args:
+        params, grads: all parameters of the optimizer in order, and their gradients or None.
+        groups: for each parameter, the number of its param group.
+        amsgrads: for each param group.
+        arena, state: where state lives, and the mapping that users see.
+        buffers: flat parameters and gradients, if the optimizer has them.
+        staging: per device, what its backend asks for.
+
+    Raises ValueError, TypeError or RuntimeError for what cannot be stepped, before any state is made.
+    """
+    rows: list[Row] = []
+    for index, (param, grad, group) in enumerate(zip(params, grads, groups, strict=True)):
+        if grad is not None:
+            name = f"parameter {index} (group {group})"
+            check(param, grad, name)
+            row = Row(index, group, real(param.detach()), amsgrads[group], arena.homes.setdefault(param, Home()))
+            arena.check(param, name, dict.get(state, param, {}), row.keys)
+            rows.append(row)
+    # A parameter that is listed twice has one state, with what either of its groups asks for.
+    owners = {params[row.index]: row.keys for row in sorted(rows, key=lambda row: row.amsgrad)}
+    arena.adopt(state, list(owners), list(owners.values()))
+
+    sections: dict[Any, Section] = {}
+    launches: dict[Any, Launch] = {}
+    for row, wave in zip(rows, waves(rows), strict=True):
+        grad = grads[row.index]
+        assert grad is not None
+        _place(row, params[row.index], grad, buffers, staging[row.param.device])
+        compute = torch.float64 if row.param.dtype == torch.float64 else torch.float32
+        key = (wave, row.param.device, compute)
+        section = sections.setdefault(key, Section(row.param.device, compute))
+        section.rows.append(row)
+        mix = (row.param.dtype, real(grad).dtype, row.param.dtype, row.amsgrad)
+        if (key, mix) not in launches:
+            section.launches.append(launches.setdefault((key, mix), Launch(*mix)))
+        launches[key, mix].rows.append(row)
+    ordered = [sections[key] for key in sorted(sections, key=lambda key: key[0])]
+    steps = Steps()
+    for section in ordered:
+        for launch in section.launches:
+            _stage(launch, staging[section.device], section.device)
+            launch.spans = list(_spans(launch.rows, steps))
+    return ordered
+
+
+def _place(row: Row, param: Tensor, grad: Tensor, buffers: FlatBuffers | None, staging: Staging) -> None:
+    """Say where the row's operands lie."""
+    p, numel = row.param, row.param.numel()
+    row.slots = {key: row.home.slots[key] for key in row.keys}
+    place = buffers.place(param, grad) if buffers else None
+    if place:
+        row.slots |= {"param": place.param, "grad": place.grad}
+        return
+    g = real(grad)
+    alike = g.stride() == p.stride() or (g.is_contiguous() and p.is_contiguous())
+    row.staged = not alike or not is_dense(p) or numel <= staging.small
+    if not row.staged:
+        row.slots |= {"param": Slot(flat(p), 0, numel), "grad": None}
+
+
+def _stage(launch: Launch, staging: Staging, device: torch.device) -> None:
+    """Give staged rows their places in scratch buffers, page by page."""
+    pages: list[list[Row]] = []
+    room = 0
+    for row in launch.rows:
+        if row.staged:
+            need = padded(row.param.numel())
+            if not pages or need > room:
+                pages.append([])
+                room = max(staging.page, need)
+            pages[-1].append(row)
+            room -= need
+    if not pages:
+        return
+    sizes = [sum(padded(row.param.numel()) for row in page) for page in pages]
+    total = max(sizes) if staging.shared else sum(sizes)
+    memory = {
+        "param": torch.zeros(total, dtype=launch.param, device=device),
+        "grad": torch.zeros(total, dtype=launch.grad, device=device),
+    }
+    start = 0
+    for page, size in zip(pages, sizes, strict=True):
+        # One tensor object per page: only rows of one page count as neighbours.
+        scratch = {key: tensor[start : start + size] for key, tensor in memory.items()}
+        offset = 0
+        for row in page:
+            numel = row.param.numel()
+            row.slots |= {key: Slot(tensor, offset, numel) for key, tensor in scratch.items()}
+            cut = slice(offset, offset + numel)
+            row.stage = (scratch["param"][cut].view(row.param.shape), scratch["grad"][cut].view(row.param.shape))
+            offset += padded(numel)
+        if not staging.shared:
+            start += size
+
+
+class Steps:
+    """Step counts as they are while a plan is built. Reading them waits for a GPU, so only where it matters."""
+
+    def __init__(self) -> None:
+        self._values: dict[int, list[float]] = {}
+
+    def of(self, row: Row) -> float:
+        counters = row.home.counters
+        assert counters is not None
+        if id(counters) not in self._values:
+            self._values[id(counters)] = counters.steps.tolist()
+        return self._values[id(counters)][row.home.counter]
+
+
+def _spans(rows: Iterable[Row], steps: Steps) -> Iterable[Span]:
+    """Join neighbours: rows that step together and follow each other in every buffer."""
+    span: Span | None = None
+    for row in rows:
+        if row.param.numel() == 0:
+            continue
+        if span and _follows(span, row) and steps.of(row) == steps.of(span.first):
+            span.numel = padded(span.numel) + row.param.numel()
+            span.rows.append(row)
+        else:
+            if span:
+                yield span
+            span = Span([row], row.param.numel())
+    if span:
+        yield span
+
+
+def _follows(span: Span, row: Row) -> bool:
+    if row.group != span.first.group:
+        return False
+    for key, slot in row.slots.items():
+        before = span.first.slots[key]
+        if slot is None or before is None or slot.segment is not before.segment:
+            return False
+        if slot.start != before.start + padded(span.numel):
+            return False
+    return True

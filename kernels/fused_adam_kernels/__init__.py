@@ -1,0 +1,1 @@
+"""Triton kernels of fused-adam. Knows torch and triton, never fused_adam; imports nothing, so that `table` is free."""

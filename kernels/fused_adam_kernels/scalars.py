@@ -1,0 +1,76 @@
+"""The prologue: step counters and hyper-parameters -> this step's scalars, one row per parameter.
+
+Everything is float64 until the one rounding on the store. The Python twin is `fused_adam/scalars.py`.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from . import table
+
+BLOCK = 128
+LAST_STEP = tl.constexpr(2**24)  # a float32 counter stops here: 2^24 + 1 is not a float32
+
+
+@triton.jit
+def power(b, t):
+    """b^t by squaring, in float64: exp2 and log2 differ between machines, these products do not."""
+    r = b * 0 + 1
+    for i in tl.static_range(25):
+        r = tl.where(((t >> i) & 1) == 1, r * b, r)
+        b = b * b
+    return r
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def prologue_kernel(
+    rows_ptr,  # *i64 [P, ROW]      addresses of the step counters, group numbers
+    hyper_ptr,  # *f64 [G, HYPER]    hyper-parameters as the user set them
+    scalars_ptr,  # *f32 or *f64 [P, SCALARS]  out: this step's values
+    num_rows: tl.int32,  # P
+    BLOCK: tl.constexpr,  # rows per program
+):
+    """Advance every step counter by one and write its parameter's scalars."""
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    ok = row < num_rows
+    row_ptr = rows_ptr + row * table.ROW
+    step_ptr = tl.load(row_ptr + table.STEP, mask=ok, other=0).to(tl.pointer_type(tl.float32))
+    step = tl.load(step_ptr, mask=ok, other=0.0) + 1.0
+    tl.store(step_ptr, step, mask=ok)
+    t = tl.minimum(step, LAST_STEP).to(tl.int32)
+
+    hyper = hyper_ptr + tl.load(row_ptr + table.GROUP, mask=ok, other=0) * table.HYPER
+    lr = tl.load(hyper + table.LR, mask=ok, other=0.0)
+    beta1 = tl.load(hyper + table.BETA1, mask=ok, other=0.0)
+    beta2 = tl.load(hyper + table.BETA2, mask=ok, other=0.0)
+    eps = tl.load(hyper + table.EPS, mask=ok, other=0.0)
+    wd = tl.load(hyper + table.WEIGHT_DECAY, mask=ok, other=0.0)
+    decoupled = tl.load(hyper + table.DECOUPLED, mask=ok, other=0.0) != 0
+    maximize = tl.load(hyper + table.MAXIMIZE, mask=ok, other=0.0) != 0
+
+    out = scalars_ptr + row * table.SCALARS
+    dtype: tl.constexpr = scalars_ptr.dtype.element_ty
+    tl.store(out + table.STEP_SIZE, (lr / (1.0 - power(beta1, t))).to(dtype), mask=ok)
+    tl.store(out + table.RBC2, (1.0 / tl.sqrt(1.0 - power(beta2, t))).to(dtype), mask=ok)
+    tl.store(out + table.W1, (1.0 - beta1).to(dtype), mask=ok)
+    tl.store(out + table.W2, (1.0 - beta2).to(dtype), mask=ok)
+    tl.store(out + table.B2, beta2.to(dtype), mask=ok)
+    tl.store(out + table.EPSILON, eps.to(dtype), mask=ok)
+    tl.store(out + table.COUPLED, tl.where(decoupled, 0.0, wd).to(dtype), mask=ok)
+    tl.store(out + table.DECAY, tl.where(decoupled, lr * wd, 0.0).to(dtype), mask=ok)
+    tl.store(out + table.GRAD_MULTIPLIER, tl.where(maximize, -1.0, 1.0).to(dtype), mask=ok)
+
+
+def prologue(rows: torch.Tensor, hyper: torch.Tensor, scalars: torch.Tensor) -> None:
+    """Advance the step counters and fill `scalars` for this step.
+
+    Args:
+        rows: int64, shape (P, ROW): the counters' addresses (float32 each) and group numbers.
+        hyper: float64, shape (G, HYPER), on the same device.
+        scalars: float32 or float64, shape (P, SCALARS), on the same device: written.
+    """
+    num_rows = rows.shape[0]
+    prologue_kernel[(triton.cdiv(num_rows, BLOCK),)](
+        rows, hyper, scalars, num_rows, BLOCK=BLOCK, num_warps=4, enable_fp_fusion=False
+    )
