@@ -23,7 +23,7 @@ def padded(numel: int) -> int:
 
 def real(tensor: Tensor) -> Tensor:
     """The tensor itself, or for a complex one its real and imaginary parts as a last dimension of two."""
-    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor.resolve_neg()
 
 
 def flat(tensor: Tensor) -> Tensor:

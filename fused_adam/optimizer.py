@@ -89,13 +89,19 @@ class FusedAdam(torch.optim.Adam):
         for device in {param.device for param in self._params()} - {torch.device("meta")}:
             backends.choose(backend, device)
         self._set_up()
+        self._move_to_buffers()
 
     def _set_up(self) -> None:
-        """Everything that is derived: made at construction, after pickle and after deepcopy."""
+        """What is derived, and made anew after pickle and deepcopy."""
         self.state = State(self.state)
         self._arena = Arena()
-        self._flat = FlatBuffers(self._params()) if self._flatten else None
+        self._flat: FlatBuffers | None = None
         self._forget_plan()
+
+    def _move_to_buffers(self) -> None:
+        # A copy does so at its first use: while it is unpickled, its storages have the unpickler for an owner.
+        if self._flatten and self._flat is None:
+            self._flat = FlatBuffers(self._params())
 
     def _forget_plan(self) -> None:
         self._layout: Any = None
@@ -156,6 +162,7 @@ class FusedAdam(torch.optim.Adam):
         return loss
 
     def _step(self) -> None:
+        self._move_to_buffers()
         params = self._params()
         grads = [param.grad for param in params]
         layout = self._layout_of(params, grads)
@@ -178,7 +185,7 @@ class FusedAdam(torch.optim.Adam):
             if grad is None or grad.is_sparse
             else (
                 *(id(param), param.data_ptr(), param.dtype, param.device, param.shape, param.stride()),
-                *(grad.dtype, grad.stride(), slots.get(param) == grad.data_ptr()),
+                *(grad.dtype, grad.stride(), plan.is_lazy(grad), slots.get(param) == grad.data_ptr()),
             )
             for param, grad in zip(params, grads, strict=True)
         ]
@@ -209,6 +216,7 @@ class FusedAdam(torch.optim.Adam):
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset all gradients; those in flat buffers (`flatten=True`) are zeroed whatever `set_to_none` says."""
+        self._move_to_buffers()
         if self._flat is not None:
             for param in self._flat.places:
                 param.grad = None

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .arena import Arena, Home, Slot, State, flat, is_dense, padded, real
+from .arena import Arena, Home, Slot, State, dense_layout, flat, is_dense, padded, real
 from .flatten import FlatBuffers
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -40,7 +40,7 @@ class Row:
     home: Home
     slots: dict[str, Slot | None] = field(default_factory=dict)  # of the operands; None: the gradient, where it is
     staged: bool = False
-    stage: tuple[Tensor, Tensor] | None = None  # the copies, in the parameter's shape
+    stage: tuple[Tensor, Tensor] | None = None  # the copies of parameter and gradient, in the parameter's shape
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -86,6 +86,11 @@ def state_keys(amsgrad: bool) -> tuple[str, ...]:
     return ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if amsgrad else ("exp_avg", "exp_avg_sq")
 
 
+def is_lazy(tensor: Tensor) -> bool:
+    """Whether the tensor's values are the conjugate or negative of what lies in memory."""
+    return tensor.is_conj() or tensor.is_neg()
+
+
 def check(param: Tensor, grad: Tensor, name: str) -> None:
     """Raise if the step cannot take this parameter with this gradient. Texts of torch.optim where it has one."""
     if grad.is_sparse:
@@ -102,6 +107,8 @@ def check(param: Tensor, grad: Tensor, name: str) -> None:
             f"the gradient of {name} is {grad.dtype} of shape {tuple(grad.shape)} on {grad.device}, "
             f"but must match the parameter: {param.dtype} of shape {tuple(param.shape)} on {param.device}"
         )
+    if is_lazy(param):
+        raise RuntimeError(f"{name} is a conjugate or negative view, which cannot be written; use .resolve_conj()")
     if any(stride == 0 and size > 1 for size, stride in zip(param.shape, param.stride(), strict=True)):
         raise RuntimeError(f"{name} is expanded: several of its elements share one place in memory; use .clone()")
 
@@ -195,6 +202,7 @@ def _place(row: Row, param: Tensor, grad: Tensor, buffers: FlatBuffers | None, s
         return
     g = real(grad)
     alike = g.stride() == p.stride() or (g.is_contiguous() and p.is_contiguous())
+    alike = alike and not is_lazy(grad)
     row.staged = not alike or not is_dense(p) or numel <= staging.small
     if not row.staged:
         row.slots |= {"param": Slot(flat(p), 0, numel), "grad": None}
@@ -228,8 +236,10 @@ def _stage(launch: Launch, staging: Staging, device: torch.device) -> None:
         for row in page:
             numel = row.param.numel()
             row.slots |= {key: Slot(tensor, offset, numel) for key, tensor in scratch.items()}
-            cut = slice(offset, offset + numel)
-            row.stage = (scratch["param"][cut].view(row.param.shape), scratch["grad"][cut].view(row.param.shape))
+            # In the order of the state, which is the parameter's own where that is dense.
+            layout = dense_layout(row.param)
+            p, g = (scratch[key][offset : offset + numel].as_strided(*layout) for key in ("param", "grad"))
+            row.stage = (p, g)
             offset += padded(numel)
         if not staging.shared:
             start += size

@@ -54,7 +54,10 @@ def train(
 def results(optimizer: torch.optim.Optimizer) -> list[dict[str, Tensor]]:
     """Parameters and state in order, copied to the CPU."""
     return [
-        {"param": param.detach().cpu().clone(), **{k: v.cpu().clone() for k, v in optimizer.state[param].items()}}
+        {
+            "param": param.detach().cpu().clone(),
+            **{k: v.cpu().clone() for k, v in optimizer.state.get(param, {}).items()},
+        }
         for group in optimizer.param_groups
         for param in group["params"]
     ]

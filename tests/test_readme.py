@@ -1,0 +1,58 @@
+"""Every block of the README runs as it stands, and the first one trains exactly as with torch.optim.Adam."""
+
+import contextlib
+import io
+import pathlib
+import re
+
+import pytest
+import torch
+from test_hash import HASH
+from torch import nn
+
+README = (pathlib.Path(__file__).parent.parent / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
+
+
+def losses_of(block, monkeypatch):
+    """Run a block; returns every loss its nn.MSELoss gave, and what it printed."""
+    losses = []
+
+    class Recording(nn.MSELoss):
+        def forward(self, *args):
+            loss = super().forward(*args)
+            losses.append(loss.item())
+            return loss
+
+    torch.manual_seed(0)
+    with monkeypatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as printed:
+        patch.setattr(nn, "MSELoss", Recording)
+        exec(compile(block, "README.md", "exec"), {})
+    return losses, printed.getvalue()
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.splitlines()[0])
+def test_every_block_runs(block):
+    with contextlib.redirect_stdout(io.StringIO()):
+        exec(compile(block, "README.md", "exec"), {})
+
+
+def test_first_block_trains_as_with_torch(monkeypatch):
+    ours, printed = losses_of(BLOCKS[0], monkeypatch)
+    theirs, theirs_printed = losses_of(
+        BLOCKS[0].replace("from fused_adam import FusedAdam", "from torch.optim import Adam as FusedAdam"), monkeypatch
+    )
+    assert len(ours) == len(theirs) == 50
+    # Per step a weight of size one rounds by an ulp at most: 50 ulps, and the loss is quadratic in the error's size.
+    torch.testing.assert_close(ours, theirs, rtol=50 * torch.finfo(torch.float32).eps, atol=1e-6)
+    assert re.findall(r"epoch (\d+): loss \d", printed) == ["10", "20", "30", "40", "50"]
+    assert printed == theirs_printed
+
+
+def test_first_block_differs_from_torchs_only_in_the_import():
+    assert len(BLOCKS) >= 2 and BLOCKS[0].count("FusedAdam") == 2
+    assert "fused_adam" not in BLOCKS[0].replace("from fused_adam import FusedAdam", "")
+
+
+def test_the_published_hash_is_the_tested_one():
+    assert HASH in README
