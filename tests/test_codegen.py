@@ -52,14 +52,19 @@ print(json.dumps(result))
 """
 
 
+def outside_the_interpreter(code):
+    """Run in a process where triton compiles; returns the JSON it prints."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "kernels")}
+    environment.pop("TRITON_INTERPRET", None)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
 @pytest.fixture(scope="module")
 def ptx():
     """Instruction counts of every variant."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "kernels")}
-    environment.pop("TRITON_INTERPRET", None)
-    done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return outside_the_interpreter(COMPILE)
 
 
 def count(instructions, start):
@@ -110,3 +115,48 @@ def test_widest_accesses_the_dtypes_allow(ptx, variant, loads, stores):
             if name.startswith(f"{kind}.global.v")
         }
         assert vectors == expected
+
+
+LAUNCH = """
+import json
+import torch, triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from fused_adam_kernels import adam, scalars, table
+
+class Driver:  # what a launch asks of a driver before it reaches the GPU
+    get_current_target = lambda self: GPUTarget("cuda", 90, 32)
+    get_current_device = lambda self: 0
+    get_current_stream = lambda self, device=None: 0
+
+class Recorder:  # launches by compiling as the launch would, and keeps the result
+    def __init__(self, kernel):
+        self.kernel, self.compiled = kernel, []
+    def __getitem__(self, grid):
+        return lambda *args, **options: self.compiled.append(self.kernel.warmup(*args, grid=grid, **options))
+
+driver.set_active(Driver())
+adam.adam_kernel, scalars.prologue_kernel = Recorder(adam.adam_kernel), Recorder(scalars.prologue_kernel)
+for rows in (1, 2, 16, 1000):
+    table_of_rows = torch.zeros(rows, table.ROW, dtype=torch.int64)
+    values = torch.zeros(rows, table.SCALARS)
+    scalars.prologue(table_of_rows, torch.zeros(2, table.HYPER, dtype=torch.float64), values)
+    for blocks in (1, 2, 16, 1000):
+        for dtype in (torch.float32, torch.bfloat16):
+            adam.adam_step(
+                table_of_rows, torch.zeros(blocks, 2, dtype=torch.int32), values, dtype, dtype, dtype, False
+            )
+ptx = [kernel.asm["ptx"] for kernel in adam.adam_kernel.compiled]
+print(json.dumps({
+    "prologue": len({id(kernel) for kernel in scalars.prologue_kernel.compiled}),
+    "update": len({id(kernel) for kernel in adam.adam_kernel.compiled}),
+    "fma": sum("fma" in text for text in ptx), "vectors": sum("ld.global.v4" in text for text in ptx),
+    "launches": len(ptx),
+}))
+"""
+
+
+def test_launchers_compile_once_per_dtype_mix_whatever_the_sizes():
+    """The launch path itself, up to the driver: no size, step or learning rate is specialised on."""
+    done = outside_the_interpreter(LAUNCH)
+    assert done == {"prologue": 1, "update": 2, "fma": 0, "vectors": 32, "launches": 32}
