@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, overload
 
 import torch
@@ -15,6 +16,13 @@ from . import checkpoint, plan
 from .arena import Arena, State
 from .flatten import FlatBuffers
 from .scalars import hyper
+
+
+@contextlib.contextmanager
+def _lasting() -> Iterator[None]:
+    """For making memory: under the user's inference mode it could never be written outside that mode."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 class FusedAdam(torch.optim.Adam):
@@ -101,7 +109,8 @@ class FusedAdam(torch.optim.Adam):
     def _move_to_buffers(self) -> None:
         # A copy does so at its first use: while it is unpickled, its storages have the unpickler for an owner.
         if self._flatten and self._flat is None:
-            self._flat = FlatBuffers(self._params())
+            with _lasting():
+                self._flat = FlatBuffers(self._params())
 
     def _forget_plan(self) -> None:
         self._layout: Any = None
@@ -168,7 +177,8 @@ class FusedAdam(torch.optim.Adam):
         layout = self._layout_of(params, grads)
         state: Any = self.state
         if layout != self._layout or state.touched or not self._arena.counters_unchanged():
-            self._plan(params, grads)
+            with _lasting():
+                self._plan(params, grads)
             self._layout = layout
             state.touched = False
         values = [hyper(group) for group in self.param_groups]
