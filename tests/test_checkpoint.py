@@ -5,6 +5,8 @@ import io
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from training import parameters, results, same_bits, train
 
 from fused_adam import FusedAdam, FusedAdamW
@@ -97,6 +99,40 @@ def test_loading_does_not_alias_the_checkpoint():
     train(b, 2)
     for index, entry in before["state"].items():
         assert all(torch.equal(checkpoint["state"][index][key], value) for key, value in entry.items())
+
+
+class Allocations(TorchDispatchMode):
+    """Bytes of every storage that operations make while it is on."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        for tensor in tree_leaves(out):
+            if not isinstance(tensor, torch.Tensor) or tensor.device.type == "meta":
+                continue
+            if tensor.untyped_storage()._cdata not in given:
+                self.bytes += tensor.untyped_storage().nbytes()
+        return out
+
+
+@pytest.mark.parametrize("running", [False, True])
+def test_loading_makes_no_second_copy_of_the_state(running):
+    """A new optimizer allocates its segments and nothing else; a running one allocates nothing."""
+    shapes = [(1000,), (200, 50), (128, 3)]
+    a, b = (FusedAdam(parameters(torch.float32, shapes)) for _ in range(2))
+    train(a, 1)
+    if running:
+        train(b, 1)
+    checkpoint = a.state_dict()
+    state_bytes = sum(e[key].nbytes for e in checkpoint["state"].values() for key in ("exp_avg", "exp_avg_sq"))
+    with Allocations() as made:
+        b.load_state_dict(checkpoint)
+    assert made.bytes <= 1000 + (0 if running else state_bytes + 3 * 2 * 128 * 4)
+    assert running or made.bytes >= state_bytes
 
 
 def test_loading_into_a_running_optimizer_keeps_its_memory():

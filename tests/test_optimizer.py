@@ -273,6 +273,83 @@ def test_state_changed_by_the_user_is_honoured(how):
     close(a, b)
 
 
+@pytest.mark.parametrize("flatten", FLATTEN)
+def test_a_counter_written_through_a_kept_reference_is_honoured(flatten):
+    """Rows that were stepped as one part when their counts do."""
+    a, b = pair(flatten=flatten)
+    for optimizer in (a, b):
+        train(optimizer, 2)
+        step = optimizer.state[optimizer.param_groups[0]["params"][1]]["step"]
+        train(optimizer, 1)
+        step.fill_(50)
+        train(optimizer, 2)
+    assert [r["step"].item() for r in results(a)] == [5, 52]
+    close(a, b)
+
+
+@pytest.mark.parametrize("flatten", FLATTEN)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_swapped_data_is_noticed(backend, flatten):
+    """The step writes where the parameter is now, and nothing where it was."""
+    a, b = pair(backend=backend, flatten=flatten)
+    old = []
+    for optimizer in (a, b):
+        train(optimizer, 2)
+        param = optimizer.param_groups[0]["params"][1]
+        old.append(param.data)
+        param.data = torch.full((3, 4), 0.5)
+        train(optimizer, 2)
+    close(a, b)
+    torch.testing.assert_close(*old)
+
+
+@pytest.mark.parametrize("flatten", FLATTEN)
+def test_swapped_tensors_are_noticed(flatten):
+    a, b = pair(flatten=flatten)
+    for optimizer in (a, b):
+        train(optimizer, 2)
+        param = optimizer.param_groups[0]["params"][1]
+        torch.utils.swap_tensors(param, nn.Parameter(torch.full((3, 4), 0.5)))
+        train(optimizer, 2)
+    close(a, b)
+
+
+@pytest.mark.parametrize("flatten", FLATTEN)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_model_that_changes_its_dtype_takes_its_state_along(backend, flatten):
+    """torch keeps the moments in the old dtype and then refuses to step."""
+    model = nn.Linear(4, 3)
+    optimizer = FusedAdam(model.parameters(), backend=backend, flatten=flatten)
+    train(optimizer, 2)
+    before = results(optimizer)
+    model.to(torch.bfloat16)
+    optimizer.zero_grad(set_to_none=True)
+    expected = FusedAdam([p.detach().clone().requires_grad_() for p in model.parameters()])
+    expected.load_state_dict(optimizer.state_dict())
+    train(optimizer, 1, first=2)
+    train(expected, 1, first=2)
+    assert same_bits(results(optimizer), results(expected))
+    assert {r["exp_avg"].dtype for r in results(optimizer)} == {torch.bfloat16}
+    assert [r["step"].item() for r in results(optimizer)] == [3, 3] and before[0]["exp_avg"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_gradient_of_another_dtype_at_the_same_address_is_noticed(backend):
+    memory = torch.zeros(64, dtype=torch.uint8)
+    runs = []
+    for shared in (True, False):
+        param = parameters(torch.float32, [(8,)])[0]
+        param.grad_dtype = None
+        optimizer = FusedAdam([param], lr=0.1, backend=backend)
+        for dtype in (torch.float32, torch.bfloat16, torch.float32):
+            room = memory if shared else torch.zeros(64, dtype=torch.uint8)
+            grad = room[: 8 * dtype.itemsize].view(dtype)
+            param.grad = grad.copy_(values((8,), 5, dtype))
+            optimizer.step()
+        runs.append(results(optimizer))
+    assert same_bits(*runs)
+
+
 def test_copies_continue_alike():
     for flatten in FLATTEN:
         a, _ = pair(flatten=flatten)
