@@ -18,7 +18,7 @@ from .arena import real
 from .host import HostRunner
 from .plan import Launch, Row, Section, Staging
 from .reference import CHUNK
-from .scalars import Hyper
+from .scalars import Amp, Hyper
 
 BACKENDS = ("auto", "triton", "reference", "compiled")
 TRITON_DEVICES = ("cuda", "xpu")  # ROCm devices are called cuda
@@ -27,8 +27,8 @@ TRITON_DEVICES = ("cuda", "xpu")  # ROCm devices are called cuda
 class Runner(Protocol):
     """Runs one section's launches, step after step."""
 
-    def run(self, hyper: Hyper, grads: Sequence[Tensor | None]) -> None:
-        """Update every row. `hyper`: per group; `grads`: of all the optimizer's parameters."""
+    def run(self, hyper: Hyper, grads: Sequence[Tensor | None], amp: Amp) -> None:
+        """Update every row, or none. `hyper`: per group; `grads`: of all the optimizer's parameters."""
         ...
 
 
@@ -147,7 +147,7 @@ class TritonRunner:
     def _upload(self, host: Tensor) -> Tensor:
         return host if self.device.type == "cpu" else host.pin_memory().to(self.device, non_blocking=True)
 
-    def run(self, hyper: Hyper, grads: Sequence[Tensor | None]) -> None:
+    def run(self, hyper: Hyper, grads: Sequence[Tensor | None], amp: Amp) -> None:
         with self._on_device():
             self._refresh_grads(grads)
             self._refresh_hyper(hyper)
@@ -155,7 +155,11 @@ class TritonRunner:
             if params:
                 torch._foreach_copy_(stage_params, params)
                 torch._foreach_copy_(stage_grads, [real(grads[i]) for i in grad_indexes])  # type: ignore[arg-type]
-            self._prologue(self.device_rows, self.device_hyper, self.scalars)
+            found_inf, grad_scale = (
+                None if tensor is None else tensor.to(self.device, torch.float32, non_blocking=True)
+                for tensor in (amp.found_inf, amp.grad_scale)
+            )
+            self._prologue(self.device_rows, self.device_hyper, self.scalars, found_inf, grad_scale)
             for launch, blocks in self.launches:
                 self._adam.adam_step(
                     self.device_rows, blocks, self.scalars, launch.param, launch.grad, launch.state, launch.amsgrad

@@ -14,7 +14,7 @@ from fused_adam_kernels import table
 from .arena import Slot, flat, real
 from .plan import Launch, Row, Section, Span
 from .reference import CHUNK, adam_step, exact_sqrt
-from .scalars import Hyper, scalars
+from .scalars import Amp, Hyper, scalars
 
 Step = Callable[..., None]
 
@@ -47,13 +47,16 @@ class HostRunner:
             (rows, torch.tensor([row.home.counter for row in rows], device=section.device)) for rows in owners.values()
         ]
 
-    def run(self, hyper: Hyper, grads: Sequence[Tensor | None]) -> None:
+    def run(self, hyper: Hyper, grads: Sequence[Tensor | None], amp: Amp) -> None:
+        if amp.found_inf is not None and float(amp.found_inf) != 0:
+            return
+        grad_scale = 1.0 if amp.grad_scale is None else float(amp.grad_scale)
         steps = self._advance()
         known: dict[tuple[int, float], tuple[Tensor, tuple[bool, bool, bool]]] = {}
         for span in self.spans:
             group, step = key = (span.row.group, steps[span.row.index])
             if key not in known:
-                values = torch.tensor(scalars(step, hyper[group]), dtype=self.compute)
+                values = torch.tensor(scalars(step, hyper[group], grad_scale), dtype=self.compute)
                 known[key] = (values, flags(values.tolist()))
             span.update(*known[key], grads, self.chunk, self.compiled)
 

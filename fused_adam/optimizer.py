@@ -15,7 +15,7 @@ from . import backend as backends
 from . import checkpoint, plan
 from .arena import Arena, State
 from .flatten import FlatBuffers
-from .scalars import hyper
+from .scalars import Amp, hyper
 
 
 @contextlib.contextmanager
@@ -36,7 +36,9 @@ class FusedAdam(torch.optim.Adam):
         params: parameters, named parameters or param groups, as for `torch.optim.Adam`. Dtypes float32, bfloat16,
             float16, float64 and complex ones of these; devices and dtypes may be mixed in one group.
         lr, betas, eps, weight_decay, amsgrad, maximize, decoupled_weight_decay: as in `torch.optim.Adam`.
-        foreach, fused, capturable: accepted and checked as in torch; they choose no code path.
+        foreach, fused, capturable: accepted and checked as in torch; they choose no code path. With `fused=True` a
+            GradScaler hands its scale and overflow flag over to the step, as in torch. Capture of the step in a
+            CUDA graph is refused.
         differentiable: the step runs through torch's own differentiable implementation.
         flatten: move parameters and gradients into flat buffers at construction (those that are dense and own
             their whole storage; others stay). `zero_grad()` then zeroes the buffers whatever `set_to_none` says,
@@ -121,12 +123,16 @@ class FusedAdam(torch.optim.Adam):
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        """Whether GradScaler may leave unscaling and the overflow check to `step`. It may not: it does both itself."""
-        return False
+        """Whether GradScaler leaves unscaling and the overflow decision to `step`, without waiting for the device.
+
+        As in torch, with `fused=True`. Derived, so that it survives pickle, deepcopy and loaded checkpoints. Not
+        always True, because Lightning refuses its own clipping for optimizers that carry it.
+        """
+        return bool(self.defaults["fused"]) or any(group["fused"] for group in self.param_groups)
 
     @_step_supports_amp_scaling.setter
     def _step_supports_amp_scaling(self, value: bool) -> None:
-        """torch's constructor assigns True under `fused=True`; what we support does not depend on it."""
+        """torch's constructor assigns True under `fused=True`, from which it is derived."""
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -160,12 +166,12 @@ class FusedAdam(torch.optim.Adam):
             )
             return result
         self._accelerator_graph_capture_health_check()
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("step() cannot be captured in a CUDA graph: its tables are uploaded by the host")
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if getattr(self, "grad_scale", None) is not None or getattr(self, "found_inf", None) is not None:
-            raise RuntimeError("grad_scale and found_inf must be None: unscale gradients before step()")
         with torch.no_grad():
             self._step()
         return loss
@@ -182,8 +188,9 @@ class FusedAdam(torch.optim.Adam):
             self._layout = layout
             state.touched = False
         values = [hyper(group) for group in self.param_groups]
+        amp = Amp(getattr(self, "found_inf", None), getattr(self, "grad_scale", None))
         for runner in self._runners:
-            runner.run(values, grads)
+            runner.run(values, grads, amp)
         self._arena.note_counters()
         backends.increment_versions(self._written)
 

@@ -43,7 +43,7 @@ def adam_update(
 
     Returns the new p, m, v, v_max; changes nothing.
     """
-    step_size, rbc2, w1, w2, b2, eps, coupled, decay, grad_multiplier = scalars.unbind()
+    step_size, rbc2, w1, w2, b2, eps, coupled, decay, grad_multiplier, _ = scalars.unbind()
     g = g * grad_multiplier
     # A decay of zero is absent, not multiplied: 0 * inf would turn an infinite p into NaN.
     if coupled_decay:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -38,7 +39,19 @@ def power(b: float, t: int) -> float:
     return r
 
 
-def scalars(step: float, values: tuple[float | Tensor, ...]) -> tuple[float, ...]:
+@dataclass(frozen=True, slots=True)
+class Amp:
+    """What a GradScaler hands over: one-element tensors, on its device.
+
+    found_inf: not zero means that the step is skipped. (It is a sum over devices: torch's kernels test for one.)
+    grad_scale: what gradients were multiplied by.
+    """
+
+    found_inf: Tensor | None = None
+    grad_scale: Tensor | None = None
+
+
+def scalars(step: float, values: tuple[float | Tensor, ...], grad_scale: float = 1.0) -> tuple[float, ...]:
     """One parameter's scalars for step number `step` (from 1), in float64, in the order of `table.py`."""
     lr, beta1, beta2, eps, wd, decoupled, maximize = map(float, values)
     t = int(min(step, LAST_STEP))
@@ -51,5 +64,6 @@ def scalars(step: float, values: tuple[float | Tensor, ...]) -> tuple[float, ...
         eps,
         0.0 if decoupled else wd,
         lr * wd if decoupled else 0.0,
-        -1.0 if maximize else 1.0,
+        (-1.0 if maximize else 1.0) / grad_scale,
+        0.0,
     )

@@ -46,7 +46,8 @@ for name, (p, g, s, amsgrad) in {
     )
 result["prologue"] = count(
     scalars.prologue_kernel,
-    {"rows_ptr": "*i64", "hyper_ptr": "*fp64", "scalars_ptr": "*fp32", "num_rows": "i32"}, {"BLOCK": 128},
+    {"rows_ptr": "*i64", "hyper_ptr": "*fp64", "scalars_ptr": "*fp32", "found_inf_ptr": "*fp32",
+     "grad_scale_ptr": "*fp32", "num_rows": "i32"}, {"BLOCK": 128},
 )
 print(json.dumps(result))
 """

@@ -68,14 +68,15 @@ def adam_kernel(
     row = tl.load(blocks_ptr + 2 * pid).to(tl.int64)
     start = tl.load(blocks_ptr + 2 * pid + 1).to(tl.int64) * BLOCK
     row_ptr = rows_ptr + row * table.ROW
-    n = tl.load(row_ptr + table.NUMEL)
+    s_ptr = scalars_ptr + row * table.SCALARS
+    # A skipped step has no elements.
+    n = tl.where(tl.load(s_ptr + table.SKIP) == 0, tl.load(row_ptr + table.NUMEL), 0)
     p_addr = tl.load(row_ptr + table.PARAM)
     g_addr = tl.load(row_ptr + table.GRAD)
     m_addr = tl.load(row_ptr + table.EXP_AVG)
     v_addr = tl.load(row_ptr + table.EXP_AVG_SQ)
     v_max_addr = tl.load(row_ptr + table.MAX_EXP_AVG_SQ)
 
-    s_ptr = scalars_ptr + row * table.SCALARS
     step_size = tl.load(s_ptr + table.STEP_SIZE)
     rbc2 = tl.load(s_ptr + table.RBC2)
     w1 = tl.load(s_ptr + table.W1)

@@ -28,16 +28,25 @@ def prologue_kernel(
     rows_ptr,  # *i64 [P, ROW]      addresses of the step counters, group numbers
     hyper_ptr,  # *f64 [G, HYPER]    hyper-parameters as the user set them
     scalars_ptr,  # *f32 or *f64 [P, SCALARS]  out: this step's values
+    found_inf_ptr,  # *f32 [1] or None: not zero means that this step is skipped
+    grad_scale_ptr,  # *f32 [1] or None: what gradients were multiplied by
     num_rows: tl.int32,  # P
     BLOCK: tl.constexpr,  # rows per program
 ):
-    """Advance every step counter by one and write its parameter's scalars."""
+    """Advance every step counter by one and write its parameter's scalars; on a skipped step advance none."""
+    skip = False
+    if found_inf_ptr is not None:
+        skip = tl.load(found_inf_ptr) != 0
+    grad_scale = 1.0
+    if grad_scale_ptr is not None:
+        grad_scale = tl.load(grad_scale_ptr).to(tl.float64)
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     ok = row < num_rows
     row_ptr = rows_ptr + row * table.ROW
     step_ptr = tl.load(row_ptr + table.STEP, mask=ok, other=0).to(tl.pointer_type(tl.float32))
     step = tl.load(step_ptr, mask=ok, other=0.0) + 1.0
-    tl.store(step_ptr, step, mask=ok)
+    if not skip:
+        tl.store(step_ptr, step, mask=ok)
     t = tl.minimum(step, LAST_STEP).to(tl.int32)
 
     hyper = hyper_ptr + tl.load(row_ptr + table.GROUP, mask=ok, other=0) * table.HYPER
@@ -59,18 +68,28 @@ def prologue_kernel(
     tl.store(out + table.EPSILON, eps.to(dtype), mask=ok)
     tl.store(out + table.COUPLED, tl.where(decoupled, 0.0, wd).to(dtype), mask=ok)
     tl.store(out + table.DECAY, tl.where(decoupled, lr * wd, 0.0).to(dtype), mask=ok)
-    tl.store(out + table.GRAD_MULTIPLIER, tl.where(maximize, -1.0, 1.0).to(dtype), mask=ok)
+    sign = tl.where(maximize, -1.0, 1.0).to(tl.float64)
+    tl.store(out + table.GRAD_MULTIPLIER, (sign / grad_scale).to(dtype), mask=ok)
+    tl.store(out + table.SKIP, tl.where(skip, 1.0, 0.0).to(dtype), mask=ok)
 
 
-def prologue(rows: torch.Tensor, hyper: torch.Tensor, scalars: torch.Tensor) -> None:
+def prologue(
+    rows: torch.Tensor,
+    hyper: torch.Tensor,
+    scalars: torch.Tensor,
+    found_inf: torch.Tensor | None = None,
+    grad_scale: torch.Tensor | None = None,
+) -> None:
     """Advance the step counters and fill `scalars` for this step.
 
     Args:
         rows: int64, shape (P, ROW): the counters' addresses (float32 each) and group numbers.
         hyper: float64, shape (G, HYPER), on the same device.
         scalars: float32 or float64, shape (P, SCALARS), on the same device: written.
+        found_inf: float32, one element, on the same device: not zero skips the step, counters included.
+        grad_scale: float32, one element, on the same device: gradients are divided by it as they are read.
     """
     num_rows = rows.shape[0]
     prologue_kernel[(triton.cdiv(num_rows, BLOCK),)](
-        rows, hyper, scalars, num_rows, BLOCK=BLOCK, num_warps=4, enable_fp_fusion=False
+        rows, hyper, scalars, found_inf, grad_scale, num_rows, BLOCK=BLOCK, num_warps=4, enable_fp_fusion=False
     )
