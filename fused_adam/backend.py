@@ -18,7 +18,7 @@ from .arena import real
 from .host import HostRunner
 from .plan import Launch, Row, Section, Staging
 from .reference import CHUNK
-from .scalars import Amp, Hyper
+from .scalars import Guard, Hyper
 
 BACKENDS = ("auto", "triton", "reference", "compiled")
 TRITON_DEVICES = ("cuda", "xpu")  # ROCm devices are called cuda
@@ -27,8 +27,16 @@ TRITON_DEVICES = ("cuda", "xpu")  # ROCm devices are called cuda
 class Runner(Protocol):
     """Runs one section's launches, step after step."""
 
-    def run(self, hyper: Hyper, grads: Sequence[Tensor | None], amp: Amp) -> None:
-        """Update every row, or none. `hyper`: per group; `grads`: of all the optimizer's parameters."""
+    def begin(self, grads: Sequence[Tensor | None]) -> None:
+        """Take this step's gradients, of all the optimizer's parameters."""
+        ...
+
+    def square_sum(self) -> Tensor:
+        """The sum of squares of this section's gradients: float64, one element, on its device."""
+        ...
+
+    def run(self, hyper: Hyper, guard: Guard) -> None:
+        """Update every row, or none, and let the gradients go. `hyper`: per group."""
         ...
 
 
@@ -93,9 +101,11 @@ class TritonRunner:
     """One prologue and one update launch per dtype mix, over tables that live on the device."""
 
     def __init__(self, section: Section) -> None:
-        from fused_adam_kernels import adam, scalars
+        from fused_adam_kernels import adam, norm, scalars
 
-        self._adam, self._prologue = adam, scalars.prologue
+        self._adam, self._prologue, self._square_sum = adam, scalars.prologue, norm.square_sum
+        self._norm: tuple[list[tuple[torch.dtype, Tensor]], Tensor] | None = None  # made where it is asked for
+        self.section = section
         self.device = section.device
         self.rows = section.rows
         self.leaders = {span.first.index: span for launch in section.launches for span in launch.spans}
@@ -134,6 +144,7 @@ class TritonRunner:
         # A row that another one's span covers has no elements of its own to update.
         span = self.leaders.get(row.index)
         columns[table.NUMEL] = span.numel if span else 0
+        columns[table.GRAD_NUMEL] = row.param.numel()
         return columns
 
     def _blocks(self, launch: Launch, position: dict[int, int]) -> Tensor:
@@ -147,23 +158,53 @@ class TritonRunner:
     def _upload(self, host: Tensor) -> Tensor:
         return host if self.device.type == "cpu" else host.pin_memory().to(self.device, non_blocking=True)
 
-    def run(self, hyper: Hyper, grads: Sequence[Tensor | None], amp: Amp) -> None:
+    def begin(self, grads: Sequence[Tensor | None]) -> None:
         with self._on_device():
             self._refresh_grads(grads)
-            self._refresh_hyper(hyper)
             params, stage_params, grad_indexes, stage_grads = self.stage
             if params:
                 torch._foreach_copy_(stage_params, params)
                 torch._foreach_copy_(stage_grads, [real(grads[i]) for i in grad_indexes])  # type: ignore[arg-type]
+
+    def square_sum(self) -> Tensor:
+        if self._norm is None:
+            self._norm = self._norm_tables()
+        launches, partials = self._norm
+        total = torch.zeros(1, dtype=torch.float64, device=self.device)
+        with self._on_device():
+            self._square_sum(self.device_rows, launches, partials, total)
+        return total
+
+    def _norm_tables(self) -> tuple[list[tuple[torch.dtype, Tensor]], Tensor]:
+        """Blocks per gradient dtype, and a place for every chunk, in the order of the parameters."""
+        blocks: dict[torch.dtype, list[tuple[int, int, int]]] = {}
+        dtype_of = {row.index: launch.grad for launch in self.section.launches for row in launch.rows}
+        place = 0
+        for i, row in enumerate(self.rows):
+            for chunk in range(-(-row.param.numel() // table.NORM_CHUNK)):
+                blocks.setdefault(dtype_of[row.index], []).append((i, chunk, place))
+                place += 1
+        launches = [(dtype, self._upload(torch.tensor(b, dtype=torch.int32))) for dtype, b in blocks.items()]
+        return launches, torch.empty(place, dtype=torch.float64, device=self.device)
+
+    def run(self, hyper: Hyper, guard: Guard) -> None:
+        with self._on_device():
+            self._refresh_hyper(hyper)
             found_inf, grad_scale = (
                 None if tensor is None else tensor.to(self.device, torch.float32, non_blocking=True)
-                for tensor in (amp.found_inf, amp.grad_scale)
+                for tensor in (guard.found_inf, guard.grad_scale)
             )
-            self._prologue(self.device_rows, self.device_hyper, self.scalars, found_inf, grad_scale)
+            square_sum = guard.square_sum
+            if square_sum is not None:
+                square_sum = square_sum.to(self.device, non_blocking=True)
+            self._prologue(
+                self.device_rows, self.device_hyper, self.scalars, found_inf, grad_scale, square_sum, guard.stats
+            )
             for launch, blocks in self.launches:
                 self._adam.adam_step(
                     self.device_rows, blocks, self.scalars, launch.param, launch.grad, launch.state, launch.amsgrad
                 )
+            params, stage_params, *_ = self.stage
             if params:
                 torch._foreach_copy_(params, stage_params)
 

@@ -12,9 +12,10 @@ from torch import Tensor
 from fused_adam_kernels import table
 
 from .arena import Slot, flat, real
-from .plan import Launch, Row, Section, Span
+from .norm import square_sum
+from .plan import Launch, Row, Section, Span, same_order
 from .reference import CHUNK, adam_step, exact_sqrt
-from .scalars import Amp, Hyper, scalars
+from .scalars import Guard, Hyper, scalars
 
 Step = Callable[..., None]
 
@@ -36,6 +37,8 @@ class HostRunner:
 
     def __init__(self, section: Section, compiled: bool) -> None:
         self.compute = section.compute
+        self.rows = section.rows
+        self.grads: Sequence[Tensor | None] = ()
         self.compiled = compiled
         self.spans = [HostSpan(launch, span) for launch in section.launches for span in launch.spans]
         # Compiled code keeps its intermediates in registers; a GPU has no cache worth staying in.
@@ -47,16 +50,35 @@ class HostRunner:
             (rows, torch.tensor([row.home.counter for row in rows], device=section.device)) for rows in owners.values()
         ]
 
-    def run(self, hyper: Hyper, grads: Sequence[Tensor | None], amp: Amp) -> None:
-        if amp.found_inf is not None and float(amp.found_inf) != 0:
+    def begin(self, grads: Sequence[Tensor | None]) -> None:
+        self.grads = grads
+
+    def square_sum(self) -> Tensor:
+        return square_sum([self._flat_grad(row) for row in self.rows])
+
+    def _flat_grad(self, row: Row) -> Tensor:
+        grad = self.grads[row.index]
+        assert grad is not None
+        if same_order(row.param, grad):
+            return flat(real(grad))
+        # In the order that the kernel reads: that of the state.
+        return flat(torch.empty_like(row.param, dtype=real(grad).dtype).copy_(real(grad)))
+
+    def run(self, hyper: Hyper, guard: Guard) -> None:
+        grads, self.grads = self.grads, ()
+        *_, max_norm, skip_nonfinite = hyper[0]
+        seen = guard.read(float(max_norm), bool(skip_nonfinite))
+        if guard.stats is not None:
+            guard.stats[table.GRAD_NORM] = seen.grad_norm
+            guard.stats[table.SKIPPED_STEPS] += seen.skip
+        if seen.skip:
             return
-        grad_scale = 1.0 if amp.grad_scale is None else float(amp.grad_scale)
         steps = self._advance()
         known: dict[tuple[int, float], tuple[Tensor, tuple[bool, bool, bool]]] = {}
         for span in self.spans:
             group, step = key = (span.row.group, steps[span.row.index])
             if key not in known:
-                values = torch.tensor(scalars(step, hyper[group], grad_scale), dtype=self.compute)
+                values = torch.tensor(scalars(step, hyper[group], seen), dtype=self.compute)
                 known[key] = (values, flags(values.tolist()))
             span.update(*known[key], grads, self.chunk, self.compiled)
 

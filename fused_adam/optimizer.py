@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any, overload
 
 import torch
@@ -11,11 +12,24 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from fused_adam_kernels import table
+
 from . import backend as backends
 from . import checkpoint, plan
 from .arena import Arena, State
 from .flatten import FlatBuffers
-from .scalars import Amp, hyper
+from .scalars import Guard, hyper
+
+
+def _check_guards(max_grad_norm: object, skip_nonfinite: object, differentiable: bool) -> None:
+    """Raise unless the arguments that look at all gradients are what they may be."""
+    number = isinstance(max_grad_norm, (int, float)) and not isinstance(max_grad_norm, bool)
+    if max_grad_norm is not None and not (number and max_grad_norm > 0):  # type: ignore[operator]
+        raise ValueError(f"max_grad_norm={max_grad_norm!r} must be a number above 0, or None for no clipping")
+    if not isinstance(skip_nonfinite, bool):
+        raise TypeError(f"skip_nonfinite={skip_nonfinite!r} must be True or False")
+    if differentiable and (max_grad_norm is not None or skip_nonfinite):
+        raise ValueError("max_grad_norm and skip_nonfinite do not go with differentiable=True, which is torch's step")
 
 
 @contextlib.contextmanager
@@ -43,6 +57,10 @@ class FusedAdam(torch.optim.Adam):
         flatten: move parameters and gradients into flat buffers at construction (those that are dense and own
             their whole storage; others stay). `zero_grad()` then zeroes the buffers whatever `set_to_none` says,
             so an unused parameter has a zero gradient, as with torch's `set_to_none=False`. Same bits.
+        max_grad_norm: clip the gradients' global L2 norm, as `torch.nn.utils.clip_grad_norm_` before the step would,
+            without writing them and without waiting for the device. The norm is `optimizer.grad_norm`.
+        skip_nonfinite: a step with a NaN or Inf in any gradient changes nothing, decided on the device;
+            `optimizer.skipped_steps` counts them.
         backend: "auto" (triton on GPUs, reference on CPU), "triton", "reference" or "compiled" (the reference
             through torch.compile: CPU only, needs a C++ compiler). All give the same bits.
 
@@ -69,6 +87,8 @@ class FusedAdam(torch.optim.Adam):
         differentiable: bool = False,
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
+        max_grad_norm: float | None = None,
+        skip_nonfinite: bool = False,
         flatten: bool = False,
         backend: str = "auto",
     ) -> None:
@@ -79,7 +99,9 @@ class FusedAdam(torch.optim.Adam):
             raise ValueError(
                 "flatten=True does not go with differentiable=True: gradients would be overwritten in place"
             )
+        _check_guards(max_grad_norm, skip_nonfinite, differentiable)
         self._backend, self._flatten = backend, flatten
+        self._max_grad_norm, self._skip_nonfinite = max_grad_norm, skip_nonfinite
         # Named, not super(): in FusedAdamW the next class is torch's AdamW, which has another signature.
         torch.optim.Adam.__init__(
             self,
@@ -106,6 +128,7 @@ class FusedAdam(torch.optim.Adam):
         self.state = State(self.state)
         self._arena = Arena()
         self._flat: FlatBuffers | None = None
+        self._stats: Tensor | None = None
         self._forget_plan()
 
     def _move_to_buffers(self) -> None:
@@ -125,10 +148,11 @@ class FusedAdam(torch.optim.Adam):
     def _step_supports_amp_scaling(self) -> bool:
         """Whether GradScaler leaves unscaling and the overflow decision to `step`, without waiting for the device.
 
-        As in torch, with `fused=True`. Derived, so that it survives pickle, deepcopy and loaded checkpoints. Not
-        always True, because Lightning refuses its own clipping for optimizers that carry it.
+        As in torch, with `fused=True`; and with `max_grad_norm` or `skip_nonfinite`. Derived, so that it survives
+        pickle, deepcopy and loaded checkpoints. Not always True, because Lightning refuses its own clipping for
+        optimizers that carry it.
         """
-        return bool(self.defaults["fused"]) or any(group["fused"] for group in self.param_groups)
+        return self._guards or bool(self.defaults["fused"]) or any(group["fused"] for group in self.param_groups)
 
     @_step_supports_amp_scaling.setter
     def _step_supports_amp_scaling(self, value: bool) -> None:
@@ -166,7 +190,7 @@ class FusedAdam(torch.optim.Adam):
             )
             return result
         self._accelerator_graph_capture_health_check()
-        if torch.cuda.is_current_stream_capturing():
+        if torch.backends.cuda.is_built() and torch.cuda.is_current_stream_capturing():
             raise RuntimeError("step() cannot be captured in a CUDA graph: its tables are uploaded by the host")
         loss = None
         if closure is not None:
@@ -187,12 +211,50 @@ class FusedAdam(torch.optim.Adam):
                 self._plan(params, grads)
             self._layout = layout
             state.touched = False
-        values = [hyper(group) for group in self.param_groups]
-        amp = Amp(getattr(self, "found_inf", None), getattr(self, "grad_scale", None))
+        values = [hyper(group, self._max_grad_norm, self._skip_nonfinite) for group in self.param_groups]
         for runner in self._runners:
-            runner.run(values, grads, amp)
+            runner.begin(grads)
+        guard = Guard(getattr(self, "found_inf", None), getattr(self, "grad_scale", None))
+        if self._runners and self._guards:
+            guard = self._checked(guard)
+        for runner in self._runners:
+            runner.run(values, guard)
+            guard = replace(guard, stats=None)  # counted once
         self._arena.note_counters()
         backends.increment_versions(self._written)
+
+    @property
+    def _guards(self) -> bool:
+        return self._max_grad_norm is not None or self._skip_nonfinite
+
+    def _checked(self, guard: Guard) -> Guard:
+        """Add the norm of all gradients, over all devices, and the place for what users may ask of it."""
+        sums = [runner.square_sum().reshape(1) for runner in self._runners]
+        total = sums[0]
+        for other in sums[1:]:
+            total = total + other.to(total.device, non_blocking=True)
+        if self._stats is None or self._stats.device != total.device:
+            old, self._stats = self._stats, torch.zeros(table.STATS, dtype=torch.float64, device=total.device)
+            if old is not None:
+                self._stats.copy_(old)
+        return replace(guard, square_sum=total, stats=self._stats)
+
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """L2 norm of the last step's gradients before clipping (unscaled under a GradScaler): float32, shape ().
+
+        On the device of the first parameters; reading its value waits for it. None before the first step, and
+        without `max_grad_norm` and `skip_nonfinite`.
+        """
+        return None if self._stats is None else self._stats[table.GRAD_NORM].float()
+
+    @property
+    def skipped_steps(self) -> Tensor | None:
+        """How many steps were skipped for non-finite gradients or a GradScaler's overflow: int64, shape ().
+
+        Where and when as `grad_norm`.
+        """
+        return None if self._stats is None else self._stats[table.SKIPPED_STEPS].long()
 
     def _layout_of(self, params: list[Tensor], grads: list[Tensor | None]) -> list[Any]:
         """All that a plan rests on, as values to compare: memory, dtypes, layouts, who has a gradient, options."""
@@ -261,7 +323,8 @@ class FusedAdam(torch.optim.Adam):
             post_hook(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_backend": self._backend, "_flatten": self._flatten}
+        own = ("_backend", "_flatten", "_max_grad_norm", "_skip_nonfinite")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -273,7 +336,7 @@ class FusedAdam(torch.optim.Adam):
 class FusedAdamW(FusedAdam, torch.optim.AdamW):
     """AdamW whose whole step is one fused pass: a drop-in for `torch.optim.AdamW`.
 
-    Arguments as in `torch.optim.AdamW`, and `flatten` and `backend` of `FusedAdam`. Loshchilov & Hutter 2019.
+    Arguments as in `torch.optim.AdamW`, and `FusedAdam`'s own. Loshchilov & Hutter 2019.
     """
 
     def __init__(
@@ -290,6 +353,8 @@ class FusedAdamW(FusedAdam, torch.optim.AdamW):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
+        max_grad_norm: float | None = None,
+        skip_nonfinite: bool = False,
         flatten: bool = False,
         backend: str = "auto",
     ) -> None:
@@ -306,6 +371,8 @@ class FusedAdamW(FusedAdam, torch.optim.AdamW):
             differentiable=differentiable,
             fused=fused,
             decoupled_weight_decay=True,
+            max_grad_norm=max_grad_norm,
+            skip_nonfinite=skip_nonfinite,
             flatten=flatten,
             backend=backend,
         )

@@ -192,6 +192,13 @@ def build(
     return ordered
 
 
+def same_order(p: Tensor, grad: Tensor) -> bool:
+    """Whether a parameter and its gradient are dense, and their elements follow each other alike in memory."""
+    g = real(grad)
+    alike = g.stride() == p.stride() or (g.is_contiguous() and p.is_contiguous())
+    return alike and is_dense(p) and not is_lazy(grad)
+
+
 def _place(row: Row, param: Tensor, grad: Tensor, buffers: FlatBuffers | None, staging: Staging) -> None:
     """Say where the row's operands lie."""
     p, numel = row.param, row.param.numel()
@@ -200,10 +207,7 @@ def _place(row: Row, param: Tensor, grad: Tensor, buffers: FlatBuffers | None, s
     if place:
         row.slots |= {"param": place.param, "grad": place.grad}
         return
-    g = real(grad)
-    alike = g.stride() == p.stride() or (g.is_contiguous() and p.is_contiguous())
-    alike = alike and not is_lazy(grad)
-    row.staged = not alike or not is_dense(p) or numel <= staging.small
+    row.staged = not same_order(p, grad) or numel <= staging.small
     if not row.staged:
         row.slots |= {"param": Slot(flat(p), 0, numel), "grad": None}
 

@@ -15,7 +15,9 @@ Hyper = Sequence[tuple[float | Tensor, ...]]
 LAST_STEP = 2**24  # a float32 counter stops here: 2^24 + 1 is not a float32
 
 
-def hyper(group: dict[str, Any]) -> tuple[float | Tensor, ...]:
+def hyper(
+    group: dict[str, Any], max_grad_norm: float | None = None, skip_nonfinite: bool = False
+) -> tuple[float | Tensor, ...]:
     """A param group's values in the order of the columns of `table.py`; tensors stay tensors, nothing is read."""
     beta1, beta2 = group["betas"]
     return (
@@ -26,6 +28,8 @@ def hyper(group: dict[str, Any]) -> tuple[float | Tensor, ...]:
         group["weight_decay"],
         float(group["decoupled_weight_decay"]),
         float(group["maximize"]),
+        -1.0 if max_grad_norm is None else max_grad_norm,
+        float(skip_nonfinite),
     )
 
 
@@ -40,20 +44,50 @@ def power(b: float, t: int) -> float:
 
 
 @dataclass(frozen=True, slots=True)
-class Amp:
-    """What a GradScaler hands over: one-element tensors, on its device.
+class Guard:
+    """What a step's gradients go through: one-element tensors, on any device.
 
     found_inf: not zero means that the step is skipped. (It is a sum over devices: torch's kernels test for one.)
     grad_scale: what gradients were multiplied by.
+    square_sum: float64, of all gradients as they are in memory, if they are clipped or checked.
+    stats: float64, shape (STATS,): the last norm before clipping, and how many steps were skipped.
     """
 
     found_inf: Tensor | None = None
     grad_scale: Tensor | None = None
+    square_sum: Tensor | None = None
+    stats: Tensor | None = None
+
+    def read(self, max_norm: float, skip_nonfinite: bool) -> Seen:
+        """Bring it all to the host: it waits for the device, if there is one."""
+        skip = self.found_inf is not None and float(self.found_inf) != 0
+        grad_scale = 1.0 if self.grad_scale is None else float(self.grad_scale)
+        if self.square_sum is None:
+            return Seen(grad_scale, 0.0, 1.0, skip)
+        norm = math.sqrt(float(self.square_sum)) / grad_scale
+        skip = skip or (skip_nonfinite and not math.isfinite(norm))
+        return Seen(grad_scale, norm, clip_coefficient(norm, max_norm), skip)
 
 
-def scalars(step: float, values: tuple[float | Tensor, ...], grad_scale: float = 1.0) -> tuple[float, ...]:
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """A guard as numbers: gradients are divided by grad_scale and multiplied by clip, or the step is skipped."""
+
+    grad_scale: float
+    grad_norm: float
+    clip: float
+    skip: bool
+
+
+def clip_coefficient(norm: float, max_norm: float) -> float:
+    """What gradients of this norm are multiplied by, as in torch's clip_grad_norm_; one if max_norm is negative."""
+    clip = max_norm / (norm + 1e-6)
+    return 1.0 if max_norm < 0 or clip > 1.0 else clip
+
+
+def scalars(step: float, values: tuple[float | Tensor, ...], seen: Seen) -> tuple[float, ...]:
     """One parameter's scalars for step number `step` (from 1), in float64, in the order of `table.py`."""
-    lr, beta1, beta2, eps, wd, decoupled, maximize = map(float, values)
+    lr, beta1, beta2, eps, wd, decoupled, maximize, *_ = map(float, values)
     t = int(min(step, LAST_STEP))
     return (
         lr / (1.0 - power(beta1, t)),
@@ -64,6 +98,6 @@ def scalars(step: float, values: tuple[float | Tensor, ...], grad_scale: float =
         eps,
         0.0 if decoupled else wd,
         lr * wd if decoupled else 0.0,
-        (-1.0 if maximize else 1.0) / grad_scale,
+        (-1.0 if maximize else 1.0) / seen.grad_scale * seen.clip,
         0.0,
     )

@@ -47,7 +47,7 @@ for name, (p, g, s, amsgrad) in {
 result["prologue"] = count(
     scalars.prologue_kernel,
     {"rows_ptr": "*i64", "hyper_ptr": "*fp64", "scalars_ptr": "*fp32", "found_inf_ptr": "*fp32",
-     "grad_scale_ptr": "*fp32", "num_rows": "i32"}, {"BLOCK": 128},
+     "grad_scale_ptr": "*fp32", "square_sum_ptr": "*fp64", "stats_ptr": "*fp64", "num_rows": "i32"}, {"BLOCK": 128},
 )
 print(json.dumps(result))
 """
@@ -123,7 +123,7 @@ import json
 import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
-from fused_adam_kernels import adam, scalars, table
+from fused_adam_kernels import adam, norm, scalars, table
 
 class Driver:  # what a launch asks of a driver before it reaches the GPU
     get_current_target = lambda self: GPUTarget("cuda", 90, 32)
@@ -138,10 +138,14 @@ class Recorder:  # launches by compiling as the launch would, and keeps the resu
 
 driver.set_active(Driver())
 adam.adam_kernel, scalars.prologue_kernel = Recorder(adam.adam_kernel), Recorder(scalars.prologue_kernel)
+norm.square_sum_kernel, norm.total_kernel = Recorder(norm.square_sum_kernel), Recorder(norm.total_kernel)
 for rows in (1, 2, 16, 1000):
     table_of_rows = torch.zeros(rows, table.ROW, dtype=torch.int64)
     values = torch.zeros(rows, table.SCALARS)
     scalars.prologue(table_of_rows, torch.zeros(2, table.HYPER, dtype=torch.float64), values)
+    partials, total = torch.zeros(rows, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+    launches = [(torch.float32, torch.zeros(rows, 3, dtype=torch.int32))]
+    norm.square_sum(table_of_rows, launches, partials, total)
     for blocks in (1, 2, 16, 1000):
         for dtype in (torch.float32, torch.bfloat16):
             adam.adam_step(
@@ -151,6 +155,8 @@ ptx = [kernel.asm["ptx"] for kernel in adam.adam_kernel.compiled]
 print(json.dumps({
     "prologue": len({id(kernel) for kernel in scalars.prologue_kernel.compiled}),
     "update": len({id(kernel) for kernel in adam.adam_kernel.compiled}),
+    "norm": len({id(kernel) for kernel in norm.square_sum_kernel.compiled + norm.total_kernel.compiled}),
+    "norm fma": sum("fma" in kernel.asm["ptx"] for kernel in norm.square_sum_kernel.compiled),
     "fma": sum("fma" in text for text in ptx), "vectors": sum("ld.global.v4" in text for text in ptx),
     "launches": len(ptx),
 }))
@@ -160,4 +166,7 @@ print(json.dumps({
 def test_launchers_compile_once_per_dtype_mix_whatever_the_sizes():
     """The launch path itself, up to the driver: no size, step or learning rate is specialised on."""
     done = outside_the_interpreter(LAUNCH)
-    assert done == {"prologue": 1, "update": 2, "fma": 0, "vectors": 32, "launches": 32}
+    assert done == {
+        **{"prologue": 1, "update": 2, "fma": 0, "vectors": 32, "launches": 32},
+        **{"norm": 2, "norm fma": 0},
+    }

@@ -23,6 +23,14 @@ def power(b, t):
     return r
 
 
+@triton.jit
+def clip_coefficient(norm, max_norm):
+    """What gradients of this norm are multiplied by, as in torch's clip_grad_norm_; one if max_norm is negative."""
+    clip = max_norm / (norm + 1e-6)
+    clip = tl.where(clip > 1.0, 1.0, clip)  # a NaN stays one
+    return tl.where(max_norm < 0, 1.0, clip)
+
+
 @triton.jit(do_not_specialize=["num_rows"])
 def prologue_kernel(
     rows_ptr,  # *i64 [P, ROW]      addresses of the step counters, group numbers
@@ -30,6 +38,8 @@ def prologue_kernel(
     scalars_ptr,  # *f32 or *f64 [P, SCALARS]  out: this step's values
     found_inf_ptr,  # *f32 [1] or None: not zero means that this step is skipped
     grad_scale_ptr,  # *f32 [1] or None: what gradients were multiplied by
+    square_sum_ptr,  # *f64 [1] or None: of all gradients
+    stats_ptr,  # *f64 [STATS] or None: out, the norm before clipping and the number of skipped steps
     num_rows: tl.int32,  # P
     BLOCK: tl.constexpr,  # rows per program
 ):
@@ -40,6 +50,17 @@ def prologue_kernel(
     grad_scale = 1.0
     if grad_scale_ptr is not None:
         grad_scale = tl.load(grad_scale_ptr).to(tl.float64)
+    clip = 1.0
+    if square_sum_ptr is not None:
+        norm = tl.sqrt(tl.load(square_sum_ptr)) / grad_scale
+        clip = clip_coefficient(norm, tl.load(hyper_ptr + table.MAX_GRAD_NORM))
+        finite = norm < float("inf")
+        skip = skip | ((tl.load(hyper_ptr + table.SKIP_NONFINITE) != 0) & (finite == 0))
+        if stats_ptr is not None:
+            if tl.program_id(0) == 0:
+                tl.store(stats_ptr + table.GRAD_NORM, norm)
+                skipped = tl.load(stats_ptr + table.SKIPPED_STEPS)
+                tl.store(stats_ptr + table.SKIPPED_STEPS, tl.where(skip, skipped + 1.0, skipped))
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     ok = row < num_rows
     row_ptr = rows_ptr + row * table.ROW
@@ -69,7 +90,7 @@ def prologue_kernel(
     tl.store(out + table.COUPLED, tl.where(decoupled, 0.0, wd).to(dtype), mask=ok)
     tl.store(out + table.DECAY, tl.where(decoupled, lr * wd, 0.0).to(dtype), mask=ok)
     sign = tl.where(maximize, -1.0, 1.0).to(tl.float64)
-    tl.store(out + table.GRAD_MULTIPLIER, (sign / grad_scale).to(dtype), mask=ok)
+    tl.store(out + table.GRAD_MULTIPLIER, (sign / grad_scale * clip).to(dtype), mask=ok)
     tl.store(out + table.SKIP, tl.where(skip, 1.0, 0.0).to(dtype), mask=ok)
 
 
@@ -79,6 +100,8 @@ def prologue(
     scalars: torch.Tensor,
     found_inf: torch.Tensor | None = None,
     grad_scale: torch.Tensor | None = None,
+    square_sum: torch.Tensor | None = None,
+    stats: torch.Tensor | None = None,
 ) -> None:
     """Advance the step counters and fill `scalars` for this step.
 
@@ -88,8 +111,12 @@ def prologue(
         scalars: float32 or float64, shape (P, SCALARS), on the same device: written.
         found_inf: float32, one element, on the same device: not zero skips the step, counters included.
         grad_scale: float32, one element, on the same device: gradients are divided by it as they are read.
+        square_sum: float64, one element, on the same device: of all gradients as they are in memory. With it
+            gradients are clipped and a step with non-finite ones skipped, as `hyper` says.
+        stats: float64, shape (STATS,), on the same device: the norm is written, the skipped steps are counted.
     """
     num_rows = rows.shape[0]
     prologue_kernel[(triton.cdiv(num_rows, BLOCK),)](
-        rows, hyper, scalars, found_inf, grad_scale, num_rows, BLOCK=BLOCK, num_warps=4, enable_fp_fusion=False
-    )
+        rows, hyper, scalars, found_inf, grad_scale, square_sum, stats, num_rows,
+        BLOCK=BLOCK, num_warps=4, enable_fp_fusion=False,
+    )  # fmt: skip
