@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Slots start on multiples of this many elements: 128 bytes or more for every dtype, and the same distance in
+# Slots start on multiples of this many elements: 128 bytes or more for every float dtype, and the same distance in
 # elements for all of them, so that neighbours in one buffer are neighbours in every buffer.
-SLOT = 128
+SLOT = 64
 SEGMENT_BYTES = 1 << 30
 
 

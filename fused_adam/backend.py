@@ -27,8 +27,8 @@ TRITON_DEVICES = ("cuda", "xpu")  # ROCm devices are called cuda
 class Runner(Protocol):
     """Runs one section's launches, step after step."""
 
-    def begin(self, grads: Sequence[Tensor | None]) -> None:
-        """Take this step's gradients, of all the optimizer's parameters."""
+    def begin(self, grads: Sequence[Tensor], addresses: Sequence[int]) -> None:
+        """Take this step's gradients, of all parameters that have one, and where they are."""
         ...
 
     def square_sum(self) -> Tensor:
@@ -117,7 +117,8 @@ class TritonRunner:
             (launch, self._upload(self._blocks(launch, position))) for launch in section.launches if launch.spans
         ]
         self.moving = [(i, row.index) for i, row in enumerate(self.rows) if row.slots.get("grad", 0) is None]
-        self.grad_addresses: list[int] = []
+        self.moving_rows = torch.tensor([i for i, _ in self.moving])
+        self.grad_addresses: Sequence[int] = ()
         self.hyper: list[tuple[float | Tensor, ...]] = []
         self.device_hyper = torch.empty(0, dtype=torch.float64, device=self.device)
         staged = [row for row in self.rows if row.stage and row.param.numel()]
@@ -158,13 +159,13 @@ class TritonRunner:
     def _upload(self, host: Tensor) -> Tensor:
         return host if self.device.type == "cpu" else host.pin_memory().to(self.device, non_blocking=True)
 
-    def begin(self, grads: Sequence[Tensor | None]) -> None:
+    def begin(self, grads: Sequence[Tensor], addresses: Sequence[int]) -> None:
         with self._on_device():
-            self._refresh_grads(grads)
+            self._refresh_grads(addresses)
             params, stage_params, grad_indexes, stage_grads = self.stage
             if params:
                 torch._foreach_copy_(stage_params, params)
-                torch._foreach_copy_(stage_grads, [real(grads[i]) for i in grad_indexes])  # type: ignore[arg-type]
+                torch._foreach_copy_(stage_grads, [real(grads[i]) for i in grad_indexes])
 
     def square_sum(self) -> Tensor:
         if self._norm is None:
@@ -213,10 +214,10 @@ class TritonRunner:
             return contextlib.nullcontext()
         return torch.get_device_module(self.device).device(self.device)
 
-    def _refresh_grads(self, grads: Sequence[Tensor | None]) -> None:
-        addresses = [grads[index].data_ptr() for _, index in self.moving]  # type: ignore[union-attr]
-        if addresses != self.grad_addresses:
-            self.host_rows[[i for i, _ in self.moving], table.GRAD] = torch.tensor(addresses)
+    def _refresh_grads(self, addresses: Sequence[int]) -> None:
+        if self.moving and addresses != self.grad_addresses:
+            moved = torch.tensor([addresses[index] for _, index in self.moving])
+            self.host_rows[self.moving_rows, table.GRAD] = moved
             self.device_rows.copy_(self._upload(self.host_rows), non_blocking=True)
             self.grad_addresses = addresses
 

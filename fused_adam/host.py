@@ -38,7 +38,7 @@ class HostRunner:
     def __init__(self, section: Section, compiled: bool) -> None:
         self.compute = section.compute
         self.rows = section.rows
-        self.grads: Sequence[Tensor | None] = ()
+        self.grads: Sequence[Tensor] = ()
         self.compiled = compiled
         self.spans = [HostSpan(launch, span) for launch in section.launches for span in launch.spans]
         # Compiled code keeps its intermediates in registers; a GPU has no cache worth staying in.
@@ -47,10 +47,14 @@ class HostRunner:
         for row in section.rows:
             owners.setdefault(id(row.home.counters), []).append(row)
         self.counters = [
-            (rows, torch.tensor([row.home.counter for row in rows], device=section.device)) for rows in owners.values()
+            (rows[0].home.counters, torch.tensor([row.home.counter for row in rows], device=section.device))
+            for rows in owners.values()
         ]
+        # Where each span's step count stands among them: which counters, which of the rows that share these.
+        places = {row.index: (i, j) for i, rows in enumerate(owners.values()) for j, row in enumerate(rows)}
+        self.places = [places[span.row.index] for span in self.spans]
 
-    def begin(self, grads: Sequence[Tensor | None]) -> None:
+    def begin(self, grads: Sequence[Tensor], addresses: Sequence[int]) -> None:
         self.grads = grads
 
     def square_sum(self) -> Tensor:
@@ -58,7 +62,6 @@ class HostRunner:
 
     def _flat_grad(self, row: Row) -> Tensor:
         grad = self.grads[row.index]
-        assert grad is not None
         if same_order(row.param, grad):
             return flat(real(grad))
         # In the order that the kernel reads: that of the state.
@@ -75,23 +78,22 @@ class HostRunner:
             return
         steps = self._advance()
         known: dict[tuple[int, float], tuple[Tensor, tuple[bool, bool, bool]]] = {}
-        for span in self.spans:
-            group, step = key = (span.row.group, steps[span.row.index])
+        for span, (i, j) in zip(self.spans, self.places, strict=True):
+            group, step = key = (span.row.group, steps[i][j])
             if key not in known:
                 values = torch.tensor(scalars(step, hyper[group], seen), dtype=self.compute)
                 known[key] = (values, flags(values.tolist()))
             span.update(*known[key], grads, self.chunk, self.compiled)
 
-    def _advance(self) -> dict[int, float]:
-        """Count the step; returns each parameter's count, by its index."""
-        steps: dict[int, float] = {}
-        for rows, index in self.counters:
-            counters = rows[0].home.counters
+    def _advance(self) -> list[list[float]]:
+        """Count the step; returns the new counts."""
+        counts = []
+        for counters, index in self.counters:
             assert counters is not None
             values = counters.steps[index] + 1
             counters.steps[index] = values
-            steps.update(zip((row.index for row in rows), values.tolist(), strict=True))
-        return steps
+            counts.append(values.tolist())
+        return counts
 
 
 def flags(numbers: Sequence[float]) -> tuple[bool, bool, bool]:
@@ -111,27 +113,22 @@ class HostSpan:
         self.operands = {
             key: Slot(slot.segment, slot.start, span.numel).flat() for key, slot in self.row.slots.items() if slot
         }
-        staged = [row for row in span.rows if row.stage]
-        self.indexes = [row.index for row in staged]
-        self.params = [row.param for row in staged]
-        self.stage_params = [row.stage[0] for row in staged if row.stage]
-        self.stage_grads = [row.stage[1] for row in staged if row.stage]
+        self.stage = Stage(span.rows, self.operands) if self.row.stage else None
 
     def update(
         self,
         scalars: Tensor,
         flags: tuple[bool, bool, bool],
-        grads: Sequence[Tensor | None],
+        grads: Sequence[Tensor],
         chunk: int,
         compiled: bool,
     ) -> None:
         """Step the whole span with these scalars, copying in and out what is staged."""
-        if self.params:
-            torch._foreach_copy_(self.stage_params, self.params)
-            torch._foreach_copy_(self.stage_grads, [real(grads[i]) for i in self.indexes])  # type: ignore[arg-type]
         operands = self.operands
-        if "grad" not in operands:
-            operands = operands | {"grad": flat(real(grads[self.row.index]))}  # type: ignore[arg-type]
+        if self.stage:
+            self.stage.copy_in(grads)
+        elif "grad" not in operands:
+            operands = operands | {"grad": flat(real(grads[self.row.index]))}
         launch = self.launch
         mix = (launch.param, launch.grad, launch.state, launch.amsgrad)
         step, sqrt = (compiled_adam_step(mix, flags), torch.sqrt) if compiled else (adam_step, exact_sqrt)
@@ -140,5 +137,45 @@ class HostSpan:
             p, g, m, v = (operands[key][part] for key in ("param", "grad", "exp_avg", "exp_avg_sq"))
             v_max = operands["max_exp_avg_sq"][part] if launch.amsgrad else None
             step(p, g, m, v, v_max, scalars, *flags, sqrt)
-        if self.params:
-            torch._foreach_copy_(self.params, self.stage_params)
+        if self.stage:
+            self.stage.copy_out()
+
+
+class Stage:
+    """Copies of a span's parameters and gradients, neighbours in scratch memory.
+
+    A copy per tensor costs 0.7 us; small contiguous ones are concatenated (0.1 us) and spread over their slots instead.
+    """
+
+    SMALL = 512  # elements per tensor on average, where spreading costs as much as a copy per tensor
+
+    def __init__(self, rows: Sequence[Row], operands: dict[str, Tensor]) -> None:
+        self.indexes = [row.index for row in rows]
+        self.params = [row.param for row in rows]
+        self.copies = [row.stage for row in rows if row.stage]
+        self.views = [copy[0] for copy in self.copies]
+        self.scratch = (operands["param"], operands["grad"])
+        numels = [row.param.numel() for row in rows]
+        self.positions: Tensor | None = None
+        plain = all(param.is_contiguous() and not row.complex for row, param in zip(rows, self.params, strict=True))
+        if plain and sum(numels) <= self.SMALL * len(rows):
+            self.flat_params = [flat(param) for param in self.params]
+            start = self.views[0].storage_offset()
+            starts = torch.tensor([view.storage_offset() - start for view in self.views])
+            lengths = torch.tensor(numels)
+            first = lengths.cumsum(0) - lengths
+            self.positions = torch.arange(sum(numels)) + torch.repeat_interleave(starts - first, lengths)
+
+    def copy_in(self, grads: Sequence[Tensor]) -> None:
+        chosen = [grads[i] for i in self.indexes]
+        if self.positions is None:
+            torch._foreach_copy_(self.views, self.params)
+            torch._foreach_copy_([copy[1] for copy in self.copies], [real(grad) for grad in chosen])
+        else:
+            param, grad = self.scratch
+            param.index_copy_(0, self.positions, torch.cat(self.flat_params))
+            packed = torch._utils._flatten_dense_tensors(chosen)  # type: ignore[no-untyped-call]
+            grad.index_copy_(0, self.positions, packed)
+
+    def copy_out(self) -> None:
+        torch._foreach_copy_(self.params, self.views)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from itertools import chain
 from typing import Any, overload
 
 import torch
@@ -19,6 +20,7 @@ from . import checkpoint, plan
 from .arena import Arena, State
 from .flatten import FlatBuffers
 from .scalars import Guard, hyper
+from .watch import Watch
 
 
 def _check_guards(max_grad_norm: object, skip_nonfinite: object, differentiable: bool) -> None:
@@ -138,11 +140,11 @@ class FusedAdam(torch.optim.Adam):
                 self._flat = FlatBuffers(self._params())
 
     def _forget_plan(self) -> None:
-        self._layout: Any = None
+        self._watch: Watch | None = None
         self._runners: list[backends.Runner] = []
 
     def _params(self) -> list[Tensor]:
-        return [param for group in self.param_groups for param in group["params"]]
+        return list(chain.from_iterable([group["params"] for group in self.param_groups]))
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -190,7 +192,7 @@ class FusedAdam(torch.optim.Adam):
             )
             return result
         self._accelerator_graph_capture_health_check()
-        if torch.backends.cuda.is_built() and torch.cuda.is_current_stream_capturing():
+        if torch.version.cuda and torch.cuda.is_current_stream_capturing():
             raise RuntimeError("step() cannot be captured in a CUDA graph: its tables are uploaded by the host")
         loss = None
         if closure is not None:
@@ -203,17 +205,22 @@ class FusedAdam(torch.optim.Adam):
     def _step(self) -> None:
         self._move_to_buffers()
         params = self._params()
-        grads = [param.grad for param in params]
-        layout = self._layout_of(params, grads)
+        options = [bool(group["amsgrad"]) for group in self.param_groups]
         state: Any = self.state
-        if layout != self._layout or state.touched or not self._arena.counters_unchanged():
+        found = None
+        if self._watch and not state.touched and self._arena.counters_unchanged():
+            found = self._watch.gradients(params, options)
+        if found is None:
             with _lasting():
-                self._plan(params, grads)
-            self._layout = layout
+                self._plan(params, options)
+            self._watch = Watch(params, [param.grad for param in params], options, self._flat)
             state.touched = False
+            found = self._watch.gradients(params, options)
+            assert found is not None
+        grads, addresses = found
         values = [hyper(group, self._max_grad_norm, self._skip_nonfinite) for group in self.param_groups]
         for runner in self._runners:
-            runner.begin(grads)
+            runner.begin(grads, addresses)
         guard = Guard(getattr(self, "found_inf", None), getattr(self, "grad_scale", None))
         if self._runners and self._guards:
             guard = self._checked(guard)
@@ -256,22 +263,10 @@ class FusedAdam(torch.optim.Adam):
         """
         return None if self._stats is None else self._stats[table.SKIPPED_STEPS].long()
 
-    def _layout_of(self, params: list[Tensor], grads: list[Tensor | None]) -> list[Any]:
-        """All that a plan rests on, as values to compare: memory, dtypes, layouts, who has a gradient, options."""
-        slots = self._flat.grad_addresses if self._flat else {}
-        rows: list[Any] = [
-            None
-            if grad is None or grad.is_sparse
-            else (
-                *(id(param), param.data_ptr(), param.dtype, param.device, param.shape, param.stride()),
-                *(grad.dtype, grad.stride(), plan.is_lazy(grad), slots.get(param) == grad.data_ptr()),
-            )
-            for param, grad in zip(params, grads, strict=True)
-        ]
-        return [rows, [(len(group["params"]), group["amsgrad"]) for group in self.param_groups]]
-
-    def _plan(self, params: list[Tensor], grads: list[Tensor | None]) -> None:
+    def _plan(self, params: list[Tensor], amsgrads: list[bool]) -> None:
+        """Decide anew what each launch updates, and make the state it needs."""
         self._forget_plan()
+        grads = [param.grad for param in params]
         groups = [number for number, group in enumerate(self.param_groups) for _ in group["params"]]
         chosen = {
             device: backends.choose(self._backend, device)
@@ -281,16 +276,16 @@ class FusedAdam(torch.optim.Adam):
             params=params,
             grads=grads,
             groups=groups,
-            amsgrads=[bool(group["amsgrad"]) for group in self.param_groups],
+            amsgrads=amsgrads,
             arena=self._arena,
             state=self.state,  # type: ignore[arg-type]
             buffers=self._flat,
             staging={device: backends.staging(name) for device, name in chosen.items()},
         )
         self._runners = [backends.bind(chosen[section.device], section) for section in sections]
-        rows = [row for section in sections for row in section.rows]
-        written = [row.param for row in rows] + [row.home.views[key] for row in rows for key in row.keys]
-        self._written = [tensor for tensor in written if not tensor.is_inference()]
+        # Autograd saves parameters for backward, never moments: only theirs is a change to tell.
+        written = [param for param, grad in zip(params, grads, strict=True) if grad is not None]
+        self._written = [param for param in written if not param.is_inference()]
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def zero_grad(self, set_to_none: bool = True) -> None:

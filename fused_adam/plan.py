@@ -33,9 +33,10 @@ class Staging:
 class Row:
     """One parameter that has a gradient: what the tables say of it."""
 
-    index: int  # among all parameters of the optimizer
+    index: int  # among the parameters that have a gradient
     group: int
     param: Tensor  # real view of the user's parameter
+    complex: bool
     amsgrad: bool
     home: Home
     slots: dict[str, Slot | None] = field(default_factory=dict)  # of the operands; None: the gradient, where it is
@@ -162,19 +163,26 @@ def build(
         if grad is not None:
             name = f"parameter {index} (group {group})"
             check(param, grad, name)
-            row = Row(index, group, real(param.detach()), amsgrads[group], arena.homes.setdefault(param, Home()))
+            row = Row(
+                len(rows),
+                group,
+                real(param.detach()),
+                param.is_complex(),
+                amsgrads[group],
+                arena.homes.setdefault(param, Home()),
+            )
             arena.check(param, name, dict.get(state, param, {}), row.keys)
             rows.append(row)
     # A parameter that is listed twice has one state, with what either of its groups asks for.
-    owners = {params[row.index]: row.keys for row in sorted(rows, key=lambda row: row.amsgrad)}
+    live = [(param, grad) for param, grad in zip(params, grads, strict=True) if grad is not None]
+    owners = {live[row.index][0]: row.keys for row in sorted(rows, key=lambda row: row.amsgrad)}
     arena.adopt(state, list(owners), list(owners.values()))
 
     sections: dict[Any, Section] = {}
     launches: dict[Any, Launch] = {}
     for row, wave in zip(rows, waves(rows), strict=True):
-        grad = grads[row.index]
-        assert grad is not None
-        _place(row, params[row.index], grad, buffers, staging[row.param.device])
+        grad = live[row.index][1]
+        _place(row, live[row.index][0], grad, buffers, staging[row.param.device])
         compute = torch.float64 if row.param.dtype == torch.float64 else torch.float32
         key = (wave, row.param.device, compute)
         section = sections.setdefault(key, Section(row.param.device, compute))

@@ -74,7 +74,7 @@ def test_the_kernels_sum_has_the_bits_of_the_reference(kernel_device):
         optimizer = FusedAdam(params, backend=backend, max_grad_norm=1.0)
         optimizer.step()
         for runner in optimizer._runners:
-            runner.begin([p.grad for p in params])
+            runner.begin([p.grad for p in params], [p.grad.data_ptr() for p in params])
         sums.append([runner.square_sum().item() for runner in optimizer._runners])
     assert sums[0] == sums[1] and len(sums[0]) == 1
     exact = math.fsum(x * x for p in params for x in p.grad.double().flatten().tolist())

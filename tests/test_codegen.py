@@ -167,6 +167,11 @@ def test_launchers_compile_once_per_dtype_mix_whatever_the_sizes():
     """The launch path itself, up to the driver: no size, step or learning rate is specialised on."""
     done = outside_the_interpreter(LAUNCH)
     assert done == {
-        **{"prologue": 1, "update": 2, "fma": 0, "vectors": 32, "launches": 32},
-        **{"norm": 2, "norm fma": 0},
+        "prologue": 1,
+        "update": 2,
+        "fma": 0,
+        "vectors": 32,
+        "launches": 32,
+        "norm": 2,
+        "norm fma": 0,
     }

@@ -44,7 +44,7 @@ def test_moves_parameters_and_gradients_into_two_buffers():
     assert all(torch.equal(p, b) for p, b in zip(params, before, strict=True))
     assert all(in_place(optimizer, p) and (p.grad == 0).all() for p in params)
     distances = {p.data_ptr() - params[0].data_ptr() for p in params}
-    assert distances == {0, 512, 1024, 1536}  # slots of 128 float32 elements
+    assert distances == {0, 256, 512, 768}  # slots of 64 float32 elements
 
 
 @pytest.mark.parametrize("set_to_none", [False, True])
@@ -197,11 +197,11 @@ def test_the_storages_outlive_the_optimizer():
 
 
 def test_segments_are_split_at_their_limit(monkeypatch):
-    monkeypatch.setattr("fused_adam.arena.SEGMENT_BYTES", 4 * 1000)
+    monkeypatch.setattr("fused_adam.arena.SEGMENT_BYTES", 4 * 900)
     parts = list(segments([300, 300, 300, 2000, 1], torch.float32, torch.device("cpu")))
     assert [[slot.numel for slot in part] for part in parts] == [[300, 300], [300], [2000], [1]]
-    assert [slot.start for part in parts for slot in part] == [0, 384, 0, 0, 0]
-    assert [part[0].segment.numel() for part in parts] == [768, 384, 2048, 128]
+    assert [slot.start for part in parts for slot in part] == [0, 320, 0, 0, 0]
+    assert [part[0].segment.numel() for part in parts] == [640, 320, 2048, 64]
 
 
 def test_flattened_training_across_segments(monkeypatch):

@@ -23,6 +23,7 @@ ALLOWED = {
     "fused_adam.flatten": {"fused_adam.arena"},
     "fused_adam.plan": {"fused_adam.arena", "fused_adam.flatten"},
     "fused_adam.checkpoint": {"fused_adam.arena", "fused_adam.plan"},
+    "fused_adam.watch": {"fused_adam.flatten"},
     "fused_adam.host": {
         *("fused_adam.arena", "fused_adam.norm", "fused_adam.plan", "fused_adam.reference", "fused_adam.scalars"),
         "fused_adam_kernels.table",
@@ -34,7 +35,7 @@ ALLOWED = {
     },
     "fused_adam.optimizer": {
         *("fused_adam.arena", "fused_adam.backend", "fused_adam.checkpoint", "fused_adam.flatten"),
-        *("fused_adam.plan", "fused_adam.scalars", "fused_adam_kernels.table"),
+        *("fused_adam.plan", "fused_adam.scalars", "fused_adam.watch", "fused_adam_kernels.table"),
     },
     "fused_adam_kernels": set(),
     "fused_adam_kernels.table": set(),

@@ -3,9 +3,10 @@
 import copy
 
 import hypothesis.strategies as st
+import oracle
 import torch
 from hypothesis import HealthCheck, given, settings
-from test_contract import assert_close
+from oracle import Options
 from training import MOMENTS, values
 
 from fused_adam import FusedAdam
@@ -77,6 +78,19 @@ def make(cls, groups, schedule, **extra):
     return optimizer, scheduler
 
 
+def tolerance(dtype, optimizer):
+    """What rounding takes two paths apart by: ours rounds stored values once, torch's up to four times."""
+    decay = max(group["weight_decay"] for group in optimizer.param_groups)
+    o = Options(lr=0.1, betas=(0.95, 0.99), weight_decay=decay)  # the largest that the strategies draw
+    real = torch.float32 if dtype == torch.complex64 else dtype
+    ours, torchs = (oracle.tolerance(real, STEPS, o, roundings) for roundings in (1, 4))
+    return {key: ours[key] + torchs[key] for key in ours}
+
+
+def assert_near(a, b, tolerance):
+    torch.testing.assert_close(a, b, rtol=0, atol=tolerance)
+
+
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(
     groups=GROUPS,
@@ -105,11 +119,12 @@ def test_lockstep_with_torch(groups, schedule, flatten, pattern, reload):
         for p, q in zip(mine, others, strict=True):
             a, b = ours.state.get(p, {}), theirs.state.get(q, {})
             assert list(a) == list(b) and a.get("step") == b.get("step")
-            assert_close(p, q, p.dtype)
+            within = tolerance(p.dtype, ours)
+            assert_near(p, q, within["param"])
             with torch.no_grad():
                 p.copy_(q)
                 for key in MOMENTS:
                     if key in a:
                         assert a[key].stride() == b[key].stride() and a[key].dtype == b[key].dtype
-                        assert_close(a[key], b[key], p.dtype)
+                        assert_near(a[key], b[key], within[key])
                         a[key].copy_(b[key])

@@ -1,0 +1,100 @@
+"""What makes a plan be made anew, with torch's guard and without it."""
+
+import pytest
+import torch
+from training import gradient, parameters
+
+from fused_adam import FusedAdam, watch
+from fused_adam.watch import Layouts
+
+
+@pytest.fixture(params=["guards", "python"], autouse=True)
+def implementation(request, monkeypatch):
+    if request.param == "python":
+        monkeypatch.setattr(watch, "guards", None)
+    else:
+        assert watch.guards is not None
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        torch.ones(4, 6, dtype=torch.float64),
+        torch.ones(6, 4),
+        torch.ones(6, 4).t(),
+        torch.ones(1, 6).expand(4, 6),
+        torch._neg_view(torch.ones(4, 6)),
+        None,
+    ],
+)
+def test_layouts_differ(other):
+    kept = Layouts([torch.ones(3), torch.ones(4, 6)])
+    assert kept.hold([torch.zeros(3), torch.zeros(4, 6)])
+    assert not kept.hold([torch.zeros(3), other])
+    twice = torch.ones(2)
+    assert Layouts([twice, twice]).hold([twice, twice])
+
+
+class Plans:
+    """Counts how often an optimizer decides anew."""
+
+    def __init__(self, optimizer):
+        self.count = 0
+        plan = optimizer._plan
+
+        def counted(*args):
+            self.count += 1
+            plan(*args)
+
+        optimizer._plan = counted
+
+
+def step(optimizer, number, skip=()):
+    for index, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+        p.grad = None if index in skip else gradient(p, index, number)
+    optimizer.step()
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_one_plan_serves_whatever_does_not_move_memory(backend):
+    if backend == "triton" and torch.cuda.is_available():
+        pytest.skip("the interpreter needs a process without a GPU")
+    optimizer = FusedAdam(parameters(torch.float32, [(5,), (7, 3)]), backend=backend)
+    plans, kept = Plans(optimizer), []
+    for number in range(8):
+        step(optimizer, number)
+        kept += [p.grad for p in optimizer.param_groups[0]["params"]]  # so that gradients have new addresses
+        group = optimizer.param_groups[0]
+        group.update(lr=group["lr"] / 2, betas=(0.8, 0.9), weight_decay=0.1 * number, eps=1e-6, maximize=number > 4)
+        optimizer.zero_grad()
+    assert plans.count == 1
+
+
+@pytest.mark.parametrize("flatten", [False, True])
+def test_each_change_makes_one_new_plan(flatten):
+    optimizer = FusedAdam(parameters(torch.float32, [(5,), (7, 3)]), flatten=flatten)
+    plans = Plans(optimizer)
+    params = optimizer.param_groups[0]["params"]
+
+    def replace_second():
+        optimizer.state.pop(params[1])
+        params[1] = parameters(torch.float32, [(7, 3)])[0]
+
+    changes = [
+        lambda: None,
+        lambda: optimizer.add_param_group({"params": parameters(torch.float32, [(2,)])}),
+        lambda: optimizer.param_groups[0].update(amsgrad=True),
+        lambda: setattr(params[0], "data", params[0].data.clone()),
+        lambda: optimizer.state[params[0]].update(exp_avg=torch.zeros(5)),
+        replace_second,
+        lambda: optimizer.load_state_dict(optimizer.state_dict()),
+    ]
+    for number, change in enumerate(changes):
+        change()
+        step(optimizer, 2 * number)
+        step(optimizer, 2 * number + 1)
+        assert plans.count == number + 1
+    step(optimizer, 20, skip=(1,))
+    step(optimizer, 21, skip=(1,))
+    step(optimizer, 22)
+    assert plans.count == len(changes) + 2
