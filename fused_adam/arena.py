@@ -170,6 +170,11 @@ class Arena:
         self.homes: dict[Tensor, Home] = {}
         self.counters: list[Counters] = []
 
+    def keep(self, params: Sequence[Tensor]) -> None:
+        """Let go of parameters that the optimizer no longer has."""
+        known = set(map(id, params))
+        self.homes = {param: home for param, home in self.homes.items() if id(param) in known}
+
     def check(self, param: Tensor, name: str, entry: dict[str, Any], keys: Sequence[str]) -> None:
         """Raise ValueError if the entry's tensors cannot be the state of this parameter."""
         for key in keys:

@@ -241,9 +241,9 @@ class FusedAdam(torch.optim.Adam):
         for other in sums[1:]:
             total = total + other.to(total.device, non_blocking=True)
         if self._stats is None or self._stats.device != total.device:
-            old, self._stats = self._stats, torch.zeros(table.STATS, dtype=torch.float64, device=total.device)
-            if old is not None:
-                self._stats.copy_(old)
+            with _lasting():
+                stats = torch.zeros(table.STATS, dtype=torch.float64, device=total.device)
+                self._stats = stats if self._stats is None else stats.copy_(self._stats)
         return replace(guard, square_sum=total, stats=self._stats)
 
     @property
@@ -312,7 +312,8 @@ class FusedAdam(torch.optim.Adam):
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = pre_hook(self, state_dict) or state_dict
         state: Any = self.state
-        groups = checkpoint.load(self.param_groups, self._arena, state, state_dict)
+        with _lasting():
+            groups = checkpoint.load(self.param_groups, self._arena, state, state_dict)
         self.__setstate__({"state": state, "param_groups": groups})
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)

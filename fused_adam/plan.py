@@ -158,6 +158,7 @@ def build(
 
     Raises ValueError, TypeError or RuntimeError for what cannot be stepped, before any state is made.
     """
+    arena.keep(params)
     rows: list[Row] = []
     for index, (param, grad, group) in enumerate(zip(params, grads, groups, strict=True)):
         if grad is not None:

@@ -1,7 +1,9 @@
 """The ordinary training loop: groups, closures, schedulers, missing gradients, and clear errors."""
 
 import copy
+import gc
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -348,6 +350,19 @@ def test_a_gradient_of_another_dtype_at_the_same_address_is_noticed(backend):
             optimizer.step()
         runs.append(results(optimizer))
     assert same_bits(*runs)
+
+
+def test_a_parameter_taken_out_is_let_go():
+    """Its memory is not held: some frameworks replace parameters in their groups."""
+    params = parameters(torch.float32, [(5,), (6,)])
+    optimizer = FusedAdam(params)
+    train(optimizer, 1)
+    old = weakref.ref(params[1])
+    optimizer.state.pop(params[1])
+    optimizer.param_groups[0]["params"][1] = params[1] = nn.Parameter(torch.ones(6))
+    train(optimizer, 1)
+    gc.collect()
+    assert old() is None and optimizer.state[params[1]]["step"] == 1
 
 
 def test_copies_continue_alike():
