@@ -164,7 +164,8 @@ class Stage:
             starts = torch.tensor([view.storage_offset() - start for view in self.views])
             lengths = torch.tensor(numels)
             first = lengths.cumsum(0) - lengths
-            self.positions = torch.arange(sum(numels)) + torch.repeat_interleave(starts - first, lengths)
+            positions = torch.arange(sum(numels)) + torch.repeat_interleave(starts - first, lengths)
+            self.positions = positions.to(self.params[0].device)
 
     def copy_in(self, grads: Sequence[Tensor]) -> None:
         chosen = [grads[i] for i in self.indexes]

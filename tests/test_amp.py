@@ -59,6 +59,50 @@ def test_g3_closures_are_refused_by_the_scaler():
         scaler.step(FusedAdam(parameters(torch.float32), fused=True), closure=lambda: 1.0)
 
 
+@every_backend
+def test_g4_a_scale_the_user_sets_is_multiplied_by_the_scalers(backend):
+    scaled, plain = (FusedAdamW(parameters(torch.float32), fused=True, backend=backend) for _ in range(2))
+    scaler = torch.amp.GradScaler("cpu", init_scale=16.0)
+    for optimizer, factor in ((scaled, 4.0), (plain, 1.0)):
+        for i, p in enumerate(optimizer.param_groups[0]["params"]):
+            p.grad = gradient(p, i, 0) * factor * (16.0 if optimizer is scaled else 1.0)
+    scaler.scale(torch.ones(()))  # makes its scale
+    scaled.grad_scale = torch.full((), 4.0)
+    scaler.step(scaled)
+    plain.step()
+    assert same_bits(results(scaled), results(plain))
+
+
+@every_backend
+def test_g7_scale_and_flag_are_honoured_whatever_fused_says(backend):
+    """torch asserts that they are None unless the step is fused."""
+    param = nn.Parameter(torch.ones(3))
+    param.grad = torch.full((3,), 8.0)
+    optimizer = FusedAdam([param], backend=backend)
+    optimizer.grad_scale, optimizer.found_inf = torch.full((), 8.0), torch.zeros(())
+    optimizer.step()
+    torch.testing.assert_close(optimizer.state[param]["exp_avg"], torch.full((3,), 0.1))
+
+
+@every_backend
+def test_g8_unscaled_and_clipped_by_the_user(backend):
+    """unscale_, clip_grad_norm_, step: the step neither unscales again nor writes."""
+    runs = []
+    for fused in (None, True):
+        optimizer = FusedAdamW(parameters(torch.float32), fused=fused, backend=backend)
+        scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+        params = optimizer.param_groups[0]["params"]
+        for step in range(2):
+            optimizer.zero_grad()
+            scaler.scale(sum((p * gradient(p, i, step)).sum() for i, p in enumerate(params))).backward()
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(params, 1.0)
+            scaler.step(optimizer)
+            scaler.update()
+        runs.append(results(optimizer))
+    assert same_bits(*runs)
+
+
 @pytest.mark.parametrize("shape", [(), (1,)])
 @pytest.mark.parametrize("scale", [None, 4.0])
 @pytest.mark.parametrize("found_inf", [1.0, 2.0, float("nan")])

@@ -9,6 +9,7 @@ import copy
 import inspect
 import io
 import pickle
+import unittest.mock
 import warnings
 
 import pytest
@@ -414,6 +415,79 @@ def _(cls):
     return snapshot(twin), public[0] == public[1]
 
 
+@item("C3-parameters that get their values after construction")
+def _(cls):
+    param = torch.ones(2, device="meta", requires_grad=True)
+    optimizer = cls([param])
+    torch.utils.swap_tensors(param, p(2))
+    optimizer.step()
+    return snapshot(optimizer)
+
+
+@item("D5-a counter stops at 2^24")
+def _(cls):
+    optimizer = cls([p(2)])
+    optimizer.step()
+    for entry in optimizer.state.values():
+        entry["step"].fill_(2**24 - 1)
+    optimizer.step()
+    optimizer.step()
+    return snapshot(optimizer)
+
+
+@item("E6-gradients of a strided convolution")
+def _(cls):
+    torch.manual_seed(0)
+    layer = nn.Conv2d(3, 4, 3, bias=False).to(memory_format=torch.channels_last)
+    optimizer = cls(layer.parameters(), lr=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        layer(torch.ones(2, 3, 8, 8)).square().mean().backward()
+        optimizer.step()
+    return snapshot(optimizer)
+
+
+@item("E9-inference tensors")
+def _(cls):
+    with torch.inference_mode():
+        param = torch.ones(2)
+        param.grad = torch.ones(2)
+        optimizer = cls([param])
+        optimizer.step()
+        return snapshot(optimizer)
+
+
+@item("H2-capture without capturable")
+def _(cls):
+    with unittest.mock.patch("torch.accelerator.is_available", return_value=True):
+        with unittest.mock.patch("torch.cuda.is_available", return_value=True):
+            with unittest.mock.patch("torch.cuda.is_current_stream_capturing", return_value=True):
+                return cls([p(2)]).step()
+
+
+@item("H3-the name in a profile, once")
+def _(cls):
+    optimizer = cls([p(2)])
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        optimizer.step()
+        optimizer.zero_grad()
+    return sorted(event.name for event in profile.events() if event.name.startswith("Optimizer."))
+
+
+@item("H5-hooks around checkpoints")
+def _(cls):
+    optimizer = cls([p(2)])
+    optimizer.step()
+    seen = []
+    optimizer.register_state_dict_pre_hook(lambda o: seen.append("before saving"))
+    optimizer.register_state_dict_post_hook(lambda o, saved: {**saved, "extra": 1})
+    optimizer.register_load_state_dict_pre_hook(lambda o, saved: seen.append(sorted(saved)))
+    optimizer.register_load_state_dict_pre_hook(lambda o, saved: seen.append("first"), prepend=True)
+    optimizer.register_load_state_dict_post_hook(lambda o: seen.append("after loading"))
+    optimizer.load_state_dict(optimizer.state_dict())
+    return seen
+
+
 def outcome(action, cls):
     """The action's result, or the error it raised; the class's own name and address taken out of texts."""
     name = cls.__name__
@@ -467,6 +541,15 @@ class TestDifferences:
         assert "KeyError" in outcome(turn_on, torch.optim.Adam)
         [(_, state)] = turn_on(FusedAdam)
         assert state["max_exp_avg_sq"] == state["exp_avg_sq"]
+
+    def test_c1_foreach_and_fused_choose_no_code_path(self):
+        runs = [outcome(stepped(p(5), steps=3, **{key: True}), FusedAdam) for key in ("foreach", "fused", "amsgrad")]
+        assert runs[0] == runs[1] != runs[2]
+
+    def test_c6_there_is_no_functional_form(self):
+        import fused_adam
+
+        assert fused_adam.__all__ == ["FusedAdam", "FusedAdamW", "__version__"]
 
     def test_c2_fused_takes_complex_parameters(self):
         complex_ = p(2, dtype=torch.complex64)

@@ -88,6 +88,14 @@ def test_kernel_gives_the_same_bits(dtype, options, flatten, kernel_device):
     assert_same(dtype, run(dtype, options, "triton", flatten, kernel_device), run(dtype, options))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("flatten", [False, True])
+@pytest.mark.parametrize(("dtype", "options"), CASES)
+def test_reference_on_a_gpu_gives_the_same_bits(dtype, options, flatten):
+    """Slow and waiting for the device, but the same numbers: for comparing on the spot."""
+    assert_same(dtype, run(dtype, options, "reference", flatten, "cuda"), run(dtype, options))
+
+
 @pytest.mark.parametrize("flatten", [False, True])
 @pytest.mark.parametrize("backend", ["reference", "compiled", "triton"])
 @pytest.mark.parametrize(

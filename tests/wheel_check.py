@@ -55,9 +55,16 @@ def main() -> None:
         # At the root of a checkout our folder of the same name must not hide it.
         assert run(python, "-c", KERNELS_IS_THEIRS, cwd=ROOT) == theirs
         run(python, "-c", "import fused_adam_kernels.adam", cwd=ROOT, PYTHONPATH=f"{ROOT}:{ROOT / 'kernels'}")
-        run(python, "-m", "pip", "uninstall", "--quiet", "--yes", "fused-adam", cwd=work)
+        uninstall = (python, "-m", "pip", "uninstall", "--quiet", "--yes", "fused-adam")
+        run(*uninstall, cwd=work)
         assert run(python, "-c", KERNELS_IS_THEIRS, cwd=work) == theirs
-    print(f"{wheel.name}: built, installed beside kernels, used, uninstalled")
+        # An editable install finds the same packages in the checkout.
+        run(*install, "--no-deps", "--editable", ROOT, cwd=work)
+        run(python, "-c", USE.replace("pathlib.Path(sys.prefix)", f"pathlib.Path({str(ROOT)!r})"), cwd=work)
+        assert run(python, "-c", KERNELS_IS_THEIRS, cwd=work) == theirs
+        run(*uninstall, cwd=work)
+        assert run(python, "-c", KERNELS_IS_THEIRS, cwd=work) == theirs
+    print(f"{wheel.name}: built, installed beside kernels (also editable), used, uninstalled")
 
 
 if __name__ == "__main__":
