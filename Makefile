@@ -9,6 +9,8 @@ demo: .venv/installed
 
 test: .venv/installed
 	$(BIN)/python -m pytest -n 2
+	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; \
+	then $(BIN)/python -m pytest -m gpu; else echo "No GPU here: tests marked gpu were skipped."; fi
 
 lint: .venv/installed
 	$(BIN)/ruff check .

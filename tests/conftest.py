@@ -1,29 +1,33 @@
-"""What every test shares: where kernels run, and visible skips."""
+"""What every test shares: where kernels run, and visible skips.
+
+`pytest` runs the real kernels in Triton's interpreter, on CPU tensors, with or without a GPU; `pytest -m gpu` runs the
+tests marked `gpu` natively. One process does one of the two: triton decides when it is imported.
+"""
 
 import os
 
 import pytest
 import torch
 
-# Before triton is imported: without a GPU the real kernels run in Triton's interpreter, on CPU tensors.
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 torch.set_num_threads(1)  # two workers share two cores; results do not depend on it
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    no_gpu = pytest.mark.skip(reason="needs a GPU, and Triton compiling for it (no TRITON_INTERPRET)")
+def pytest_configure(config: pytest.Config) -> None:
+    if config.option.markexpr == "gpu":
+        os.environ.pop("TRITON_INTERPRET", None)
+    else:
+        os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    native = config.option.markexpr == "gpu"
+    reason = "there is no GPU here" if native else "runs natively, under `pytest -m gpu`"
     for item in items:
-        if item.get_closest_marker("gpu") and (INTERPRETED or not torch.cuda.is_available()):
-            item.add_marker(no_gpu)
+        if item.get_closest_marker("gpu") and not (native and torch.cuda.is_available()):
+            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """`kernel_device`: where the Triton kernel runs: the interpreter on CPU, and a GPU where there is one."""
+    """`kernel_device`: where the Triton kernel runs: in the interpreter on CPU, or on a GPU."""
     if "kernel_device" in metafunc.fixturenames:
-        native = pytest.mark.skipif(not INTERPRETED, reason="the interpreter needs TRITON_INTERPRET=1 in this process")
-        metafunc.parametrize(
-            "kernel_device", [pytest.param("cpu", marks=native), pytest.param("cuda", marks=pytest.mark.gpu)]
-        )
+        metafunc.parametrize("kernel_device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

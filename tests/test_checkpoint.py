@@ -32,8 +32,6 @@ def copies(optimizer):
 @pytest.mark.parametrize("flatten", FLATTEN)
 @pytest.mark.parametrize("amsgrad", [False, True])
 def test_resuming_is_bit_equal_to_not_having_stopped(amsgrad, flatten, backend, dtype):
-    if backend == "triton" and torch.cuda.is_available():
-        pytest.skip("the interpreter needs a process without a GPU")
     options = {"lr": 1e-2, "amsgrad": amsgrad, "flatten": flatten, "backend": backend}
     optimizer = FusedAdamW(parameters(dtype, SHAPES), **options)
     train(optimizer, 3)

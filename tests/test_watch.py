@@ -57,8 +57,6 @@ def step(optimizer, number, skip=()):
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
 def test_one_plan_serves_whatever_does_not_move_memory(backend):
-    if backend == "triton" and torch.cuda.is_available():
-        pytest.skip("the interpreter needs a process without a GPU")
     optimizer = FusedAdam(parameters(torch.float32, [(5,), (7, 3)]), backend=backend)
     plans, kept = Plans(optimizer), []
     for number in range(8):
