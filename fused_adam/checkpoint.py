@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .arena import Arena, State
+from .arena import Arena, State, real
 from .plan import state_keys
 
 
@@ -104,7 +104,7 @@ def _settle(arena: Arena, state: State, param: Tensor, entry: dict[str, Any]) ->
         if key == "step":
             own[key] = value
         elif key in state_keys(amsgrad=True):
-            if home and view is not None and home.holds(key, view, view.dtype) and view.dtype == param.dtype:
+            if home and view is not None and home.holds(key, view, real(param).dtype):
                 value = view.copy_(value)
             own[key] = value
         else:  # not ours: kept as torch keeps it, but never aliased

@@ -22,6 +22,8 @@ from .flatten import FlatBuffers
 from .scalars import Guard, hyper
 from .watch import Watch
 
+HAS_GRAPHS = bool(torch.version.cuda or torch.version.hip)
+
 
 def _check_guards(max_grad_norm: object, skip_nonfinite: object, differentiable: bool) -> None:
     """Raise unless the arguments that look at all gradients are what they may be."""
@@ -192,7 +194,7 @@ class FusedAdam(torch.optim.Adam):
             )
             return result
         self._accelerator_graph_capture_health_check()
-        if torch.version.cuda and torch.cuda.is_current_stream_capturing():
+        if HAS_GRAPHS and torch.cuda.is_current_stream_capturing():
             raise RuntimeError("step() cannot be captured in a CUDA graph: its tables are uploaded by the host")
         loss = None
         if closure is not None:
