@@ -73,7 +73,7 @@ def test_losses_that_are_not_finite_never_agree(bad, where):
 
 
 def test_the_tolerance_never_shrinks_below_the_losses_own_digits():
-    assert tolerances([3.0], [3.0]) == [MARGIN * 2**-22]
+    assert tolerances([3.0], [3.0]) == [MARGIN * 2 * 2**-22]
     for loss in (0.7, 1.0, 2.3, 4.4):
         number = torch.tensor(loss)
         assert resolution(float(number)) == float(torch.nextafter(number, torch.tensor(math.inf)) - number)
