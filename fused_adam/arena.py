@@ -194,7 +194,7 @@ class Arena:
         if not (isinstance(step, Tensor) and step.device.type != "cpu") and not 0 <= float(step) < float("inf"):
             raise ValueError(f"state 'step' of {name} is {float(step)}, but must be a finite number >= 0")
 
-    def adopt(self, state: State, params: Sequence[Tensor], keys: Sequence[Sequence[str]]) -> bool:
+    def adopt(self, state: State, params: Sequence[Tensor], keys: Sequence[Sequence[str]]) -> None:
         """Give every parameter its state: zeros where there is none, a copy where another tensor stands.
 
         Args:
@@ -202,7 +202,7 @@ class Arena:
             params: parameters of any device and dtype, each once.
             keys: for each, the names of its moments, besides `step`.
 
-        Returns whether any entry changed. Call `check` first: nothing here raises half-way.
+        Call `check` first: nothing here raises half-way.
         """
         wanted: dict[tuple[str, torch.dtype, torch.device], list[Tensor]] = {}
         steps: dict[torch.device, list[Tensor]] = {}
@@ -222,7 +222,6 @@ class Arena:
             slots = (slot for segment in segments(numels, dtype, device) for slot in segment)
             for param, slot in zip(owners, slots, strict=True):
                 self._move_in(dict.__getitem__(state, param), param, key, slot)
-        return bool(wanted or steps)
 
     def _make_counters(self, state: State, params: Sequence[Tensor], device: torch.device) -> None:
         counters = Counters(torch.zeros(len(params), dtype=torch.float32, device=device))
