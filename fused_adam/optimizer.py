@@ -241,7 +241,8 @@ class FusedAdam(torch.optim.Adam):
         sums = [runner.square_sum().reshape(1) for runner in self._runners]
         total = sums[0]
         for other in sums[1:]:
-            total = total + other.to(total.device, non_blocking=True)
+            # Between GPUs this does not wait; to the CPU it must, or the sum would read what has not arrived.
+            total = total + other.to(total.device)
         if self._stats is None or self._stats.device != total.device:
             with _lasting():
                 stats = torch.zeros(table.STATS, dtype=torch.float64, device=total.device)
