@@ -193,7 +193,10 @@ class Arena:
         )
         if not number:
             raise ValueError(f"state 'step' of {name} is {step!r}, but must be one real number, as a tensor or plain")
-        # Reading a counter of another device would wait for it; those were checked when they were made or loaded.
+        home = self.homes.get(param)
+        if home and home.holds_step(step, param.device):
+            step = home.age if isinstance(home.age, float) else 0  # ours: read when somebody else has written to it
+        # Reading a counter of another device would wait for it.
         if not (isinstance(step, Tensor) and step.device.type != "cpu") and not 0 <= float(step) < float("inf"):
             raise ValueError(f"state 'step' of {name} is {float(step)}, but must be a finite number >= 0")
 

@@ -79,8 +79,8 @@ class DeviceRunner:
         self.rows = section.rows
         self.leaders = {span.first.index: span for launch in section.launches for span in launch.spans}
         self.host_rows = torch.tensor([self._row(row) for row in self.rows], dtype=torch.int64)
-        self.moving_rows = torch.tensor([i for i, row in enumerate(self.rows) if row.slots.get("grad", 0) is None])
-        self.moving = [self.rows[i].index for i in self.moving_rows.tolist()]
+        # Gradients that are used where they are: their rows, and their places among all gradients.
+        self.moving = [(i, row.index) for i, row in enumerate(self.rows) if row.slots.get("grad", 0) is None]
         self.row_table, self.hyper_table = Upload(self.device), Upload(self.device)
         self.scalars = torch.empty(len(self.rows), table.SCALARS, dtype=section.compute, device=self.device)
         self.prologue, self.programs = scalars.prologue(), scalars.programs(len(self.rows))
@@ -123,11 +123,12 @@ class DeviceRunner:
         return columns
 
     def _blocks(self, launch: Launch, position: dict[int, int]) -> Tensor:
-        rows = torch.tensor([position[span.first.index] for span in launch.spans])
-        chunks = torch.tensor([-(-span.numel // adam.BLOCK) for span in launch.spans])
-        first = chunks.cumsum(0) - chunks
-        row = torch.repeat_interleave(rows, chunks)
-        chunk = torch.arange(int(chunks.sum())) - torch.repeat_interleave(first, chunks)
+        counts = [-(-span.numel // adam.BLOCK) for span in launch.spans]
+        chunks, total = torch.tensor(counts), sum(counts)
+        leaders = torch.tensor([position[span.first.index] for span in launch.spans])
+        row = torch.repeat_interleave(leaders, chunks, output_size=total)
+        first = torch.repeat_interleave(chunks.cumsum(0) - chunks, chunks, output_size=total)
+        chunk = torch.arange(total) - first
         return upload(torch.stack([row, chunk], dim=1).to(torch.int32), self.device)
 
     def begin(self, grads: Sequence[Tensor], addresses: Sequence[int], capturing: bool) -> None:
@@ -144,7 +145,8 @@ class DeviceRunner:
     def _with_grads(self, addresses: Sequence[int]) -> Tensor:
         rows = self.host_rows.clone()
         if self.moving:
-            rows[self.moving_rows, table.GRAD] = torch.tensor([addresses[index] for index in self.moving])
+            places, indexes = zip(*self.moving, strict=True)
+            rows[torch.tensor(places), table.GRAD] = torch.tensor([addresses[index] for index in indexes])
         return rows
 
     def square_sum(self) -> Tensor:
