@@ -18,6 +18,8 @@ ALLOWED = {
     "fused_adam.release": {"fused_adam.optimizer"},
     "fused_adam.version": set(),
     "fused_adam.arena": set(),
+    "fused_adam.codecs": set(),
+    "fused_adam.precision": set(),
     "fused_adam.reference": set(),
     "fused_adam.scalars": set(),
     "fused_adam.norm": {"fused_adam_kernels.table"},
