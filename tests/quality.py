@@ -32,7 +32,8 @@ def update_quality(store, spread_of_std, *, std=1e-3, drop=False, steps=2500, nu
 
     With `drop` the gradients of every second element become ten times smaller after half the steps.
 
-    Returns a dict: `rmse` of the update over the last fifth of the steps, relative to the update's own; `largest` and `largest_fp32` |update|, in units of lr; `v_ratio`, the mean of v / v_fp32 at the end.
+    Returns a dict: `rmse` of the update over the last fifth of the steps, relative to the update's own; `largest` and
+    `largest_fp32` |update|, in units of lr; `v_ratio`, the mean of v / v_fp32 at the end.
     """
     generator = torch.Generator().manual_seed(1)
     deviation = std * torch.exp(spread_of_std * torch.randn(numel, generator=generator))
