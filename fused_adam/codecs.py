@@ -103,13 +103,14 @@ def join24(visible: Tensor, remainder: Tensor) -> Tensor:
 
 
 def group_scale(x: Tensor) -> Tensor:
-    """The largest magnitude of each group of 32, rounded up to bfloat16.
+    """The largest of each group of 32 magnitudes, rounded up to bfloat16, at least 2^-92.
 
-    Not below 2^-92 nor above the largest finite bfloat16. NaN if the group holds a NaN or an infinity.
+    NaN if the group holds a NaN, an infinity or a value above the largest finite bfloat16.
     """
+    # As integers NaN is the largest, once its sign is gone.
     top = (x.view(torch.int32) & 0x7FFFFFFF).view(-1, GROUP).amax(1)
-    scale = (top + 0xFFFF >> 16).clamp(SMALLEST_SCALE, 0x7F7F)
-    return torch.where(top < 0x7F800000, scale, NAN >> 16).to(torch.int16).view(torch.bfloat16)
+    scale = (top + 0xFFFF >> 16).clamp(min=SMALLEST_SCALE)
+    return torch.where(top <= 0x7F7F0000, scale, NAN >> 16).to(torch.int16).view(torch.bfloat16)
 
 
 def spread(x: Tensor) -> Tensor:
@@ -125,11 +126,12 @@ def decode_m(code: Tensor, scale: Tensor) -> Tensor:
 
 def encode_m(m: Tensor) -> tuple[Tensor, Tensor]:
     """float32, shape (N,) with N a multiple of 32 -> int8 codes, to nearest, and bfloat16 scales."""
-    scale = group_scale(m)
-    largest = torch.tensor(SIGNED_STEPS)  # a number / tensor would be a reciprocal, rounded twice
-    x = m.abs() * spread(largest / scale.to(torch.float32))
+    magnitude = m.abs()
+    scale = group_scale(magnitude)
+    largest = torch.tensor(SIGNED_STEPS, dtype=torch.float32)  # a number / tensor would be a reciprocal, rounded twice
+    x = magnitude * spread(largest / scale.to(torch.float32))
     x = torch.where(x < largest, x, largest)  # a NaN too: poisoned groups have codes, and a scale that shows
-    c = x.sqrt().floor()  # a guess: right or, next to a square, one off to where the comparison corrects it
+    c = x.sqrt().floor()  # a guess: right or one too low
     c = torch.where(x > c * (c + 1.0) + 0.5, c + 1.0, c)  # halfway between c^2 and (c + 1)^2
     return torch.where(m < 0, -c, c).to(torch.int8), scale
 
@@ -151,17 +153,15 @@ def encode_v(v: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         noise: int32, uniform in [0, 2^16).
     """
     scale = group_scale(v)
-    largest = torch.tensor(UNSIGNED_STEPS)
-    x = v * spread(largest / scale.to(torch.float32))
-    x = torch.where(x > 1.0, x, 1.0)
-    x = torch.where(x < largest, x, largest)
-    c = (x.sqrt().sqrt() - 0.5).floor()  # a guess: right or one too low
-    square = (c + 1.0) * (c + 1.0)
-    c = torch.where(x >= square * square, c + 1.0, c)
+    x = v * spread(torch.tensor(UNSIGNED_STEPS, dtype=torch.float32) / scale.to(torch.float32))
+    chance = (noise.to(torch.float32) + 0.5) / 65536.0
+    # A guess, right or one too low, of the code. x goes above code c if it is more than `chance` of the way up from it:
+    # on the scale of codes that point is at c + chance or up to 0.24 further on, so any guess within 0.25 will do.
+    c = (x.sqrt().sqrt() - chance + 0.5).floor()
     low = c * c
     low = low * low
     high = (c + 1.0) * (c + 1.0)
     high = high * high
-    chance = (noise.to(torch.float32) + 0.5) / 65536.0
     c = torch.where(x - low > (high - low) * chance, c + 1.0, c)
-    return torch.where(v > 0, c, 0.0).to(torch.uint8), scale
+    smallest = (v > 0).to(torch.float32)
+    return torch.where(c > smallest, c, smallest).to(torch.uint8), scale

@@ -27,7 +27,7 @@ def int8(m, v, words):
     return m, codecs.decode_v(*codecs.encode_v(v, codecs.state_noise(words)))
 
 
-def update_quality(store, spread_of_std, *, std=1e-3, drop=False, steps=2500, numel=16384, beta1=0.9, beta2=0.999):
+def update_quality(store, spread_of_std, *, std=1e-3, drop=False, steps=2500, numel=8192, beta1=0.9, beta2=0.999):
     """Run Adam's moments twice, exact and through `store(m, v, words)`, with eps = 0.
 
     With `drop` the gradients of every second element become ten times smaller after half the steps.

@@ -129,6 +129,23 @@ def test_twins_draw_the_same_words(first, step, ordinal, seed, kernel_device):
     assert same(singles, expected)
 
 
+def test_torchs_default_dtype_does_not_matter():
+    """For what a user may have set it to: float64."""
+    x = awkward()[:8192]
+    expected = [*codecs.encode_m(x), *codecs.encode_v(x.abs(), noise_for(x) & 0xFFFF), *codecs.split24(x, noise_for(x))]
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = [
+            *codecs.encode_m(x),
+            *codecs.encode_v(x.abs(), noise_for(x) & 0xFFFF),
+            *codecs.split24(x, noise_for(x)),
+        ]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for left, right in zip(found, expected, strict=True):
+        assert same(left, right)
+
+
 # --- Weights
 
 
@@ -184,10 +201,10 @@ def every_low_half(high):
 
 
 def test_split32_loses_nothing():
-    """All 65536 low halves, under the first, the last and a middle high half of every binade, both signs."""
+    """All 65536 low halves, under the first and the last high half of every binade, both signs."""
     for exponent in range(256):
         for sign in (0, 0x8000):
-            for mantissa in (0, 0x2A, 0x7F):
+            for mantissa in (0, 0x7F):
                 check_split32(every_low_half(sign | exponent << 7 | mantissa))
 
 
@@ -305,7 +322,7 @@ def groups():
     poisoned = torch.ones(3, 32)
     poisoned[0, 5], poisoned[1, 7], poisoned[2, 9] = math.nan, math.inf, -math.inf
     one_large = torch.zeros(1, 32)
-    one_large[0, 3] = 3.4e38
+    one_large[0, 3] = 3.4e38  # above the largest finite bfloat16
     codes_m = torch.arange(0, 128).square() / 16129.0  # decoded values and their neighbours
     codes_v = (torch.arange(0, 256) / 255.0) ** 4
     near = [torch.cat([x, torch.nextafter(x, x + 1), torch.nextafter(x, x - 1).abs()]) for x in (codes_m, codes_v)]
@@ -351,16 +368,17 @@ def test_twins_encode_moments_to_the_same_bits(kernel_device):
 
 def finite_groups():
     x = groups()
-    return x[x.isfinite().all(1)]
+    return x[(x.abs() <= LARGEST).all(1)]
 
 
 def test_scales_are_rounded_up():
-    x = finite_groups()
+    x = groups().abs()
+    x = x[x.isfinite().all(1)]
     scale = codecs.group_scale(x.view(-1)).float()
     top = x.abs().amax(1)
     low, high = top < 2.0**-92, top > LARGEST
     assert low.any() and high.any()
-    assert (scale[low] == 2.0**-92).all() and (scale[high] == LARGEST).all()
+    assert (scale[low] == 2.0**-92).all() and scale[high].isnan().all()
     between = ~low & ~high
     assert (scale >= top)[between].all()
     below = (bits_of(scale) - 0x10000).view(torch.float32)
@@ -381,7 +399,6 @@ def test_m_is_nearest():
 def test_v_is_one_of_two_neighbours_in_proportion():
     """64 noises spread evenly for every kind of value: the mean is the value, but for what 64 cannot resolve."""
     v = finite_groups().abs()
-    v = v[v.amax(1) <= LARGEST]
     total, v = torch.zeros(v.numel(), dtype=torch.float64), v.view(-1)
     codes, scale = [], codecs.group_scale(v)
     for noise in range(512, 65536, 1024):
@@ -403,7 +420,7 @@ def test_v_is_one_of_two_neighbours_in_proportion():
 
 @pytest.mark.parametrize("noise", [0, 0xFFFF])
 def test_no_positive_v_decodes_to_zero(noise):
-    v = torch.nn.functional.pad(float_of(torch.arange(1, 0x7F800000, 99991)), (0, 31))
+    v = torch.nn.functional.pad(float_of(torch.arange(1, 0x7F7F0000, 99991)), (0, 31))
     v = v[: v.numel() // 32 * 32].view(32, -1).T.reshape(-1).contiguous()  # 32 magnitudes to a group
     code, scale = codecs.encode_v(v, torch.tensor(noise, dtype=torch.int32))
     assert torch.equal(codecs.decode_v(code, scale) > 0, v > 0)
@@ -459,5 +476,5 @@ def test_nearest_second_moments_go_stale():
 
 @pytest.mark.parametrize("store", [quality.bf16, quality.int8], ids=lambda f: f.__name__)
 def test_error_does_not_depend_on_the_gradients_scale(store):
-    errors = [quality.update_quality(store, 0.5, std=10.0**-e, steps=300, numel=8192)["rmse"] for e in range(3, 10)]
+    errors = [quality.update_quality(store, 0.5, std=10.0**-e, steps=300)["rmse"] for e in range(3, 10)]
     assert max(errors) <= 1.1 * min(errors)

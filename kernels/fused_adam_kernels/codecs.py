@@ -36,8 +36,8 @@ def random_word(seed, element, step, ordinal):
     seed: int64. element: int64 tensor, counted in the full parameter. step, ordinal: int32.
     """
     quad = element // 4
-    zero = tl.zeros_like(quad).to(tl.int32)
-    r0, r1, r2, r3 = tl.philox(seed, quad.to(tl.int32), (quad >> 32).to(tl.int32), zero + step, zero + ordinal)
+    c2, c3 = tl.full(quad.shape, step, tl.uint32), tl.full(quad.shape, ordinal, tl.uint32)
+    r0, r1, r2, r3 = tl.philox(seed, quad.to(tl.uint32), (quad >> 32).to(tl.uint32), c2, c3)
     word = element % 4
     return tl.where(word < 2, tl.where(word == 0, r0, r1), tl.where(word == 2, r2, r3))
 
@@ -46,8 +46,8 @@ def random_word(seed, element, step, ordinal):
 def random_words(seed, first, step, ordinal, N: tl.constexpr):
     """`random_word` of the N elements from `first` on, which is a multiple of 4: one draw serves four."""
     quad = first // 4 + tl.arange(0, N // 4)
-    zero = tl.zeros_like(quad).to(tl.int32)
-    r0, r1, r2, r3 = tl.philox(seed, quad.to(tl.int32), (quad >> 32).to(tl.int32), zero + step, zero + ordinal)
+    c2, c3 = tl.full(quad.shape, step, tl.uint32), tl.full(quad.shape, ordinal, tl.uint32)
+    r0, r1, r2, r3 = tl.philox(seed, quad.to(tl.uint32), (quad >> 32).to(tl.uint32), c2, c3)
     return tl.reshape(tl.join(tl.join(r0, r2), tl.join(r1, r3)), [N])
 
 
@@ -109,15 +109,15 @@ def join24(visible, remainder):
 
 @triton.jit
 def group_scale(x):
-    """The largest magnitude of each group of 32, rounded up to bfloat16; float32, shape (N // 32,).
+    """The largest of each group of 32 magnitudes, rounded up to bfloat16, at least 2^-92; float32, shape (N // 32,).
 
-    Not below 2^-92 nor above the largest finite bfloat16. NaN if the group holds a NaN or an infinity.
+    NaN if the group holds a NaN, an infinity or a value above the largest finite bfloat16.
     """
     N: tl.constexpr = x.shape[0]
-    magnitude = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    top = tl.max(tl.reshape(magnitude, [N // GROUP, GROUP]), axis=1)
-    scale = tl.minimum(tl.maximum((top + 0xFFFF) >> 16, SMALLEST_SCALE), 0x7F7F)
-    return (tl.where(top < 0x7F800000, scale, 0x7FC0) << 16).to(tl.float32, bitcast=True)
+    # As integers NaN is the largest, whatever its sign; x has no other negative ones, -0.0 included.
+    top = tl.max(tl.reshape(x.to(tl.uint32, bitcast=True), [N // GROUP, GROUP]), axis=1)
+    scale = tl.maximum((top + 0xFFFF) >> 16, SMALLEST_SCALE)
+    return (tl.where(top <= 0x7F7F0000, scale, 0x7FC0) << 16).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -136,10 +136,11 @@ def decode_m(code, scale):
 @triton.jit
 def encode_m(m):
     """float32, shape (N,) -> int8 codes to nearest, and float32 scales that bfloat16 holds exactly."""
-    scale = group_scale(m)
-    x = tl.abs(m) * spread(tl.div_rn(SIGNED_STEPS, scale), m.shape[0])
+    magnitude = tl.abs(m)
+    scale = group_scale(magnitude)
+    x = magnitude * spread(tl.div_rn(SIGNED_STEPS, scale), m.shape[0])
     x = tl.where(x < SIGNED_STEPS, x, SIGNED_STEPS)  # a NaN too: poisoned groups have codes, and a scale that shows
-    c = tl.floor(tl.sqrt(x))  # a guess: at most one too low or, next to a square, one too high
+    c = tl.floor(tl.sqrt(x))  # a guess: right or one too low
     c = tl.where(x > c * (c + 1.0) + 0.5, c + 1.0, c)  # halfway between c^2 and (c + 1)^2
     return tl.where(m < 0, -c, c).to(tl.int8), scale
 
@@ -161,15 +162,14 @@ def encode_v(v, noise):
     """
     scale = group_scale(v)
     x = v * spread(tl.div_rn(UNSIGNED_STEPS, scale), v.shape[0])
-    x = tl.where(x > 1.0, x, 1.0)
-    x = tl.where(x < UNSIGNED_STEPS, x, UNSIGNED_STEPS)
-    c = tl.floor(tl.sqrt(tl.sqrt(x)) - 0.5)  # a guess: right or one too low
-    square = (c + 1.0) * (c + 1.0)
-    c = tl.where(x >= square * square, c + 1.0, c)
+    chance = ((noise << 7) | 0x3F800040).to(tl.float32, bitcast=True) - 1.0  # (noise + 1/2) / 2^16
+    # A guess, right or one too low, of the code. x goes above code c if it is more than `chance` of the way up from it:
+    # on the scale of codes that point is at c + chance or up to 0.24 further on, so any guess within 0.25 will do.
+    c = tl.floor(tl.sqrt(tl.sqrt(x)) - chance + 0.5)
     low = c * c
     low = low * low
     high = (c + 1.0) * (c + 1.0)
     high = high * high
-    chance = ((noise << 7) | 0x3F800040).to(tl.float32, bitcast=True) - 1.0  # (noise + 1/2) / 2^16
     c = tl.where(x - low > (high - low) * chance, c + 1.0, c)
-    return tl.where(v > 0, c, 0.0).to(tl.uint8), scale
+    smallest = tl.where(v > 0, 1.0, 0.0)
+    return tl.where(c > smallest, c, smallest).to(tl.uint8), scale
