@@ -1,12 +1,14 @@
 """Codecs: exactness, unbiasedness, and the same bits from the torch and the Triton twin."""
 
 import math
+import sys
 
 import pytest
 import quality
 import torch
 import triton
 import triton.language as tl
+from test_codegen import outside_the_interpreter
 
 from fused_adam import codecs
 from fused_adam_kernels import codecs as jit
@@ -336,15 +338,15 @@ def moments_kernel(
     m_ptr, v_ptr, words_ptr, m_code_ptr, m_scale_ptr, m_back_ptr, v_code_ptr, v_scale_ptr, v_back_ptr, N: tl.constexpr
 ):
     offs = tl.arange(0, N)
-    group = tl.arange(0, N // 32)
+    span = tl.arange(0, N // 8)
     code, scale = jit.encode_m(tl.load(m_ptr + offs))
     tl.store(m_code_ptr + offs, code)
-    tl.store(m_scale_ptr + group, scale)
+    tl.store(m_scale_ptr + span // 4, jit.spread_to_threads(scale, N, 8), mask=span % 4 == 0)
     tl.store(m_back_ptr + offs, jit.decode_m(code, scale))
     words = tl.load(words_ptr + offs).to(tl.uint32, bitcast=True)
     code, scale = jit.encode_v(tl.load(v_ptr + offs), jit.state_noise(words))
     tl.store(v_code_ptr + offs, code)
-    tl.store(v_scale_ptr + group, scale)
+    tl.store(v_scale_ptr + span // 4, jit.spread_to_threads(scale, N, 8), mask=span % 4 == 0)
     tl.store(v_back_ptr + offs, jit.decode_v(code, scale))
 
 
@@ -364,6 +366,36 @@ def test_twins_encode_moments_to_the_same_bits(kernel_device):
     expected = [m_code, m_scale, codecs.decode_m(m_code, m_scale), v_code, v_scale, codecs.decode_v(v_code, v_scale)]
     for left, right in zip(out, expected, strict=True):
         assert same(left, right)
+
+
+COMPILE = """
+import collections, json, re
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from test_codecs import moments_kernel, words_kernel, weights_kernel
+
+found = {}
+for kernel, types in {
+    moments_kernel: "*fp32 *fp32 *i32 *i8 *bf16 *fp32 *u8 *bf16 *fp32",
+    weights_kernel: "*fp32 *i32 *bf16 *bf16 *bf16 *i16 *fp32 *bf16 *i8 *fp32",
+    words_kernel: "*i32 *i32 *i64 *i64 i32 i32",
+}.items():
+    signature = dict(zip(kernel.arg_names, [*types.split(), "constexpr"]))
+    source = ASTSource(kernel, signature, {(len(signature) - 1,): 128})
+    options = {"num_warps": 4, "enable_fp_fusion": False}
+    ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
+    for name in re.findall(r"^\\s*(?:@%p\\d+ )?([a-z][\\w.]*)", ptx, re.M):
+        if re.search("fma|approx|full|ex2|lg2|rcp|div|sqrt|f64", name):
+            found[name] = found.get(name, 0) + 1
+print(json.dumps(found))
+"""
+
+
+def test_a_gpu_rounds_as_the_interpreter_does():
+    """For sm_90, one element per thread: nothing is approximate but the guesses, one root for m and two for v."""
+    found = outside_the_interpreter(f"import sys; sys.path[:0] = {sys.path!r}\n{COMPILE}")
+    assert found == {"sqrt.approx.ftz.f32": 3, "div.rn.f32": 2}
 
 
 def finite_groups():

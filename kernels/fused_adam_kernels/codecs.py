@@ -127,6 +127,16 @@ def spread(x, N: tl.constexpr):
 
 
 @triton.jit
+def spread_to_threads(x, N: tl.constexpr, SPAN: tl.constexpr):
+    """One value per group -> one per SPAN elements, which are one thread's: its store moves nothing between threads.
+
+    Store where the span is its group's first; stored as it is, x would go through shared memory.
+    """
+    bits = tl.reshape(spread(x, N).to(tl.int32, bitcast=True), [N // SPAN, SPAN])
+    return tl.max(bits, axis=1).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def decode_m(code, scale):
     """int8 codes, shape (N,), and float32 scales, shape (N // 32,) -> scale * (code / 127)^2 with the code's sign."""
     c = code.to(tl.float32)
