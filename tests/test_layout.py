@@ -54,6 +54,9 @@ ALLOWED = {
     "fused_adam_kernels.launch": set(),
     "fused_adam_kernels.scalars": {"fused_adam_kernels.launch", "fused_adam_kernels.table"},
     "fused_adam_kernels.norm": {"fused_adam_kernels.adam", "fused_adam_kernels.launch", "fused_adam_kernels.table"},
+    "fused_adam_kernels.inspect": {
+        *("fused_adam_kernels.adam", "fused_adam_kernels.norm", "fused_adam_kernels.scalars"),
+    },
     "fused_adam_kernels.adam": {
         *("fused_adam_kernels.codecs", "fused_adam_kernels.launch"),
         *("fused_adam_kernels.math", "fused_adam_kernels.table"),
