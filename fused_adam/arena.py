@@ -10,6 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .precision import ENTRIES, GROUP, GROUPED
+
+Entries = dict[str, tuple[torch.dtype, torch.Size]]  # of one parameter's state, by name: dtype and shape
+
 # Slots start on multiples of this many elements: a whole 128-byte line of float32, a whole 32-byte sector of any dtype,
 # and the same distance in elements for all of them, so that neighbours in one buffer are neighbours in every buffer.
 SLOT = 32
@@ -69,21 +73,22 @@ class Slot:
         return elements.as_strided(*dense_layout(like))
 
 
-def segments(numels: Sequence[int], dtype: torch.dtype, device: torch.device) -> Iterator[list[Slot]]:
+def segments(numels: Sequence[int], dtype: torch.dtype, device: torch.device, group: int = 1) -> Iterator[list[Slot]]:
     """Zeroed slots for `numels`, in order; each list shares one segment of at most SEGMENT_BYTES.
 
     A parameter larger than that has a segment of its own. Segments are allocated as the iterator advances.
+    With `group`, a divisor of SLOT, a slot has one element for every `group` of the parameter's.
     """
-    limit = SEGMENT_BYTES // dtype.itemsize
+    limit = SEGMENT_BYTES // dtype.itemsize * group
     starts: list[int] = []
     end = 0
     for i, numel in enumerate(numels):
         starts.append(end)
         end += padded(numel)
         if i + 1 == len(numels) or end + padded(numels[i + 1]) > limit:
-            segment = torch.zeros(end, dtype=dtype, device=device)
+            segment = torch.zeros(end // group, dtype=dtype, device=device)
             batch = numels[i + 1 - len(starts) : i + 1]
-            yield [Slot(segment, start, n) for start, n in zip(starts, batch, strict=True)]
+            yield [Slot(segment, start // group, -(-n // group)) for start, n in zip(starts, batch, strict=True)]
             starts, end = [], 0
 
 
@@ -143,12 +148,7 @@ class Home:
     def holds(self, key: str, value: Any, dtype: torch.dtype) -> bool:
         """Whether `value` is the tensor we put there, still over our memory and of the dtype wanted."""
         view = self.views.get(key)
-        return (
-            value is view
-            and view is not None
-            and real(view).dtype == dtype
-            and view.data_ptr() == self.slots[key].address
-        )
+        return value is view and view is not None and view.dtype == dtype and view.data_ptr() == self.slots[key].address
 
     def holds_step(self, value: Any, device: torch.device) -> bool:
         """The same for the step counter."""
@@ -178,15 +178,19 @@ class Arena:
         known = set(map(id, params))
         self.homes = {param: home for param, home in self.homes.items() if id(param) in known}
 
-    def check(self, param: Tensor, name: str, entry: dict[str, Any], keys: Sequence[str]) -> None:
+    def check(self, param: Tensor, name: str, entry: dict[str, Any], wanted: Entries) -> None:
         """Raise ValueError if the entry's tensors cannot be the state of this parameter."""
-        for key in keys:
+        for key, (_, shape) in wanted.items():
             value = entry.get(key)
-            if value is not None and (not isinstance(value, Tensor) or value.shape != param.shape):
+            if value is not None and (not isinstance(value, Tensor) or value.shape != shape):
                 got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"{type(value).__name__}"
-                raise ValueError(
-                    f"state {key!r} of {name} has {got}, but must be a tensor of shape {tuple(param.shape)}"
-                )
+                raise ValueError(f"state {key!r} of {name} has {got}, but must be a tensor of shape {tuple(shape)}")
+        foreign = [key for key in ENTRIES if key in entry and key not in wanted and key != "max_exp_avg_sq"]
+        if foreign:
+            raise ValueError(
+                f"state of {name} has {foreign[0]!r}, which its precision does not store: a recipe is chosen before "
+                "training; to change it, load the state_dict into an optimizer that has the other one"
+            )
         step = entry.get("step", 0)
         number = (
             step.numel() == 1 and not step.is_complex() if isinstance(step, Tensor) else isinstance(step, (int, float))
@@ -200,38 +204,39 @@ class Arena:
         if not (isinstance(step, Tensor) and step.device.type != "cpu") and not 0 <= float(step) < float("inf"):
             raise ValueError(f"state 'step' of {name} is {float(step)}, but must be a finite number >= 0")
 
-    def adopt(self, state: State, params: Sequence[Tensor], keys: Sequence[Sequence[str]]) -> None:
+    def adopt(self, state: State, wanted: dict[Tensor, Entries]) -> None:
         """Give every parameter its state: zeros where there is none, a copy where another tensor stands.
+
+        A master weight begins as a copy of its parameter.
 
         Args:
             state: the optimizer's state; entries are created or get our views in place of foreign tensors.
-            params: parameters of any device and dtype, each once.
-            keys: for each, the names of its moments, besides `step`.
+            wanted: parameters of any device and dtype; for each the names of its entries, besides `step`.
 
         Call `check` first: nothing here raises half-way.
         """
-        wanted: dict[tuple[str, torch.dtype, torch.device], list[Tensor]] = {}
+        missing: dict[tuple[str, torch.dtype, torch.device], list[Tensor]] = {}
         steps: dict[torch.device, list[Tensor]] = {}
         moved = False
-        for param, names in zip(params, keys, strict=True):
+        for param, entries in wanted.items():
             entry = dict.setdefault(state, param, {})
             home = self.homes.setdefault(param, Home())
-            dtype = real(param).dtype
-            for key in names:
+            for key, (dtype, _) in entries.items():
                 if not home.holds(key, entry.get(key), dtype):
-                    wanted.setdefault((key, dtype, param.device), []).append(param)
+                    missing.setdefault((key, dtype, param.device), []).append(param)
                     moved |= key in home.slots
             if not home.holds_step(entry.get("step"), param.device):
                 steps.setdefault(param.device, []).append(param)
                 moved |= home.counters is not None
+        self.moves += moved
         for device, owners in steps.items():
             self._make_counters(state, owners, device)
-        for (key, dtype, device), owners in wanted.items():
+        for (key, dtype, device), owners in missing.items():
             numels = [real(param).numel() for param in owners]
-            slots = (slot for segment in segments(numels, dtype, device) for slot in segment)
+            group = GROUP if key in GROUPED else 1
+            slots = (slot for segment in segments(numels, dtype.to_real(), device, group) for slot in segment)
             for param, slot in zip(owners, slots, strict=True):
                 self._move_in(dict.__getitem__(state, param), param, key, slot)
-        self.moves += moved
 
     def _make_counters(self, state: State, params: Sequence[Tensor], device: torch.device) -> None:
         entries = [dict.__getitem__(state, param) for param in params]
@@ -252,9 +257,11 @@ class Arena:
         self.counters = [c for c in self.counters if id(c) in used]
 
     def _move_in(self, entry: dict[str, Any], param: Tensor, key: str, slot: Slot) -> None:
-        view = slot.view(param)
+        view = slot.flat() if key in GROUPED else slot.view(param)
         if entry.get(key) is not None:
             view.copy_(entry[key])
+        elif key == "master_weight":
+            view.copy_(param.detach())
         home = self.homes[param]
         home.slots[key], home.views[key] = slot, view
         entry[key] = view

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .arena import Arena, State, real
-from .plan import state_keys
+from . import codecs
+from .arena import Arena, Entries, State, dense_layout, is_dense, padded
+from .precision import ENTRIES, GROUP, WEIGHTS, Recipe, parse
 
 
 def export_steps(state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -63,39 +64,151 @@ def load(
     """Copy a checkpoint into the arena, tensor by tensor, and return the new param groups.
 
     Args:
-        groups: the optimizer's param groups, not changed.
+        groups: the optimizer's param groups, not changed. Their precision stays, and what was saved in another one is
+            converted; the seed is the checkpoint's.
         arena, state: the optimizer's; state of parameters that the checkpoint lacks is dropped.
-        state_dict: torch's form; never aliased and never changed.
+        state_dict: torch's form, in any precision; never aliased and never changed.
 
     Raises ValueError before anything is written if groups or shapes do not match.
     """
     saved_groups = deepcopy(state_dict["param_groups"])
     params = match(groups, saved_groups)
+    merged = [_merged(old, new) for old, new in zip(groups, saved_groups, strict=True)]
+    recipes = {
+        param: (parse(new.get("precision")), parse(old.get("precision")))
+        for old, new in zip(groups, saved_groups, strict=True)
+        for param in old["params"]
+    }
     entries: dict[Tensor, dict[str, Any]] = {}
     others: dict[Any, Any] = {}
     for number, entry in state_dict["state"].items():
         if number in params:
-            entries[params[number]] = dict(entry)
-            arena.check(params[number], f"parameter {number}", entry, state_keys(amsgrad=True))
+            param = params[number]
+            source = recipes[param][0]
+            # What is there must fit; half an entry is filled up at the next step, as it always was.
+            wanted = source.state(param.dtype if source.weights is None else _served(source), param.shape, amsgrad=True)
+            arena.check(param, f"parameter {number}", entry, wanted)
+            entries[param] = dict(entry)
         else:
             others[number] = deepcopy(entry)
 
     dict.clear(state)
     for key, value in others.items():
         dict.__setitem__(state, key, value)
+    wanted_entries: dict[Tensor, Entries] = {}
     for param, entry in entries.items():
-        _settle(arena, state, param, entry)
-    stateful = [param for param, entry in entries.items() if entry]
-    arena.adopt(state, stateful, [[k for k in state_keys(True) if k in entries[param]] for param in stateful])
+        source, target = recipes[param]
+        wanted = target.state(param.dtype, param.shape, amsgrad="max_exp_avg_sq" in entry)
+        if not _same_storage(source, target, param, entry):
+            entry = convert(entry, param, source, target)
+        _settle(arena, state, param, entry, wanted)
+        if entry:
+            wanted_entries[param] = {key: kind for key, kind in wanted.items() if key in entry}
+    arena.adopt(state, wanted_entries)
+    return merged
 
-    def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-        names = {"param_names": old["param_names"]} if "param_names" in old and "param_names" not in new else {}
-        return {**new, **names, "params": old["params"]}
 
-    return [merged(old, new) for old, new in zip(groups, saved_groups, strict=True)]
+def _merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    kept = {"param_names": old["param_names"]} if "param_names" in old and "param_names" not in new else {}
+    new = {key: value for key, value in new.items() if key not in ("precision", "seed")} | (
+        {"precision": old["precision"], "seed": new.get("seed", old["seed"])} if "precision" in old else {}
+    )
+    return {**new, **kept, "params": old["params"]}
 
 
-def _settle(arena: Arena, state: State, param: Tensor, entry: dict[str, Any]) -> None:
+def _served(recipe: Recipe) -> torch.dtype:
+    """A parameter dtype that the recipe is for: its own entries do not depend on which."""
+    return WEIGHTS[recipe.weights or "native"][0][-1] if recipe.weights else torch.float32
+
+
+def _same_storage(source: Recipe, target: Recipe, param: Tensor, entry: Mapping[str, Any]) -> bool:
+    """Whether what was saved can be copied as it is: also the order of its elements, where groups rest on it."""
+    code = entry.get("exp_avg_code")
+    return source == target and (code is None or code.stride() == dense_layout(param)[1])
+
+
+def _flat(value: Tensor, param: Tensor) -> Tensor:
+    """The elements in the order in which the parameter's state holds them."""
+    return (
+        torch.empty(dense_layout(param)[0], dtype=value.dtype, device=value.device)
+        .as_strided(*dense_layout(param))
+        .copy_(value)
+        .as_strided((value.numel(),), (1,))
+    )
+
+
+def decode(entry: Mapping[str, Any], param: Tensor) -> dict[str, Tensor]:
+    """The float32 moments of an entry in any precision, and its master weight if it has one."""
+    found = {key: entry[key].float() for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if key in entry}
+    for key, decoder in (("exp_avg", codecs.decode_m), ("exp_avg_sq", codecs.decode_v)):
+        if f"{key}_code" in entry:
+            code = entry[f"{key}_code"]
+            flat = code.as_strided((code.numel(),), (1,)) if is_dense(code) else code.reshape(-1)
+            whole = torch.nn.functional.pad(flat, (0, -code.numel() % GROUP))
+            values = decoder(whole, entry[f"{key}_scale"])[: code.numel()]
+            found[key] = values.as_strided(code.shape, code.stride()) if is_dense(code) else values.view(code.shape)
+    if "master_weight" in entry:
+        found["master_weight"] = entry["master_weight"].float()
+    elif "remainder" in entry:
+        visible, remainder = param.detach(), entry["remainder"].to(param.device)
+        weights = "split32" if remainder.dtype == torch.int16 else "split24"
+        found["master_weight"] = codecs.load_weight(weights, visible.contiguous(), remainder.contiguous())
+    return found
+
+
+def convert(entry: Mapping[str, Any], param: Tensor, source: Recipe, target: Recipe) -> dict[str, Any]:
+    """What was saved in one precision as it is stored in another, rounded to nearest.
+
+    Remainders are of the weights as they are in the model: load those first.
+    """
+    if not any(key in entry for key in ENTRIES):
+        return dict(entry)
+    values = decode(entry, param)
+    out = {key: value for key, value in entry.items() if key not in ENTRIES}
+    half = torch.full((padded(param.numel()),), 0x8000 | 0x8000 << 16, dtype=torch.int64).to(torch.int32)
+    for key in ("exp_avg", "exp_avg_sq"):
+        if key in values and target.states == "int8":
+            flat = torch.nn.functional.pad(_flat(values[key], param), (0, -param.numel() % GROUP))
+            noise = codecs.state_noise(half[: flat.numel()]).to(flat.device)
+            code, scale = codecs.encode_m(flat) if key == "exp_avg" else codecs.encode_v(flat, noise)
+            out[f"{key}_code"] = code[: param.numel()].as_strided(*dense_layout(param))
+            out[f"{key}_scale"] = scale
+        elif key in values:
+            out[key] = values[key]
+    if "max_exp_avg_sq" in values:
+        out["max_exp_avg_sq"] = values["max_exp_avg_sq"]
+    weight = values.get("master_weight")
+    if weight is not None and target.weights == "master32":
+        out["master_weight"] = weight
+    elif weight is not None and target.weights in ("split32", "split24"):
+        words = half[: param.numel()].view(param.shape).to(weight.device)
+        out["remainder"] = codecs.store_weight(target.weights, weight, words)[1]
+    return out
+
+
+def export_fp32(groups: Sequence[dict[str, Any]], state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Weights by name or position, and a state_dict in torch's form, all float32 copies."""
+    weights: dict[Any, Tensor] = {}
+    state: dict[Any, Any] = {}
+    numbers = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+    names = [name for group in groups for name in group.get("param_names", group["params"])]
+    params = [param for group in groups for param in group["params"]]
+    for number, name, param in zip(numbers, names, params, strict=True):
+        entry = state_dict["state"].get(number, {})
+        values = decode(entry, param)
+        weight = values.pop("master_weight", param.detach().float())
+        weights[name if isinstance(name, str) else number] = weight.clone()
+        if entry:
+            kept = {key: value for key, value in entry.items() if key not in ENTRIES}
+            state[number] = {**kept, **{key: value.clone() for key, value in values.items()}}
+    exported = [
+        {key: value for key, value in group.items() if key not in ("precision", "seed")}
+        for group in state_dict["param_groups"]
+    ]
+    return {"params": weights, "state": export_steps({"state": state, "param_groups": exported})}
+
+
+def _settle(arena: Arena, state: State, param: Tensor, entry: dict[str, Any], wanted: Entries) -> None:
     """Make the parameter's entry of what was saved: copied into our memory where we have some, else adopted later."""
     home = arena.homes.get(param)
     own: dict[str, Any] = {}
@@ -103,8 +216,8 @@ def _settle(arena: Arena, state: State, param: Tensor, entry: dict[str, Any]) ->
         view = home.views.get(key) if home else None
         if key == "step":
             own[key] = value
-        elif key in state_keys(amsgrad=True):
-            if home and view is not None and home.holds(key, view, real(param).dtype):
+        elif key in wanted:
+            if home and view is not None and home.holds(key, view, wanted[key][0]):
                 value = view.copy_(value)
             own[key] = value
         else:  # not ours: kept as torch keeps it, but never aliased

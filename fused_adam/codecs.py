@@ -165,3 +165,40 @@ def encode_v(v: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
     c = torch.where(x - low > (high - low) * chance, c + 1.0, c)
     smallest = (v > 0).to(torch.float32)
     return torch.where(c > smallest, c, smallest).to(torch.uint8), scale
+
+
+def load_weight(weights: str | None, p: Tensor, extra: Tensor | None) -> Tensor:
+    """The float32 weight of a parameter and what is stored beside it, its master weight or remainder."""
+    if extra is None:
+        return p.float()
+    if weights == "master32":
+        return extra
+    return join32(p, extra) if weights == "split32" else join24(p, extra)
+
+
+def store_weight(weights: str | None, p: Tensor, words: Tensor) -> tuple[Tensor, Tensor | None]:
+    """float32 -> what becomes of the parameter (rounded to nearest by the copy, unless it is here), and beside it."""
+    if weights == "split32":
+        return split32(p)
+    if weights == "split24":
+        return split24(p, weight_noise(words))
+    if weights == "sr":
+        return stochastic_bf16(p, weight_noise(words)), None
+    return p, p if weights == "master32" else None
+
+
+def load_moments(m: Tensor, v: Tensor, m_scale: Tensor | None, v_scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The float32 moments of what is stored."""
+    if m_scale is None or v_scale is None:
+        return m.float(), v.float()
+    return decode_m(m, m_scale), decode_v(v, v_scale)
+
+
+def store_moments(
+    states: str | None, m: Tensor, v: Tensor, words: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """float32 -> what becomes of the moments (rounded to nearest by the copy, unless here), and their scales."""
+    if states == "int8":
+        (m, m_scale), (v, v_scale) = encode_m(m), encode_v(v, state_noise(words))
+        return m, v, m_scale, v_scale
+    return m, stochastic_bf16(v, state_noise(words)) if states == "bf16" else v, None, None

@@ -19,6 +19,20 @@ from .plan import Launch, Row, Section
 from .scalars import Guard, Hyper
 
 copy_all = torch._foreach_copy_
+# Name of an operand -> its column among a row's addresses.
+COLUMNS = {
+    "param": table.PARAM,
+    "grad": table.GRAD,
+    "exp_avg": table.EXP_AVG,
+    "exp_avg_sq": table.EXP_AVG_SQ,
+    "max_exp_avg_sq": table.MAX_EXP_AVG_SQ,
+    "master_weight": table.EXTRA,
+    "remainder": table.EXTRA,
+    "exp_avg_code": table.EXP_AVG,
+    "exp_avg_sq_code": table.EXP_AVG_SQ,
+    "exp_avg_scale": table.EXP_AVG_SCALE,
+    "exp_avg_sq_scale": table.EXP_AVG_SQ_SCALE,
+}
 
 
 def send(host: Tensor, device: torch.device) -> Tensor:
@@ -86,9 +100,7 @@ class DeviceRunner:
         self.prologue, self.programs = scalars.prologue(), scalars.programs(len(self.rows))
         position = {row.index: i for i, row in enumerate(self.rows)}
         self.updates = [
-            (adam.adam_step(launch.param, launch.grad, launch.state, launch.amsgrad), self._blocks(launch, position))
-            for launch in section.launches
-            if launch.spans
+            (self._update(launch), self._blocks(launch, position)) for launch in section.launches if launch.spans
         ]
         self.norm: Norm | None = None  # made where it is asked for
         # What a step does without: no overflow, a scale of one, no norm, nowhere to count.
@@ -103,23 +115,22 @@ class DeviceRunner:
             [row.stage[1] for row in staged if row.stage],
         )
 
+    @staticmethod
+    def _update(launch: Launch) -> Any:
+        weights, states = launch.recipe.weights or "native", launch.recipe.states or "native"
+        return adam.adam_step(launch.param, launch.grad, weights, states, launch.amsgrad)
+
     def _row(self, row: Row) -> list[int]:
         columns = [0] * table.ROW
-        for column, key in (
-            (table.PARAM, "param"),
-            (table.GRAD, "grad"),
-            (table.EXP_AVG, "exp_avg"),
-            (table.EXP_AVG_SQ, "exp_avg_sq"),
-            (table.MAX_EXP_AVG_SQ, "max_exp_avg_sq"),
-        ):
-            slot = row.slots.get(key)
-            columns[column] = slot.address if slot else 0
+        for key, slot in row.slots.items():
+            columns[COLUMNS[key]] = slot.address if slot else 0
         columns[table.STEP] = row.home.step_address
         columns[table.GROUP] = row.group
         # A row that another one's span covers has no elements of its own to update.
         span = self.leaders.get(row.index)
         columns[table.NUMEL] = span.numel if span else 0
         columns[table.GRAD_NUMEL] = row.param.numel()
+        columns[table.SEED], columns[table.ORDINAL] = row.options.seed, row.ordinal
         return columns
 
     def _blocks(self, launch: Launch, position: dict[int, int]) -> Tensor:

@@ -52,7 +52,7 @@ class Plan:
             entry = dict.get(state, self.live[row.index], {})
             if not row.home.holds_step(entry.get("step"), row.param.device):
                 return False
-            if not all(row.home.holds(key, entry.get(key), row.param.dtype) for key in row.keys):
+            if not all(row.home.holds(key, entry.get(key), dtype) for key, (dtype, _) in row.entries.items()):
                 return False
         return True
 
@@ -84,7 +84,7 @@ class Engine:
         """Drop every plan."""
         self._note_steps()
         self.params: list[Tensor] = []
-        self.amsgrads: list[bool] = []
+        self.options: list[Any] = []
         self.plans: dict[tuple[bool, tuple[int, ...]], Plan] = {}
         self.usual: Plan | None = None
 
@@ -103,8 +103,8 @@ class Engine:
         """
         capturing = backends.is_capturing()
         params = list(chain.from_iterable([group["params"] for group in groups]))
-        amsgrads = [bool(group["amsgrad"]) for group in groups]
-        known = self._still_known(params, amsgrads) and self.arena.counters_unchanged()
+        options = [(group["amsgrad"], group.get("precision"), group.get("seed")) for group in groups]
+        known = self._still_known(params, options) and self.arena.counters_unchanged()
         if state.touched:
             self.generation += 1
         found = self._find(params, state, only) if known else None
@@ -116,18 +116,18 @@ class Engine:
                 )
             if not known:
                 self.forget()
-                self.params, self.amsgrads = params, amsgrads
+                self.params, self.options = params, options
                 self.arena.read_counters()
             with lasting():
                 found = self._build(groups, state, only)
         state.touched = False
         self._run(*found, [hyper(group, self.max_grad_norm, self.skip_nonfinite) for group in groups], guard, capturing)
 
-    def _still_known(self, params: list[Tensor], amsgrads: list[bool]) -> bool:
+    def _still_known(self, params: list[Tensor], options: list[Any]) -> bool:
         return (
             len(params) == len(self.params)
             and all(map(operator.is_, params, self.params))
-            and amsgrads == self.amsgrads
+            and options == self.options
             and self.moves == self.arena.moves
         )
 
@@ -189,7 +189,7 @@ class Engine:
             params=params,
             grads=grads,
             groups=[number for number, group in enumerate(groups) for _ in group["params"]],
-            amsgrads=self.amsgrads,
+            options=[plan.options_of(group) for group in groups],
             arena=self.arena,
             state=state,
             buffers=self.flat,

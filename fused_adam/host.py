@@ -11,10 +11,12 @@ from torch import Tensor
 
 from fused_adam_kernels import table
 
-from .arena import Slot, flat, real
+from .arena import Slot, flat, padded, real
+from .codecs import random_words
 from .norm import square_sum
 from .plan import Launch, Row, Section, Span, same_order
-from .reference import CHUNK, adam_step, exact_sqrt
+from .precision import GROUP, GROUPED
+from .reference import CHUNK, adam_step, exact_sqrt, recipe_step
 from .scalars import Guard, Hyper, scalars
 
 Step = Callable[..., None]
@@ -43,7 +45,7 @@ class HostRunner:
         self.grads: Sequence[Tensor] = ()
         self.spans = [HostSpan(launch, span) for launch in section.launches for span in launch.spans]
         # Compiled code keeps its intermediates in registers; a GPU has no cache worth staying in.
-        self.chunk = CHUNK if section.device.type == "cpu" and not self.compiled else 1 << 62
+        self.chunk = CHUNK if section.device.type == "cpu" and not self.compiled else 1 << 62  # multiples of SLOT
         owners: dict[int, list[Row]] = {}
         for row in section.rows:
             owners.setdefault(id(row.home.counters), []).append(row)
@@ -86,7 +88,7 @@ class HostRunner:
             if key not in known:
                 values = torch.tensor(scalars(step, hyper[group], seen), dtype=self.compute)
                 known[key] = (values, flags(values.tolist()))
-            span.update(*known[key], grads, self.chunk, self.compiled)
+            span.update(*known[key], grads, self.chunk, self.compiled, step)
 
     def _advance(self) -> list[list[float]]:
         """Count the step; returns the new counts."""
@@ -114,9 +116,17 @@ class HostSpan:
         self.launch = launch
         # Storages of their own: compiled code must not take two slices of one segment for aliases.
         self.operands = {
-            key: Slot(slot.segment, slot.start, span.numel).flat() for key, slot in self.row.slots.items() if slot
+            key: Slot(slot.segment, slot.start, self._length(key)).flat()
+            for key, slot in self.row.slots.items()
+            if slot
         }
         self.stage = Stage(span.rows, self.operands) if self.row.stage else None
+
+    def _length(self, key: str) -> int:
+        """Elements to view: of a recipe's own entries the slot's whole length, so that its last group is full."""
+        if self.launch.recipe.weights is None or key in ("param", "grad"):
+            return self.numel
+        return padded(self.numel) // (GROUP if key in GROUPED else 1)
 
     def update(
         self,
@@ -125,6 +135,7 @@ class HostSpan:
         grads: Sequence[Tensor],
         chunk: int,
         compiled: bool,
+        step: float,
     ) -> None:
         """Step the whole span with these scalars, copying in and out what is staged."""
         operands = self.operands
@@ -132,16 +143,52 @@ class HostSpan:
             self.stage.copy_in(grads)
         elif "grad" not in operands:
             operands = operands | {"grad": flat(real(grads[self.row.index]))}
-        launch = self.launch
-        mix = (launch.param, launch.grad, launch.state, launch.amsgrad)
-        step, sqrt = (compiled_adam_step(mix, flags), torch.sqrt) if compiled else (adam_step, exact_sqrt)
         for start in range(0, self.numel, chunk):
-            part = slice(start, start + chunk)
-            p, g, m, v = (operands[key][part] for key in ("param", "grad", "exp_avg", "exp_avg_sq"))
-            v_max = operands["max_exp_avg_sq"][part] if launch.amsgrad else None
-            step(p, g, m, v, v_max, scalars, *flags, sqrt)
+            if self.launch.recipe.weights is None:
+                self._plain(operands, slice(start, start + chunk), scalars, flags, compiled)
+            else:
+                self._by_recipe(operands, start, min(chunk, self.numel - start), scalars, flags, int(step))
         if self.stage:
             self.stage.copy_out()
+
+    def _plain(
+        self,
+        operands: dict[str, Tensor],
+        part: slice,
+        scalars: Tensor,
+        flags: tuple[bool, bool, bool],
+        compiled: bool,
+    ) -> None:
+        launch = self.launch
+        mix = (launch.param, launch.grad, launch.amsgrad)
+        update, sqrt = (compiled_adam_step(mix, flags), torch.sqrt) if compiled else (adam_step, exact_sqrt)
+        p, g, m, v = (operands[key][part] for key in ("param", "grad", "exp_avg", "exp_avg_sq"))
+        v_max = operands["max_exp_avg_sq"][part] if launch.amsgrad else None
+        update(p, g, m, v, v_max, scalars, *flags, sqrt)
+
+    def _by_recipe(
+        self,
+        operands: dict[str, Tensor],
+        start: int,
+        numel: int,
+        scalars: Tensor,
+        flags: tuple[bool, bool, bool],
+        step: int,
+    ) -> None:
+        end, whole = start + numel, start + padded(numel)
+        memory = {
+            key: tensor[start // GROUP : whole // GROUP] if key in GROUPED else tensor[start:whole]
+            for key, tensor in operands.items()
+        }
+        # The user's memory ends where it ends; behind it the last group is zeros.
+        for key in ("param", "grad"):
+            if numel < padded(numel):
+                memory[key] = torch.nn.functional.pad(operands[key][start:end], (0, padded(numel) - numel))
+        options = self.row.options
+        words = random_words(options.seed, start, step, self.row.ordinal, padded(numel), scalars.device)
+        recipe_step(options.recipe, memory, scalars, *flags, words)
+        if numel < padded(numel):
+            operands["param"][start:end].copy_(memory["param"][:numel])
 
 
 class Stage:

@@ -18,6 +18,7 @@ from . import checkpoint
 from .arena import State
 from .engine import Engine, lasting
 from .flatten import FlatBuffers
+from .precision import parse
 from .scalars import Guard
 
 
@@ -49,6 +50,10 @@ class FusedAdam(torch.optim.Adam):
             lr, betas, eps and weight_decay that are tensors on the device are read at every replay; others, among
             them tensors on the CPU, are those of the capture.
         differentiable: the step runs through torch's own differentiable implementation.
+        precision: how weights and moments are stored, as "<weights>-<states>"; None: as in torch, all in the
+            parameter's dtype. Weights: "native", "master32", "split32", "split24", "sr"; states: "fp32", "bf16",
+            "int8"; see the README. A param group may have its own.
+        seed: of the random bits that some recipes round with; torch's generators are not touched.
         flatten: move parameters and gradients into flat buffers at construction (those that are dense and own
             their whole storage; others stay). `zero_grad()` then zeroes the buffers whatever `set_to_none` says,
             so an unused parameter has a zero gradient, as with torch's `set_to_none=False`. Same bits.
@@ -82,10 +87,12 @@ class FusedAdam(torch.optim.Adam):
         differentiable: bool = False,
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
+        precision: str | None = None,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
         flatten: bool = False,
         backend: str = "auto",
+        seed: int = 0,
     ) -> None:
         backends.check_name(backend)
         if not isinstance(flatten, bool):
@@ -95,7 +102,11 @@ class FusedAdam(torch.optim.Adam):
                 "flatten=True does not go with differentiable=True: gradients would be overwritten in place"
             )
         _check_guards(max_grad_norm, skip_nonfinite, differentiable)
+        parse(precision)
+        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+            raise ValueError(f"seed={seed!r} must be a whole number from 0 to 2**63 - 1")
         self._backend, self._flatten = backend, flatten
+        self._precision, self._seed = precision, seed
         self._max_grad_norm, self._skip_nonfinite = max_grad_norm, skip_nonfinite
         # Named, not super(): in FusedAdamW the next class is torch's AdamW, which has another signature.
         torch.optim.Adam.__init__(
@@ -149,12 +160,36 @@ class FusedAdam(torch.optim.Adam):
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a param group, as in torch; with `flatten=True` its parameters stay where they are."""
+        """Add a param group, as in torch; with `flatten=True` its parameters stay where they are.
+
+        A group may have a `precision` of its own.
+        """
         super().add_param_group(param_group)
-        for param in self.param_groups[-1]["params"]:
+        group = self.param_groups[-1]
+        try:
+            self._check_group(group)
+        except (TypeError, ValueError):
+            self.param_groups.pop()
+            raise
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        """Give the group its precision, if it has one, and raise if its parameters cannot be stepped so."""
+        if self._precision is not None:
+            group.setdefault("precision", self._precision)
+        recipe = parse(group.get("precision"))
+        for param in group["params"]:
             if is_traceable_wrapper_subclass(param):
-                self.param_groups.pop()
                 raise TypeError(f"a parameter is a {type(param).__name__}, but must be a plain tensor")
+            recipe.check(param.dtype)
+        if recipe.weights is None:
+            return
+        group.setdefault("seed", self._seed)
+        for name, value, other in (
+            ("backend", self._backend, "compiled"),
+            ("differentiable", group["differentiable"], True),
+        ):
+            if value == other:
+                raise ValueError(f"precision={group['precision']!r} does not go with {name}={value!r}")
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -237,6 +272,15 @@ class FusedAdam(torch.optim.Adam):
         if self._engine.flat is not None:
             self._engine.flat.zero_grad()
 
+    def export_fp32(self) -> dict[str, Any]:
+        """Weights and moments as float32, whatever the precision: a copy, on the parameters' devices.
+
+        Returns `{"params": ..., "state": ...}`: weights by name (by position where there are no names; master weights
+        where the recipe keeps some), and a `state_dict` in torch.optim's form, which torch.optim.Adam(W) over float32
+        parameters loads. Also before the first step.
+        """
+        return checkpoint.export_fp32(self.param_groups, super().state_dict())
+
     def state_dict(self) -> dict[str, Any]:
         """torch's form: loads into torch.optim.Adam(W) and back. Moments are not copied; steps are."""
         return checkpoint.export_steps(super().state_dict())
@@ -258,7 +302,7 @@ class FusedAdam(torch.optim.Adam):
             post_hook(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_backend", "_flatten", "_max_grad_norm", "_skip_nonfinite")
+        own = ("_backend", "_flatten", "_max_grad_norm", "_precision", "_seed", "_skip_nonfinite")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -288,10 +332,12 @@ class FusedAdamW(FusedAdam, torch.optim.AdamW):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
+        precision: str | None = None,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
         flatten: bool = False,
         backend: str = "auto",
+        seed: int = 0,
     ) -> None:
         super().__init__(
             params,
@@ -306,8 +352,10 @@ class FusedAdamW(FusedAdam, torch.optim.AdamW):
             differentiable=differentiable,
             fused=fused,
             decoupled_weight_decay=True,
+            precision=precision,
             max_grad_norm=max_grad_norm,
             skip_nonfinite=skip_nonfinite,
             flatten=flatten,
             backend=backend,
+            seed=seed,
         )

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .arena import Arena, Home, Slot, State, dense_layout, flat, is_dense, padded, real
+from .arena import Arena, Entries, Home, Slot, State, dense_layout, flat, is_dense, padded, real
 from .flatten import FlatBuffers
+from .precision import Recipe, parse
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -29,24 +30,36 @@ class Staging:
     shared: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What a param group says that launches depend on."""
+
+    amsgrad: bool
+    recipe: Recipe
+    seed: int
+
+
+def options_of(group: Mapping[str, Any]) -> Options:
+    """A param group's options."""
+    return Options(bool(group["amsgrad"]), parse(group.get("precision")), group.get("seed", 0))
+
+
 @dataclass(slots=True, eq=False)
 class Row:
     """One parameter that has a gradient: what the tables say of it."""
 
     index: int  # among the parameters that have a gradient
+    ordinal: int  # among all parameters
     group: int
     param: Tensor  # real view of the user's parameter
     complex: bool
-    amsgrad: bool
+    options: Options
+    entries: Entries
     home: Home
     slots: dict[str, Slot | None] = field(default_factory=dict)  # of the operands; None: the gradient, where it is
     overlaps: bool = False  # another parameter lies in the same memory, or it is listed twice
     staged: bool = False
     stage: tuple[Tensor, Tensor] | None = None  # the copies of parameter and gradient, in the parameter's shape
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        return state_keys(self.amsgrad)
 
 
 @dataclass(slots=True, eq=False)
@@ -67,7 +80,7 @@ class Launch:
 
     param: torch.dtype
     grad: torch.dtype
-    state: torch.dtype
+    recipe: Recipe
     amsgrad: bool
     rows: list[Row] = field(default_factory=list)
     spans: list[Span] = field(default_factory=list)
@@ -81,11 +94,6 @@ class Section:
     compute: torch.dtype
     rows: list[Row] = field(default_factory=list)
     launches: list[Launch] = field(default_factory=list)
-
-
-def state_keys(amsgrad: bool) -> tuple[str, ...]:
-    """Names of the moments, in torch's order."""
-    return ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if amsgrad else ("exp_avg", "exp_avg_sq")
 
 
 def is_lazy(tensor: Tensor) -> bool:
@@ -145,7 +153,7 @@ def build(
     params: Sequence[Tensor],
     grads: Sequence[Tensor | None],
     groups: Sequence[int],
-    amsgrads: Sequence[bool],
+    options: Sequence[Options],
     arena: Arena,
     state: State,
     buffers: FlatBuffers | None,
@@ -156,7 +164,7 @@ def build(
     Args:
         params, grads: all parameters of the optimizer in order, and their gradients or None.
         groups: for each parameter, the number of its param group.
-        amsgrads: for each param group.
+        options: for each param group.
         arena, state: where state lives, and the mapping that users see.
         buffers: flat parameters and gradients, if the optimizer has them.
         staging: per device, what its backend asks for.
@@ -169,20 +177,22 @@ def build(
         if grad is not None:
             name = f"parameter {index} (group {group})"
             check(param, grad, name)
+            chosen = options[group]
             row = Row(
                 len(rows),
+                index,
                 group,
                 real(param.detach()),
                 param.is_complex(),
-                amsgrads[group],
+                chosen,
+                chosen.recipe.state(param.dtype, param.shape, chosen.amsgrad),
                 arena.homes.setdefault(param, Home()),
             )
-            arena.check(param, name, dict.get(state, param, {}), row.keys)
+            arena.check(param, name, dict.get(state, param, {}), row.entries)
             rows.append(row)
     # A parameter that is listed twice has one state, with what either of its groups asks for.
     live = [(param, grad) for param, grad in zip(params, grads, strict=True) if grad is not None]
-    owners = {live[row.index][0]: row.keys for row in sorted(rows, key=lambda row: row.amsgrad)}
-    arena.adopt(state, list(owners), list(owners.values()))
+    arena.adopt(state, {live[row.index][0]: row.entries for row in sorted(rows, key=lambda row: row.options.amsgrad)})
 
     sections: dict[Any, Section] = {}
     launches: dict[Any, Launch] = {}
@@ -193,7 +203,7 @@ def build(
         key = (wave, row.param.device, compute)
         section = sections.setdefault(key, Section(row.param.device, compute))
         section.rows.append(row)
-        mix = (row.param.dtype, real(grad).dtype, row.param.dtype, row.amsgrad)
+        mix = (row.param.dtype, real(grad).dtype, row.options.recipe, row.options.amsgrad)
         if (key, mix) not in launches:
             section.launches.append(launches.setdefault((key, mix), Launch(*mix)))
         launches[key, mix].rows.append(row)
@@ -215,12 +225,14 @@ def same_order(p: Tensor, grad: Tensor) -> bool:
 def _place(row: Row, param: Tensor, grad: Tensor, buffers: FlatBuffers | None, staging: Staging) -> None:
     """Say where the row's operands lie."""
     p, numel = row.param, row.param.numel()
-    row.slots = {key: row.home.slots[key] for key in row.keys}
+    row.slots = {key: row.home.slots[key] for key in row.entries}
     place = buffers.place(param, grad) if buffers else None
     if place:
         row.slots |= {"param": place.param, "grad": place.grad}
         return
-    row.staged = not same_order(p, grad) or numel <= staging.small
+    # Under a recipe every parameter has random bits of its own: stepping several as one would gain nothing.
+    together = numel <= staging.small and row.options.recipe.weights is None
+    row.staged = together or not same_order(p, grad)
     if not row.staged:
         row.slots |= {"param": Slot(flat(p), 0, numel), "grad": None}
 
@@ -280,7 +292,7 @@ def _spans(rows: Iterable[Row]) -> Iterable[Span]:
 
 
 def _follows(span: Span, row: Row) -> bool:
-    if row.group != span.first.group or row.overlaps or span.first.overlaps:
+    if row.group != span.first.group or row.overlaps or span.first.overlaps or row.options.recipe.weights:
         return False
     for key, slot in row.slots.items():
         before = span.first.slots[key]

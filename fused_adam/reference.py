@@ -10,6 +10,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from . import codecs
+from .precision import Recipe
+
 # Elements per pass, so that a chunk's temporaries stay in the cache (measured: 64Ki takes 1.8 times as long).
 CHUNK = 1 << 18
 
@@ -44,7 +47,7 @@ def adam_update(
 
     Returns the new p, m, v, v_max; changes nothing.
     """
-    step_size, rbc2, w1, w2, b2, eps, coupled, decay, grad_multiplier, _ = scalars.unbind()
+    step_size, rbc2, w1, w2, b2, eps, coupled, decay, grad_multiplier, *_ = scalars.unbind()
     g = g * grad_multiplier
     # A decay of zero is absent, not multiplied: 0 * inf would turn an infinite p into NaN.
     if coupled_decay:
@@ -93,5 +96,52 @@ def adam_step(
         p.copy_(new_p)
     m.copy_(new_m)
     v.copy_(new_v)
+    if v_max is not None and new_v_max is not None:
+        v_max.copy_(new_v_max)
+
+
+def recipe_step(
+    recipe: Recipe,
+    memory: dict[str, Tensor],
+    scalars: Tensor,
+    coupled_decay: bool,
+    decoupled_decay: bool,
+    store_param: bool,
+    words: Tensor,
+) -> None:
+    """`adam_step` on what a recipe stores.
+
+    Args:
+        memory: name -> flat tensor, all of N elements, a multiple of 32 where there are groups: `param` and `grad`, and
+            the recipe's own entries. Written in place, the gradient excepted.
+        words: int32, shape (N,): random bits, one word per element.
+    """
+    entries = {name.removesuffix("_code"): memory[name] for name in memory}
+    extra = memory.get("master_weight", memory.get("remainder"))
+    v_max = memory.get("max_exp_avg_sq")
+    scales = (memory.get("exp_avg_scale"), memory.get("exp_avg_sq_scale"))
+    m, v = codecs.load_moments(entries["exp_avg"], entries["exp_avg_sq"], *scales)
+    p, m, v, new_v_max = adam_update(
+        codecs.load_weight(recipe.weights, memory["param"], extra),
+        memory["grad"].float(),
+        m,
+        v,
+        None if v_max is None else v_max.float(),
+        scalars,
+        coupled_decay,
+        decoupled_decay,
+        exact_sqrt,
+    )
+    if store_param:
+        visible, new_extra = codecs.store_weight(recipe.weights, p, words)
+        memory["param"].copy_(visible)
+        if extra is not None and new_extra is not None:
+            extra.copy_(new_extra)
+    stored = codecs.store_moments(recipe.states, m, v, words)
+    for name, value in zip(("exp_avg", "exp_avg_sq"), stored[:2], strict=True):
+        entries[name].copy_(value)
+    for name, scale in zip(("exp_avg_scale", "exp_avg_sq_scale"), stored[2:], strict=True):
+        if scale is not None:
+            memory[name].copy_(scale)
     if v_max is not None and new_v_max is not None:
         v_max.copy_(new_v_max)

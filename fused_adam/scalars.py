@@ -100,4 +100,5 @@ def scalars(step: float, values: tuple[float | Tensor, ...], seen: Seen) -> tupl
         lr * wd if decoupled else 0.0,
         (-1.0 if maximize else 1.0) / seen.grad_scale * seen.clip,
         0.0,
+        float(t),
     )

@@ -330,6 +330,14 @@ def groups():
     near = [torch.cat([x, torch.nextafter(x, x + 1), torch.nextafter(x, x - 1).abs()]) for x in (codes_m, codes_v)]
     near = torch.cat(near).view(-1, 32)
     near[:, 0] = 1.0
+    # Where m's code changes, and its neighbours, for scales whose reciprocals round.
+    change = (torch.arange(128) * torch.arange(1, 129) + 0.5) / 16129.0
+    scales = (1 + torch.rand(16, 1, generator=generator)).bfloat16().float()
+    change = (scales * change).view(-1)
+    change = torch.stack([change, torch.nextafter(change, change + 1), torch.nextafter(change, change - 1)])
+    change = change.view(3, 16, 4, 32)
+    change[..., 0] = scales
+    near = torch.cat([near, change.view(-1, 32)])
     return torch.cat([poisoned, torch.zeros(1, 32), one_large, torch.stack(rows), near, awkward()[:9984].view(-1, 32)])
 
 
@@ -353,14 +361,14 @@ def moments_kernel(
 @adversarial
 def test_twins_encode_moments_to_the_same_bits(kernel_device):
     m = groups().view(-1)
-    m = torch.nn.functional.pad(m, (0, 16384 - m.numel()))
+    m = torch.nn.functional.pad(m, (0, 32768 - m.numel()))
     v = m.abs()
     words = noise_for(m, seed=4)
     out = []
     for code in (torch.int8, torch.uint8):
-        out += [torch.empty(16384, dtype=code), torch.empty(512, dtype=torch.bfloat16), torch.empty(16384)]
+        out += [torch.empty(32768, dtype=code), torch.empty(1024, dtype=torch.bfloat16), torch.empty(32768)]
     out = [x.to(kernel_device) for x in out]
-    moments_kernel[(1,)](m.to(kernel_device), v.to(kernel_device), words.to(kernel_device), *out, N=16384)
+    moments_kernel[(1,)](m.to(kernel_device), v.to(kernel_device), words.to(kernel_device), *out, N=32768)
     m_code, m_scale = codecs.encode_m(m)
     v_code, v_scale = codecs.encode_v(v, codecs.state_noise(words))
     expected = [m_code, m_scale, codecs.decode_m(m_code, m_scale), v_code, v_scale, codecs.decode_v(v_code, v_scale)]
@@ -425,7 +433,8 @@ def test_m_is_nearest():
     error = (codecs.decode_m(code, scale).double() - x.view(-1)).abs()
     best = torch.stack([(t - x.view(-1)).abs() for t in tried]).amin(0)
     largest = codecs.spread(scale.double())
-    assert (error <= best + largest * 2.0**-24).all()
+    # Beside a change of code both errors are equal but for four roundings, each of 2^-24 at most, twice.
+    assert (error <= best + largest * 2.0**-21).all()
 
 
 def test_v_is_one_of_two_neighbours_in_proportion():

@@ -7,6 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from training import gradient, parameters, results, same_bits
 
 from fused_adam import FusedAdamW, device
+from fused_adam_kernels import table
 from fused_adam_kernels.launch import Launcher
 
 MIXED = [(torch.float32, [(5,), (33, 3)]), (torch.bfloat16, [(7,), (2, 2)]), (torch.float16, [(9,)])]
@@ -76,7 +77,7 @@ def test_uploads_only_what_changed(uploads):
     optimizer = FusedAdamW(parameters(torch.float32, [(5,), (7, 3)]), backend="triton")
     set_gradients(optimizer, 0)
     optimizer.step()
-    rows, hyper = (2, 9), (1, 9)
+    rows, hyper = (2, table.ROW), (1, table.HYPER)
     assert uploads == [rows, hyper]
     kept = []
     for change, expected in (

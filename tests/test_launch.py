@@ -30,23 +30,24 @@ jit_launches = []
 for kernel in kernels:
     kernel.pre_run_hooks.append(lambda *args, **options: jit_launches.append(args))
 
-mixes = [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32)]
+f32, bf16 = torch.float32, torch.bfloat16
+mixes = [(f32, f32, "native", "native"), (bf16, bf16, "native", "native"), (bf16, f32, "split24", "int8")]
 prologue, total = scalars.prologue(), norm.total()
-updates = [adam.adam_step(dtype, grad, dtype, False) for dtype, grad in mixes]
+updates = [adam.adam_step(*mix, False) for mix in mixes]
 norms = [norm.square_sum(grad) for grad in (torch.float32, torch.bfloat16)]
-f32, f64 = (lambda *shape: torch.zeros(shape)), (lambda *shape: torch.zeros(shape, dtype=torch.float64))
+zeros, zeros64 = torch.zeros, lambda *shape: torch.zeros(shape, dtype=torch.float64)
 sent = []
 for rows in (1, 2, 16, 1000):
-    table_of_rows, values = torch.zeros(rows, table.ROW, dtype=torch.int64), f32(rows, table.SCALARS)
-    hyper, flags, stats = f64(2, table.HYPER), f32(9), f64(table.STATS)
+    table_of_rows, values = torch.zeros(rows, table.ROW, dtype=torch.int64), zeros(rows, table.SCALARS)
+    hyper, flags, stats = zeros64(2, table.HYPER), zeros(9), zeros64(table.STATS)
     # The flag and the scale are the user's own: anywhere in memory.
-    prologue(scalars.programs(rows), table_of_rows, hyper, values, flags[rows % 4:], flags[4:], f64(1), stats, rows)
+    prologue(scalars.programs(rows), table_of_rows, hyper, values, flags[rows % 4:], flags[4:], zeros64(1), stats, rows)
     for blocks in (1, 2, 16, 1000):
         for update in updates:
             update(blocks, table_of_rows, torch.zeros(blocks, 2, dtype=torch.int32), values)
         for launch in norms:
-            launch(blocks, table_of_rows, torch.zeros(blocks, 3, dtype=torch.int32), f64(rows))
-    total(1, f64(rows), f64(1), rows)
+            launch(blocks, table_of_rows, torch.zeros(blocks, 3, dtype=torch.int32), zeros64(rows))
+    total(1, zeros64(rows), zeros64(1), rows)
 
 everything = [prologue, total, *updates, *norms]
 print(json.dumps({

@@ -183,3 +183,30 @@ def encode_v(v, noise):
     c = tl.where(x - low > (high - low) * chance, c + 1.0, c)
     smallest = tl.where(v > 0, 1.0, 0.0)
     return tl.where(c > smallest, c, smallest).to(tl.uint8), scale
+
+
+@triton.jit
+def load_weight(p, extra, WEIGHTS: tl.constexpr, COMPUTE: tl.constexpr):
+    """The weight of a parameter and what is stored beside it, its master weight or remainder."""
+    if WEIGHTS == "split32":
+        return join32(p, extra)
+    elif WEIGHTS == "split24":
+        return join24(p, extra)
+    elif WEIGHTS == "master32":
+        return extra
+    else:
+        return p.to(COMPUTE)
+
+
+@triton.jit
+def store_weight(p, words, WEIGHTS: tl.constexpr, PARAM: tl.constexpr):
+    """What becomes of the parameter, and beside it."""
+    if WEIGHTS == "split32":
+        visible, extra = split32(p)
+    elif WEIGHTS == "split24":
+        visible, extra = split24(p, weight_noise(words))
+    elif WEIGHTS == "sr":
+        visible, extra = stochastic_bf16(p, weight_noise(words)), p
+    else:
+        visible, extra = to_storage(p, PARAM), p
+    return visible, extra

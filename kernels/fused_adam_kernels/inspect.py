@@ -25,15 +25,25 @@ TARGETS = {f"sm_{number}": GPUTarget("cuda", number, 32) for number in (80, 86, 
 TARGETS["gfx942"] = GPUTarget("hip", "gfx942", 64)
 
 FP32, BF16, FP16, FP64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
-# name -> element types of parameter, gradient and moments
+# name -> element types of parameter and gradient, and how weights and moments are stored
 MIXES = {
-    "fp32": (FP32, FP32, FP32),
-    "bf16": (BF16, BF16, BF16),
-    "fp16": (FP16, FP16, FP16),
-    "fp64": (FP64, FP64, FP64),
-    "bf16-fp32-state": (BF16, BF16, FP32),
-    "fp32-bf16-grad": (FP32, BF16, FP32),
-    "bf16-fp32-grad": (BF16, FP32, BF16),
+    "fp32": (FP32, FP32, "native", "native"),
+    "bf16": (BF16, BF16, "native", "native"),
+    "fp16": (FP16, FP16, "native", "native"),
+    "fp64": (FP64, FP64, "native", "native"),
+    "bf16-fp32-state": (BF16, BF16, "native", "fp32"),
+    "fp32-bf16-grad": (FP32, BF16, "native", "native"),
+    "bf16-fp32-grad": (BF16, FP32, "native", "native"),
+}
+RECIPES = {
+    "native-bf16": (FP32, FP32, "native", "bf16"),
+    "native-int8": (FP32, FP32, "native", "int8"),
+    "master32-fp32": (FP16, FP16, "master32", "fp32"),
+    "split32-fp32": (BF16, BF16, "split32", "fp32"),
+    "split32-bf16": (BF16, BF16, "split32", "bf16"),
+    "split24-bf16": (BF16, BF16, "split24", "bf16"),
+    "sr-bf16": (BF16, BF16, "sr", "bf16"),
+    "split24-int8": (BF16, BF16, "split24", "int8"),
 }
 
 
@@ -44,30 +54,23 @@ class Variant(NamedTuple):
     arguments: dict[str, str]  # run-time argument -> Triton's name of its type
     constants: dict[str, Any]
     elements: int  # per program, or per turn of its loop
-    bytes_moved: int | None = None  # per element, each input read once and each output written once
+    bytes_moved: float | None = None  # per element, each input read once and each output written once
     num_warps: int = 4
 
 
 def update(
-    param: torch.dtype, grad: torch.dtype, state: torch.dtype, amsgrad: bool = False,
+    param: torch.dtype, grad: torch.dtype, weights: str, states: str, amsgrad: bool = False,
     block: int = adam.BLOCK, tail: int = adam.TAIL, num_warps: int = adam.NUM_WARPS,
 ) -> Variant:  # fmt: skip
-    """The update kernel as `adam_step` launches it. What a recipe adds to the kernel's constants, it adds here."""
+    """The update kernel as `adam_step` launches it."""
     arguments = {"rows_ptr": "*i64", "blocks_ptr": "*i32", "scalars_ptr": "*fp64" if param == FP64 else "*fp32"}
-    param_hint, grad_hint, state_hint = adam.hints(param, grad, state)
-    constants = {
-        "PARAM": adam.TYPES[param],
-        "GRAD": adam.TYPES[grad],
-        "STATE": adam.TYPES[state],
-        "PARAM_HINT": param_hint,
-        "GRAD_HINT": grad_hint,
-        "STATE_HINT": state_hint,
-        "AMSGRAD": amsgrad,
-        "BLOCK": block,
-        "TAIL": tail,
-    }
-    moments = 3 if amsgrad else 2
-    moved = 2 * param.itemsize + grad.itemsize + 2 * moments * state.itemsize
+    constants = {**adam.constants(param, grad, weights, states, amsgrad), "BLOCK": block, "TAIL": tail}
+    m, v, v_max, extra = adam.storage_types(param, weights, states)
+    # Read and written: moments, their maximum, what is beside the parameter, a scale of 2 bytes per 32 of each moment.
+    held = m.itemsize + v.itemsize + (v_max.itemsize if amsgrad else 0) + (4 / 32 if states == "int8" else 0)
+    held += extra.itemsize if weights in ("master32", "split32", "split24") else 0
+    accesses = 1 if weights == "master32" else 2  # of the parameter, which is written alone where there is a master
+    moved = accesses * param.itemsize + grad.itemsize + 2 * held
     return Variant(adam.adam_kernel, arguments, constants, block, moved, num_warps)
 
 
@@ -91,6 +94,7 @@ PROLOGUE = {
 VARIANTS = {
     **{name: update(*mix) for name, mix in MIXES.items()},
     **{f"{name}-amsgrad": update(*mix, amsgrad=True) for name, mix in MIXES.items()},
+    **{name: update(*recipe) for name, recipe in RECIPES.items()},
     "prologue": Variant(scalars.prologue_kernel, PROLOGUE, {"BLOCK": scalars.BLOCK}, scalars.BLOCK),
     "norm-fp32": square_sum(FP32),
     "norm-bf16": square_sum(BF16),
@@ -116,7 +120,7 @@ class Report:
     fused: int  # additions that vanished in a fused multiply-add
     instructions: int
     per_element: float  # instructions per thread / elements per thread
-    bytes_moved: int | None  # per element
+    bytes_moved: float | None  # per element
     compile_s: float  # without any cache
 
 

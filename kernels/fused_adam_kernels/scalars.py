@@ -90,6 +90,7 @@ def prologue_kernel(
     sign = tl.where(maximize, -1.0, 1.0).to(tl.float64)
     tl.store(out + table.GRAD_MULTIPLIER, (sign / grad_scale * clip).to(dtype), mask=ok)
     tl.store(out + table.SKIP, tl.where(skip, 1.0, 0.0).to(dtype), mask=ok)
+    tl.store(out + table.STEP_NUMBER, t.to(dtype), mask=ok)
 
 
 def prologue() -> Launcher:

@@ -2,8 +2,10 @@
 
 # rows: int64, shape (P, ROW): one row per parameter. Addresses in bytes, 0 where there is none.
 # NUMEL is what the update covers: the row's own elements, those of the neighbours it leads, or none if it is led.
-PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, MAX_EXP_AVG_SQ, STEP, NUMEL, GROUP, GRAD_NUMEL = range(9)
-ROW = 9
+# EXTRA is the master weight or remainder. SEED and ORDINAL key the random bits: the parameter's place in the optimizer.
+PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, MAX_EXP_AVG_SQ, EXTRA, EXP_AVG_SCALE, EXP_AVG_SQ_SCALE = range(8)
+STEP, NUMEL, GROUP, GRAD_NUMEL, SEED, ORDINAL = range(8, 14)
+ROW = 14
 
 # blocks: int32, shape (B, 2): which row, which BLOCK-sized chunk of it.
 
@@ -13,8 +15,9 @@ LR, BETA1, BETA2, EPS, WEIGHT_DECAY, DECOUPLED, MAXIMIZE, MAX_GRAD_NORM, SKIP_NO
 HYPER = 9
 
 # scalars: float32 or float64, shape (P, SCALARS): this step's values for one parameter.
-STEP_SIZE, RBC2, W1, W2, B2, EPSILON, COUPLED, DECAY, GRAD_MULTIPLIER, SKIP = range(10)
-SCALARS = 10
+# STEP_NUMBER counts from 1, up to 2^24.
+STEP_SIZE, RBC2, W1, W2, B2, EPSILON, COUPLED, DECAY, GRAD_MULTIPLIER, SKIP, STEP_NUMBER = range(11)
+SCALARS = 11
 
 # stats: float64, shape (STATS,): the last norm before clipping, and how many steps were skipped.
 GRAD_NORM, SKIPPED_STEPS = range(2)
