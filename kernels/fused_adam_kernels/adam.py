@@ -27,9 +27,8 @@ from .launch import Launcher
 from .math import adam_update
 
 # Elements per program and per turn of its tail loop. The interpreter pays 3-7 ms per program whatever its size.
-# Turns of 256 keep 36 kB of misaligned fp32 rows in flight per multiprocessor (sm_90: 9 programs of 56 registers),
-# turns of 128 keep 16; an H200 needs 25 (4.8 TB/s for 0.7 us over 132). 2048 elements in 4 warps would save 5 of 55
-# instructions per element, where there is time for 217.
+# Turns of 256 keep 28 kB of misaligned fp32 rows in flight per multiprocessor (sm_90: 7 programs of 72 registers),
+# turns of 128 keep 14; an H200 needs 25 (4.8 TB/s for 0.7 us over 132).
 BLOCK = 8192 if INTERPRET.value else 1024
 TAIL = BLOCK if INTERPRET.value else 256
 NUM_WARPS = 4

@@ -33,10 +33,14 @@ def adam_update(
     coupled = weight decay added to the gradient, decay = lr * weight decay of AdamW (Loshchilov & Hutter 2019).
     """
     g = g * grad_multiplier
-    # A decay of zero is absent, not multiplied: 0 * inf would turn an infinite p into NaN. To add -0.0 changes nothing;
-    # a choice between product and sum keeps ptxas 12.9 (Triton 3.6) from fusing them on Blackwell, which it does even
-    # where fusion is off: 16 of 63 additions per thread (inspect).
-    g = g + tl.where(coupled != 0, coupled * p, -0.0)
+    # A decay of zero is absent, not multiplied: 0 * inf would turn an infinite p into NaN. Then -0.0 is added, which
+    # changes nothing (a literal -0.0 becomes 0.0 before Triton 3.9). So a choice stands between product and sum: else
+    # ptxas 12.9 (Triton 3.6) fuses 16 of 63 additions per thread on Blackwell, whether fusion is on or off (inspect).
+    nothing = tl.zeros_like(p) * -1.0
+    l2 = nothing
+    if coupled != 0:
+        l2 = coupled * p
+    g = g + l2
     m = m + w1 * (g - m)
     v = b2 * v + (w2 * g) * g
     if AMSGRAD:
@@ -46,6 +50,9 @@ def adam_update(
         x = v
     u = exact_div(step_size * m, exact_sqrt(x) * rbc2 + eps)
     # p rounds once for decay and update together: a tiny decay is not lost.
-    u = tl.where(decay != 0, decay * p, -0.0) + u
+    decayed = nothing
+    if decay != 0:
+        decayed = decay * p
+    u = decayed + u
     p = p - u
     return p, m, v, v_max
