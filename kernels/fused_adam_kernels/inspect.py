@@ -174,6 +174,7 @@ def read_nvidia(asm: Any) -> dict[str, Any]:
     # Behind the last real instruction follow a jump to itself and padding.
     names = [name for _, name in found if name != "NOP"]
     ptx = asm["ptx"]
+    fused = re.findall(r"^\s*(?:@\S+ )?fma\.[\w.]*f(?:32|64)(x2)?\s", ptx, re.M)
     additions = re.findall(r"^\s*(?:@\S+ )?(?:add|sub)\.[\w.]*f32(x2)?\s", ptx, re.M)
     # ptxas contracts packed arithmetic even where PTX says .rn (CUDA 12.9): what counts are the additions left over.
     added = sum(name == "FADD" for name in names) + 2 * sum(name == "FADD2" for name in names)
@@ -194,7 +195,7 @@ def read_nvidia(asm: Any) -> dict[str, Any]:
         "fp64": sum(bool(re.match(r"D(ADD|MUL|FMA|SETP|MNMX)|.*(F64|64H)", name)) for name in names),
         "sqrt": kinds(ptx, "sqrt|rsqrt"),
         "div": kinds(ptx, "div|rcp"),
-        "fused": len(re.findall(r"^\s*(?:@\S+ )?fma\.", ptx, re.M)) + sum(1 + bool(x2) for x2 in additions) - added,
+        "fused": sum(1 + bool(x2) for x2 in fused + additions) - added,
         "instructions": len(names),
     }
 
