@@ -46,6 +46,8 @@ ALLOWED = {
     "fused_adam_kernels.adam": {
         *("fused_adam_kernels.codecs", "fused_adam_kernels.math", "fused_adam_kernels.table"),
     },
+    # Takes launches away, to time Python alone: no public name does that.
+    "bench.stub": {"fused_adam_kernels.adam", "fused_adam_kernels.norm", "fused_adam_kernels.scalars"},
 }
 
 
@@ -75,7 +77,10 @@ def test_imports_run_one_way(path):
     found = set(imports_of(path))
     own = {module for module in found if module.split(".")[0] in ("fused_adam", "fused_adam_kernels", "bench", "tests")}
     if name.split(".")[0] == "bench":
-        assert {module for module in own if not module.startswith("bench")} <= {"fused_adam"}
+        assert {module for module in own if not module.startswith("bench")} <= {
+            "fused_adam",
+            *ALLOWED.get(name, ()),
+        }
     else:
         assert own <= ALLOWED[name]
     triton = any(module.split(".")[0] == "triton" for module in found)

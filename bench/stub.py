@@ -1,0 +1,35 @@
+"""The one place of bench that reaches into the kernels: launches taken away, so that Python's part can be timed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from unittest import mock
+
+
+def interpreted() -> bool:
+    """Have Triton run on CPU tensors in this process; False if it was imported too early for that."""
+    if "triton" not in sys.modules:
+        os.environ["TRITON_INTERPRET"] = "1"
+    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0", "false", "off")
+
+
+@contextlib.contextmanager
+def stubbed_launches() -> Iterator[None]:
+    """While it lasts every kernel launch of fused_adam does nothing: plans, tables and uploads go on.
+
+    A step made under it must always be made under it. Raises ImportError without triton.
+    """
+    from fused_adam_kernels import adam, norm, scalars
+
+    def nothing(*arguments: object, **more: object) -> None:
+        """Stands for a launch."""
+
+    with (
+        mock.patch.object(adam, "adam_step", nothing),
+        mock.patch.object(scalars, "prologue", nothing),
+        mock.patch.object(norm, "square_sum", nothing),
+    ):
+        yield

@@ -1,0 +1,90 @@
+"""How time is measured: interleaved rounds, medians and quartiles, copy bandwidth. Knows no optimizer."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+COPY_BYTES = 256 << 20
+
+
+def statistic(samples: Sequence[float]) -> dict[str, Any]:
+    """Median and quartiles, as records hold them."""
+    median = statistics.median(samples)
+    low, _, high = statistics.quantiles(samples, n=4, method="inclusive") if len(samples) > 1 else [median] * 3
+    return {"median": median, "low": low, "high": high, "rounds": len(samples)}
+
+
+def ratio(times: Sequence[float], of: Sequence[float]) -> dict[str, Any]:
+    """Statistic of times / of, round by round: a slow moment of the machine hits both."""
+    return statistic([a / b for a, b in zip(times, of, strict=True)])
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device is idle."""
+    if device.type != "cpu":
+        torch.get_device_module(device).synchronize(device)
+
+
+def seconds_of(call: Callable[[], object], device: torch.device, repeats: int = 1) -> float:
+    """Wall time of one call, the device's work included; with `repeats` the mean of calls that queue up."""
+    synchronize(device)
+    begin = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    synchronize(device)
+    return (time.perf_counter() - begin) / repeats
+
+
+def interleaved(
+    measures: Mapping[str, Callable[[], float]],
+    seconds: float,
+    min_rounds: int = 3,
+    max_rounds: int = 200,
+    on_round: Callable[[float], None] = lambda share: None,
+) -> dict[str, list[float]]:
+    """Measure each in turn, A B C A B C, until the time is used up, so that a busy machine slows all alike.
+
+    Args:
+        measures: each does its work once and returns how long that took, in seconds.
+        seconds: when to stop, once there are `min_rounds`.
+        on_round: called after every round with the share done.
+    """
+    samples: dict[str, list[float]] = {name: [] for name in measures}
+    gc.collect()
+    collecting = gc.isenabled()
+    gc.disable()
+    begin = time.monotonic()
+    try:
+        for done in range(1, max_rounds + 1):
+            for name, measure in measures.items():
+                samples[name].append(measure())
+            used = (time.monotonic() - begin) / seconds
+            on_round(min(1.0, max(used, done / max_rounds)))
+            if used >= 1 and done >= min_rounds:
+                break
+    finally:
+        if collecting:
+            gc.enable()
+    return samples
+
+
+def copy_bandwidth(device: torch.device, seconds: float = 1.0, size_bytes: int = COPY_BYTES) -> dict[str, Any]:
+    """Bytes read plus bytes written per second by `copy_` of one large buffer to another, in GB/s.
+
+    The limit that every bandwidth is held against. A CPU reads what it is about to overwrite (write-allocate), which
+    is not counted: code that updates in place can exceed this number there.
+    """
+    source = torch.ones(size_bytes // 4, device=device)
+    target = torch.empty_like(source)
+    for _ in range(3):
+        target.copy_(source)
+    repeats = 1 if device.type == "cpu" else 20
+    measure = {"copy": lambda: seconds_of(lambda: target.copy_(source), device, repeats)}
+    times = interleaved(measure, seconds, min_rounds=5)["copy"]
+    return statistic([2 * source.nbytes / t / 1e9 for t in times])
