@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
-from . import commands, demo_command
+from . import commands, demo_command, models
 from .arguments import (
     DEVICES,
     DTYPES,
@@ -15,6 +16,7 @@ from .arguments import (
     list_of,
     new_file,
     new_json,
+    old_file,
     one_of,
     positive_number,
     whole_number,
@@ -42,6 +44,13 @@ def make_parsers() -> tuple[Parser, dict[str, Parser]]:
         sub.set_defaults(run=run)
         return sub
 
+    sub = add("step", commands.run_step, "time whole steps on models' parameters: ms, GB/s, share of copy bandwidth")
+    add_output(sub, plot=True)
+    add_models(sub)
+    add_optimizers(sub)
+    add_case(sub)
+    add_check(sub)
+
     sub = add("host", commands.run_host, "time what a step costs in Python, against the number of tensors")
     add_output(sub, plot=True)
     add_optimizers(sub)
@@ -56,6 +65,41 @@ def make_parsers() -> tuple[Parser, dict[str, Parser]]:
         default="kept",
         metavar="{kept,new}",
         help="the same gradient tensors every step, or new ones as after zero_grad() and backward() (default: kept)",
+    )
+
+    sub = add("memory", commands.run_memory, "measure what optimizers hold, and take for a moment, per parameter")
+    add_output(sub)
+    add_models(sub)
+    add_optimizers(sub)
+    add_case(sub)
+
+    sub = add("accuracy", commands.run_accuracy, "hold optimizers against a float64 run of the same formula")
+    add_output(sub)
+    add_optimizers(sub)
+    sub.add_argument(
+        "--dtype", dest="dtypes", type=list_of(dtype), metavar="DTYPE,...", help=f"of: {', '.join(DTYPES)}"
+    )
+    sub.add_argument("--steps", type=whole_number(1, 10_000), metavar="N", help="default: 100")
+
+    sub = add("verify", commands.run_verify, "check the promised bits and the memory's speed here; a block to paste")
+    add_output(sub)
+
+    sub = add("suite", commands.run_suite, "everything: under eight minutes on a GPU, one record")
+    add_output(sub, plot=True)
+    add_optimizers(sub)
+    sub.add_argument("--amsgrad", action="store_true", help="keep the maximum of the second moment")
+    sub.add_argument("--clip", type=positive_number, metavar="NORM", help="clip the gradients' global norm")
+    sub.add_argument("--sweep", action="store_true", help="also try other launch sizes")
+
+    sub = add("env", commands.run_env, "say what machine this is and which optimizers run on it")
+    add_output(sub)
+
+    sub = add("report", commands.run_report, "tables, pictures and a document's tables from records")
+    sub.add_argument("files", nargs="*", type=old_file, metavar="RECORD", help="JSON files that other commands wrote")
+    sub.add_argument("--markdown", action="store_true", help="tables as Markdown")
+    sub.add_argument("--plot", type=new_file(".png"), metavar="PNG", help="draw a picture (needs matplotlib)")
+    sub.add_argument(
+        "--update", type=old_file, metavar="DOCUMENT", help="write its tables anew, marked <!-- bench: FILE.json -->"
     )
 
     text = "train a small GPT with torch's AdamW, FusedAdamW and FusedAdamW(flatten=True), and compare"
@@ -113,6 +157,25 @@ def add_optimizers(sub: Parser) -> None:
     sub.add_argument(
         "--precision", type=list_of(str), metavar="RECIPE,...", help="precision recipes of ours, one row each"
     )
+
+
+def add_models(sub: Parser) -> None:
+    """Options that say whose parameters are stepped on."""
+    group = sub.add_mutually_exclusive_group()
+    group.add_argument(
+        "--model", type=list_of(model_name), metavar="NAME,...", help=f"default: gpt2,many-small; of: {models.ALLOWED}"
+    )
+    group.add_argument("--shapes", type=old_file, metavar="FILE", help="JSON: a list of shapes, [[768, 3072], [768]]")
+    group.add_argument("--hf-config", type=Path, metavar="PATH", help="a Hugging Face config.json, or its folder")
+
+
+def model_name(text: str) -> str:
+    """An argument type: a model's name."""
+    try:
+        models.shapes_of(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
 
 
 def add_case(sub: Parser) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 class Options:
     """What every optimizer is asked to do: AdamW with these hyper-parameters.
 
-    clip: the gradients' largest global L2 norm, or None.
+    clip: the gradients' largest global L2 norm, or None. capturable: the step will be captured in a CUDA graph.
     """
 
     lr: float = 1e-3
@@ -26,6 +26,7 @@ class Options:
     weight_decay: float = 0.01
     amsgrad: bool = False
     clip: float | None = None
+    capturable: bool = False
 
 
 def clip_factor(grads: Sequence[Tensor], max_norm: float | None) -> float:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .peers import BASELINE, OURS, Case, Entry, ours
 from .record import Recorder
-from .stub import interpreted, stubbed_launches
+from .stub import no_interpreter, stubbed_launches
 from .timing import interleaved, ratio, statistic, synchronize
 from .workload import Contender, contend, copy_params, make_params, one_line, released
 
@@ -105,10 +105,11 @@ def measure(
             then have none in them, so that `flatten=True` has nothing to gain.
     """
     entries = [*entries]
-    if case.device.type != "cpu" or interpreted():
-        entries.append(stub_entry())
+    reason = no_interpreter() if case.device.type == "cpu" else None
+    if reason:
+        recorder.leave_out(STUBBED, reason)
     else:
-        recorder.leave_out(STUBBED, "triton was imported before it could be told to run on a CPU")
+        entries.append(stub_entry())
     families = {entry.name: entry.family for entry in entries}
     for number, tensors in enumerate(counts):
         progress(f"{tensors} tensors", number / len(counts))

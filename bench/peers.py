@@ -63,6 +63,11 @@ def adamw_arguments(options: Options) -> dict[str, Any]:
     }
 
 
+def torch_arguments(options: Options) -> dict[str, Any]:
+    """As above, with what only torch's own signature has."""
+    return {**adamw_arguments(options), "amsgrad": options.amsgrad, "capturable": options.capturable}
+
+
 # Ours.
 
 
@@ -78,7 +83,7 @@ def ours(backend: str, flatten: bool, precision: str | None = None) -> Entry:
         extra["precision"] = precision
 
     def make(params: list[Tensor], options: Options) -> Optimizer:
-        arguments = {**adamw_arguments(options), "max_grad_norm": options.clip, "amsgrad": options.amsgrad, **extra}
+        arguments = {**torch_arguments(options), "max_grad_norm": options.clip, **extra}
         return FusedAdamW(params, **arguments)
 
     words = ["FusedAdamW", *([] if backend == "auto" else [backend]), *(["flatten"] if flatten else [])]
@@ -120,7 +125,7 @@ def torch_entry(name: str, scratch: float = 0.0, **flags: bool) -> Entry:
     """One of torch.optim.AdamW's paths."""
 
     def make(params: list[Tensor], options: Options) -> Optimizer:
-        arguments: dict[str, Any] = {**adamw_arguments(options), "amsgrad": options.amsgrad, **flags}
+        arguments: dict[str, Any] = {**torch_arguments(options), **flags}
         return torch.optim.AdamW(params, **arguments)
 
     return Entry(name, TORCH, make, limits=same_grad_dtype, scratch=scratch)
@@ -137,9 +142,10 @@ class Compiled(torch.optim.AdamW):
     """torch.optim.AdamW whose step went through torch.compile, as torch's tutorial has it."""
 
     def __init__(self, params: list[Tensor], **arguments: Any) -> None:
-        # A tensor: a number would be compiled in, and another one compiled anew.
-        lr = torch.tensor(arguments.pop("lr"))
-        super().__init__(params, lr=lr, foreach=True, capturable=params[0].device.type != "cpu", **arguments)
+        if params[0].device.type != "cpu":
+            # A tensor: a number would be compiled in, and another one compiled anew. On a CPU torch takes none.
+            arguments |= {"lr": torch.tensor(arguments["lr"]), "capturable": True}
+        super().__init__(params, foreach=True, **arguments)
         self._compiled = torch.compile(super().step, fullgraph=False)
 
     def step(self, closure: Any = None) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import sys
 from collections.abc import Iterator
@@ -14,6 +15,14 @@ def interpreted() -> bool:
     if "triton" not in sys.modules:
         os.environ["TRITON_INTERPRET"] = "1"
     return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0", "false", "off")
+
+
+def no_interpreter() -> str | None:
+    """Why Triton cannot run on this CPU, or None."""
+    for module in ("triton", "numpy"):
+        if importlib.util.find_spec(module) is None:
+            return f"Triton's interpreter needs {module}, which is not installed"
+    return None if interpreted() else "triton was imported before it could be told to run on a CPU"
 
 
 @contextlib.contextmanager
@@ -32,4 +41,17 @@ def stubbed_launches() -> Iterator[None]:
         mock.patch.object(scalars, "prologue", nothing),
         mock.patch.object(norm, "square_sum", nothing),
     ):
+        yield
+
+
+@contextlib.contextmanager
+def launch_shape(block: int, num_warps: int) -> Iterator[None]:
+    """While it lasts the update is launched with other sizes. Optimizers made under it must be stepped under it.
+
+    Args:
+        block: elements per program. num_warps: warps per program.
+    """
+    from fused_adam_kernels import adam
+
+    with mock.patch.object(adam, "BLOCK", block), mock.patch.object(adam, "NUM_WARPS", num_warps):
         yield

@@ -74,17 +74,31 @@ def interleaved(
     return samples
 
 
-def copy_bandwidth(device: torch.device, seconds: float = 1.0, size_bytes: int = COPY_BYTES) -> dict[str, Any]:
-    """Bytes read plus bytes written per second by `copy_` of one large buffer to another, in GB/s.
+class Copy:
+    """`copy_` of one large buffer to another: the limit that every bandwidth is held against.
 
-    The limit that every bandwidth is held against. A CPU reads what it is about to overwrite (write-allocate), which
-    is not counted: code that updates in place can exceed this number there.
+    Bytes read plus bytes written count. A CPU also reads what it is about to overwrite (write-allocate), which does
+    not count: code that updates in place can exceed this limit there.
     """
-    source = torch.ones(size_bytes // 4, device=device)
-    target = torch.empty_like(source)
-    for _ in range(3):
-        target.copy_(source)
-    repeats = 1 if device.type == "cpu" else 20
-    measure = {"copy": lambda: seconds_of(lambda: target.copy_(source), device, repeats)}
-    times = interleaved(measure, seconds, min_rounds=5)["copy"]
-    return statistic([2 * source.nbytes / t / 1e9 for t in times])
+
+    def __init__(self, device: torch.device, size_bytes: int = COPY_BYTES) -> None:
+        self.device = device
+        self.source = torch.ones(size_bytes // 4, device=device)
+        self.target = torch.empty_like(self.source)
+        self.repeats = 1 if device.type == "cpu" else 20
+        self.measure()
+
+    @property
+    def moved_bytes(self) -> int:
+        return 2 * self.source.nbytes
+
+    def measure(self) -> float:
+        """Seconds per copy."""
+        return seconds_of(lambda: self.target.copy_(self.source), self.device, self.repeats)
+
+
+def copy_bandwidth(device: torch.device, seconds: float = 1.0) -> dict[str, Any]:
+    """Statistic of the copy bandwidth in GB/s."""
+    copy = Copy(device)
+    times = interleaved({"copy": copy.measure}, seconds, min_rounds=5)["copy"]
+    return statistic([copy.moved_bytes / t / 1e9 for t in times])

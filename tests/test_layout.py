@@ -46,7 +46,9 @@ ALLOWED = {
     "fused_adam_kernels.adam": {
         *("fused_adam_kernels.codecs", "fused_adam_kernels.math", "fused_adam_kernels.table"),
     },
-    # Takes launches away, to time Python alone: no public name does that.
+    # The update's access pattern without arithmetic, launched as the update is.
+    "bench.ceiling": {"fused_adam_kernels.adam"},
+    # Takes launches away or reshapes them, to time Python alone or to find better shapes: no public name does that.
     "bench.stub": {"fused_adam_kernels.adam", "fused_adam_kernels.norm", "fused_adam_kernels.scalars"},
 }
 
@@ -84,7 +86,7 @@ def test_imports_run_one_way(path):
     else:
         assert own <= ALLOWED[name]
     triton = any(module.split(".")[0] == "triton" for module in found)
-    assert not triton or name.startswith("fused_adam_kernels.")
+    assert not triton or name.startswith("fused_adam_kernels.") or name == "bench.ceiling"
     assert not triton or name != "fused_adam_kernels.table"
     assert name != "fused_adam_kernels.table" or not found
 
