@@ -2,10 +2,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint types wheel clean
+.PHONY: demo bench test lint types wheel clean
 
 demo: .venv/installed
 	$(BIN)/python -m bench demo
+
+bench: .venv/installed
+	$(BIN)/python -m bench step --quick --plot bench.png
 
 test: .venv/installed
 	$(BIN)/python -m pytest -n 2
@@ -29,4 +32,4 @@ wheel: .venv/installed
 	touch $@
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo.png
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo.png bench.png

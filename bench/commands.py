@@ -31,6 +31,7 @@ from .stub import interpreted
 
 # Where a run writes to is no part of what it measured.
 NOT_RECORDED = ("run", "command", "json", "plot", "out", "update", "files", "device")
+GLANCE_SECONDS = 10.0
 FLATTEN = {"both": None, "on": True, "off": False}
 
 
@@ -241,7 +242,7 @@ def verify_step(recorder: Recorder, device: torch.device, progress: Callable[[st
     part = Recorder("step", {}, device)
     job = measure_step.Job("resnet50", models.shapes_of("resnet50"), Case(device), "eager")
     entries = [*all_of_ours(device, "auto", None), peers()["torch-fused"]]
-    measure_step.measure(part, entries, job, 10.0, progress)
+    measure_step.measure(part, entries, job, GLANCE_SECONDS, progress)
     recorder.results += [{"check": "step", **result} for result in part.results]
     recorder.left_out += part.left_out
 

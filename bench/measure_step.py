@@ -11,7 +11,7 @@ A result:
     gb_per_s       statistic of moved bytes over time
     copy_gb_per_s  statistic of `copy_` of a large buffer in the same rounds
     share_of_copy  ratio of the two
-    gate           {"error", "allowed", "rms"}: see `gate.py`
+    gate           {"error", "allowed", "rms", "allowed_rms"}: see `gate.py`
     buffer_sets    how many sets of parameters, gradients and state are stepped on in turn
     resident       false: memory does not hold all optimizers at once, so each is made anew for every turn
 
@@ -285,7 +285,7 @@ def measure_in_turns(
 def results(samples: dict[str, list[float]], job: Job, sets: int, resident: bool) -> list[dict[str, Any]]:
     """What one interleaved run gave."""
     found = []
-    copies = [2 * COPY_BYTES / seconds / 1e9 for seconds in samples.pop(COPY)]
+    copies = list(map(Copy.gb_per_s, samples.pop(COPY)))
     ours = [name for name in samples if job.families[name] == OURS]
     for name, times in samples.items():
         rates = [job.moved[name] * numel(job.shapes) / seconds / 1e9 for seconds in times]

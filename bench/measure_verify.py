@@ -20,12 +20,13 @@ from .workload import one_line
 LONG, SHORT = 1000, 30
 
 
-def plan(device: torch.device, quick: bool) -> list[tuple[str, int]]:
-    """Backends and how many steps each can take in the time."""
+def plan(device: torch.device, quick: bool) -> list[tuple[str, int, bool]]:
+    """Backend, steps and `flatten` of each run: what the time allows."""
     if device.type != "cpu":
-        return [("triton", LONG)]
-    # The interpreter takes milliseconds per program.
-    return [("reference", SHORT if quick else LONG), ("triton", SHORT)]
+        return [("triton", LONG, False), ("triton", LONG, True)]
+    reference = [("reference", SHORT if quick else LONG, flatten) for flatten in (False, True)]
+    # The interpreter takes milliseconds per program: half a minute for the short hash on a busy machine.
+    return reference if quick else [*reference, ("triton", SHORT, False)]
 
 
 def measure(recorder: Recorder, device: torch.device, quick: bool, progress: Callable[[str, float], None]) -> None:
@@ -33,7 +34,7 @@ def measure(recorder: Recorder, device: torch.device, quick: bool, progress: Cal
     # Bits do not rest on threads; thousands of tiny steps are faster on one.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    runs = [(backend, steps, flatten) for backend, steps in plan(device, quick) for flatten in (False, True)]
+    runs = plan(device, quick)
     for number, (backend, steps, flatten) in enumerate(runs):
         words = f"hash, {backend}{', flatten' if flatten else ''}, {steps} steps"
         progress(words, number / (len(runs) + 1))

@@ -81,16 +81,17 @@ class Copy:
     not count: code that updates in place can exceed this limit there.
     """
 
-    def __init__(self, device: torch.device, size_bytes: int = COPY_BYTES) -> None:
+    def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.source = torch.ones(size_bytes // 4, device=device)
+        self.source = torch.ones(COPY_BYTES // 4, device=device)
         self.target = torch.empty_like(self.source)
         self.repeats = 1 if device.type == "cpu" else 20
         self.measure()
 
-    @property
-    def moved_bytes(self) -> int:
-        return 2 * self.source.nbytes
+    @staticmethod
+    def gb_per_s(seconds: float) -> float:
+        """Of a copy that took so long."""
+        return 2 * COPY_BYTES / seconds / 1e9
 
     def measure(self) -> float:
         """Seconds per copy."""
@@ -101,4 +102,4 @@ def copy_bandwidth(device: torch.device, seconds: float = 1.0) -> dict[str, Any]
     """Statistic of the copy bandwidth in GB/s."""
     copy = Copy(device)
     times = interleaved({"copy": copy.measure}, seconds, min_rounds=5)["copy"]
-    return statistic([copy.moved_bytes / t / 1e9 for t in times])
+    return statistic(list(map(Copy.gb_per_s, times)))
