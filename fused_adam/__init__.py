@@ -1,6 +1,7 @@
 """FusedAdam and FusedAdamW: torch.optim's Adam and AdamW, one fused pass per step. Imports no triton."""
 
 from .optimizer import FusedAdam, FusedAdamW
+from .release import step_in_backward
 from .version import __version__
 
-__all__ = ["FusedAdam", "FusedAdamW", "__version__"]
+__all__ = ["FusedAdam", "FusedAdamW", "__version__", "step_in_backward"]

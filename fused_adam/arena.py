@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-# Slots start on multiples of this many elements: 128 bytes or more for every float dtype, and the same distance in
-# elements for all of them, so that neighbours in one buffer are neighbours in every buffer.
-SLOT = 64
+# Slots start on multiples of this many elements: a whole 128-byte line of float32, a whole 32-byte sector of any dtype,
+# and the same distance in elements for all of them, so that neighbours in one buffer are neighbours in every buffer.
+SLOT = 32
 SEGMENT_BYTES = 1 << 30
 
 
@@ -137,6 +137,8 @@ class Home:
     views: dict[str, Tensor] = field(default_factory=dict)
     counters: Counters | None = None
     counter: int = 0
+    # Counters of equal age have equal values: the value itself, or a token given to those that moved on together.
+    age: object = 0.0
 
     def holds(self, key: str, value: Any, dtype: torch.dtype) -> bool:
         """Whether `value` is the tensor we put there, still over our memory and of the dtype wanted."""
@@ -169,6 +171,7 @@ class Arena:
     def __init__(self) -> None:
         self.homes: dict[Tensor, Home] = {}
         self.counters: list[Counters] = []
+        self.moves = 0  # how often state that was here has moved: tables made before are stale
 
     def keep(self, params: Sequence[Tensor]) -> None:
         """Let go of parameters that the optimizer no longer has."""
@@ -190,7 +193,10 @@ class Arena:
         )
         if not number:
             raise ValueError(f"state 'step' of {name} is {step!r}, but must be one real number, as a tensor or plain")
-        # Reading a counter of another device would wait for it; those were checked when they were made or loaded.
+        home = self.homes.get(param)
+        if home and home.holds_step(step, param.device):
+            step = home.age if isinstance(home.age, float) else 0  # ours: read when somebody else has written to it
+        # Reading a counter of another device would wait for it.
         if not (isinstance(step, Tensor) and step.device.type != "cpu") and not 0 <= float(step) < float("inf"):
             raise ValueError(f"state 'step' of {name} is {float(step)}, but must be a finite number >= 0")
 
@@ -206,6 +212,7 @@ class Arena:
         """
         wanted: dict[tuple[str, torch.dtype, torch.device], list[Tensor]] = {}
         steps: dict[torch.device, list[Tensor]] = {}
+        moved = False
         for param, names in zip(params, keys, strict=True):
             entry = dict.setdefault(state, param, {})
             home = self.homes.setdefault(param, Home())
@@ -213,8 +220,10 @@ class Arena:
             for key in names:
                 if not home.holds(key, entry.get(key), dtype):
                     wanted.setdefault((key, dtype, param.device), []).append(param)
+                    moved |= key in home.slots
             if not home.holds_step(entry.get("step"), param.device):
                 steps.setdefault(param.device, []).append(param)
+                moved |= home.counters is not None
         for device, owners in steps.items():
             self._make_counters(state, owners, device)
         for (key, dtype, device), owners in wanted.items():
@@ -222,16 +231,19 @@ class Arena:
             slots = (slot for segment in segments(numels, dtype, device) for slot in segment)
             for param, slot in zip(owners, slots, strict=True):
                 self._move_in(dict.__getitem__(state, param), param, key, slot)
+        self.moves += moved
 
     def _make_counters(self, state: State, params: Sequence[Tensor], device: torch.device) -> None:
-        counters = Counters(torch.zeros(len(params), dtype=torch.float32, device=device))
+        entries = [dict.__getitem__(state, param) for param in params]
+        # Reading a counter waits for its device: so only those that were loaded or set by the user, once.
+        ages = [float(entry.get("step", 0)) for entry in entries]
+        counters = Counters(torch.zeros(len(ages), dtype=torch.float32, device=device))
+        if any(ages):
+            counters.steps.copy_(torch.tensor(ages))
         self.counters.append(counters)
-        for i, param in enumerate(params):
-            entry, home = dict.__getitem__(state, param), self.homes[param]
-            view = counters.steps[i]
-            old = entry.get("step", 0)
-            view.copy_(old.reshape(()) if isinstance(old, Tensor) else torch.tensor(float(old)))
-            home.counters, home.counter, home.views["step"] = counters, i, view
+        for i, (param, entry, age) in enumerate(zip(params, entries, ages, strict=True)):
+            view, home = counters.steps[i], self.homes[param]
+            home.counters, home.counter, home.age, home.views["step"] = counters, i, age, view
             rest = {key: value for key, value in entry.items() if key != "step"}
             entry.clear()
             entry.update(step=view, **rest)  # torch's order: step first
@@ -251,7 +263,22 @@ class Arena:
         """Whether nobody but us has written to a step counter since the last step."""
         return all(c.steps._version == c.version for c in self.counters)
 
+    def read_counters(self) -> None:
+        """Learn the values of counters that somebody else has written to. Waits for their device."""
+        values = {id(c): c.steps.tolist() for c in self.counters if c.steps._version != c.version}
+        for home in self.homes.values():
+            if id(home.counters) in values:
+                home.age = values[id(home.counters)][home.counter]
+        self.note_counters()
+
     def note_counters(self) -> None:
         """Take the counters as they are now for our own work."""
         for c in self.counters:
             c.version = c.steps._version
+
+
+def grow_older(homes: Iterable[Home]) -> None:
+    """Note that the counters of these parameters moved on together, by a number of steps only the device may know."""
+    tokens: dict[object, object] = {}
+    for home in homes:
+        home.age = tokens.setdefault(home.age, object())

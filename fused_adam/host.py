@@ -18,6 +18,7 @@ from .reference import CHUNK, adam_step, exact_sqrt
 from .scalars import Guard, Hyper, scalars
 
 Step = Callable[..., None]
+_flatten_dense_tensors: Callable[[Sequence[Tensor]], Tensor] = torch._utils._flatten_dense_tensors
 
 
 @functools.cache
@@ -35,14 +36,14 @@ def compiled_adam_step(*variant: object) -> Step:
 class HostRunner:
     """One section on the backends "reference" and "compiled". All of it happens on the host, in order."""
 
-    def __init__(self, section: Section, compiled: bool) -> None:
+    def __init__(self, section: Section, backend: str) -> None:
+        self.backend, self.compiled = backend, backend == "compiled"
         self.compute = section.compute
         self.rows = section.rows
         self.grads: Sequence[Tensor] = ()
-        self.compiled = compiled
         self.spans = [HostSpan(launch, span) for launch in section.launches for span in launch.spans]
         # Compiled code keeps its intermediates in registers; a GPU has no cache worth staying in.
-        self.chunk = CHUNK if section.device.type == "cpu" and not compiled else 1 << 62
+        self.chunk = CHUNK if section.device.type == "cpu" and not self.compiled else 1 << 62
         owners: dict[int, list[Row]] = {}
         for row in section.rows:
             owners.setdefault(id(row.home.counters), []).append(row)
@@ -54,7 +55,9 @@ class HostRunner:
         places = {row.index: (i, j) for i, rows in enumerate(owners.values()) for j, row in enumerate(rows)}
         self.places = [places[span.row.index] for span in self.spans]
 
-    def begin(self, grads: Sequence[Tensor], addresses: Sequence[int]) -> None:
+    def begin(self, grads: Sequence[Tensor], addresses: Sequence[int], capturing: bool) -> None:
+        if capturing:
+            raise RuntimeError(f"backend={self.backend!r} cannot be captured in a CUDA graph; use backend='triton'")
         self.grads = grads
 
     def square_sum(self) -> Tensor:
@@ -160,6 +163,7 @@ class Stage:
         plain = all(param.is_contiguous() and not row.complex for row, param in zip(rows, self.params, strict=True))
         if plain and sum(numels) <= self.SMALL * len(rows):
             self.flat_params = [flat(param) for param in self.params]
+            self.one_dimensional = all(param.ndim == 1 for param in self.params)
             start = self.views[0].storage_offset()
             starts = torch.tensor([view.storage_offset() - start for view in self.views])
             lengths = torch.tensor(numels)
@@ -175,7 +179,8 @@ class Stage:
         else:
             param, grad = self.scratch
             param.index_copy_(0, self.positions, torch.cat(self.flat_params))
-            packed = torch._utils._flatten_dense_tensors(chosen)  # type: ignore[no-untyped-call]
+            # Flattening them first costs four times as much as joining them.
+            packed = torch.cat(chosen) if self.one_dimensional else _flatten_dense_tensors(chosen)
             grad.index_copy_(0, self.positions, packed)
 
     def copy_out(self) -> None:

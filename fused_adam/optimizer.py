@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping
 from itertools import chain
 from typing import Any, overload
 
@@ -16,13 +14,11 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from fused_adam_kernels import table
 
 from . import backend as backends
-from . import checkpoint, plan
-from .arena import Arena, State
+from . import checkpoint
+from .arena import State
+from .engine import Engine, lasting
 from .flatten import FlatBuffers
-from .scalars import Guard, hyper
-from .watch import Watch
-
-HAS_GRAPHS = bool(torch.version.cuda or torch.version.hip)
+from .scalars import Guard
 
 
 def _check_guards(max_grad_norm: object, skip_nonfinite: object, differentiable: bool) -> None:
@@ -34,13 +30,6 @@ def _check_guards(max_grad_norm: object, skip_nonfinite: object, differentiable:
         raise TypeError(f"skip_nonfinite={skip_nonfinite!r} must be True or False")
     if differentiable and (max_grad_norm is not None or skip_nonfinite):
         raise ValueError("max_grad_norm and skip_nonfinite do not go with differentiable=True, which is torch's step")
-
-
-@contextlib.contextmanager
-def _lasting() -> Iterator[None]:
-    """For making memory: under the user's inference mode it could never be written outside that mode."""
-    with torch.inference_mode(False), torch.no_grad():
-        yield
 
 
 class FusedAdam(torch.optim.Adam):
@@ -130,20 +119,14 @@ class FusedAdam(torch.optim.Adam):
     def _set_up(self) -> None:
         """What is derived, and made anew after pickle and deepcopy."""
         self.state = State(self.state)
-        self._arena = Arena()
-        self._flat: FlatBuffers | None = None
-        self._stats: Tensor | None = None
-        self._forget_plan()
+        self._engine = Engine(self._backend, self._max_grad_norm, self._skip_nonfinite)
+        self._release: Any = None  # the handle of `step_in_backward`, while it steps
 
     def _move_to_buffers(self) -> None:
         # A copy does so at its first use: while it is unpickled, its storages have the unpickler for an owner.
-        if self._flatten and self._flat is None:
-            with _lasting():
-                self._flat = FlatBuffers(self._params())
-
-    def _forget_plan(self) -> None:
-        self._watch: Watch | None = None
-        self._runners: list[backends.Runner] = []
+        if self._flatten and self._engine.flat is None:
+            with lasting():
+                self._engine.flat = FlatBuffers(self._params())
 
     def _params(self) -> list[Tensor]:
         return list(chain.from_iterable([group["params"] for group in self.param_groups]))
@@ -156,7 +139,7 @@ class FusedAdam(torch.optim.Adam):
         pickle, deepcopy and loaded checkpoints. Not always True, because Lightning refuses its own clipping for
         optimizers that carry it.
         """
-        return self._guards or bool(self.defaults["fused"]) or any(group["fused"] for group in self.param_groups)
+        return self._engine.guards or bool(self.defaults["fused"]) or any(group["fused"] for group in self.param_groups)
 
     @_step_supports_amp_scaling.setter
     def _step_supports_amp_scaling(self, value: bool) -> None:
@@ -194,60 +177,35 @@ class FusedAdam(torch.optim.Adam):
             )
             return result
         self._accelerator_graph_capture_health_check()
-        if HAS_GRAPHS and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError("step() cannot be captured in a CUDA graph: its tables are uploaded by the host")
+        if self._release is not None:
+            self._end_round(closure)
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         with torch.no_grad():
-            self._step()
+            self._move_to_buffers()
+            self._engine.step(self.param_groups, self.state, self._guard())  # type: ignore[arg-type]
         return loss
 
-    def _step(self) -> None:
-        self._move_to_buffers()
-        params = self._params()
-        options = [bool(group["amsgrad"]) for group in self.param_groups]
-        state: Any = self.state
-        found = None
-        if self._watch and not state.touched and self._arena.counters_unchanged():
-            found = self._watch.gradients(params, options)
-        if found is None:
-            with _lasting():
-                self._plan(params, options)
-            self._watch = Watch(params, [param.grad for param in params], options, self._flat)
-            state.touched = False
-            found = self._watch.gradients(params, options)
-            assert found is not None
-        grads, addresses = found
-        values = [hyper(group, self._max_grad_norm, self._skip_nonfinite) for group in self.param_groups]
-        for runner in self._runners:
-            runner.begin(grads, addresses)
-        guard = Guard(getattr(self, "found_inf", None), getattr(self, "grad_scale", None))
-        if self._runners and self._guards:
-            guard = self._checked(guard)
-        for runner in self._runners:
-            runner.run(values, guard)
-            guard = replace(guard, stats=None)  # counted once
-        self._arena.note_counters()
-        backends.increment_versions(self._written)
+    def _end_round(self, closure: object) -> None:
+        """Of steps inside backward: refuse what comes too late, and step what still waits."""
+        if closure is not None:
+            raise RuntimeError("a closure does not go with step_in_backward: it would run backward once more")
+        guard = self._guard()
+        if guard.found_inf is not None or guard.grad_scale is not None:
+            raise RuntimeError(
+                "a GradScaler does not go with step_in_backward: parameters were updated before it could unscale "
+                "gradients or see an overflow; train in bfloat16 without one"
+            )
+        self._release.end_round()
 
-    @property
-    def _guards(self) -> bool:
-        return self._max_grad_norm is not None or self._skip_nonfinite
+    def _step_only(self, positions: tuple[int, ...]) -> None:
+        """Step these parameters alone, by their positions among all: each has a gradient."""
+        self._engine.step(self.param_groups, self.state, Guard(), positions)  # type: ignore[arg-type]
 
-    def _checked(self, guard: Guard) -> Guard:
-        """Add the norm of all gradients, over all devices, and the place for what users may ask of it."""
-        sums = [runner.square_sum().reshape(1) for runner in self._runners]
-        total = sums[0]
-        for other in sums[1:]:
-            # Between GPUs this does not wait; to the CPU it must, or the sum would read what has not arrived.
-            total = total + other.to(total.device)
-        if self._stats is None or self._stats.device != total.device:
-            with _lasting():
-                stats = torch.zeros(table.STATS, dtype=torch.float64, device=total.device)
-                self._stats = stats if self._stats is None else stats.copy_(self._stats)
-        return replace(guard, square_sum=total, stats=self._stats)
+    def _guard(self) -> Guard:
+        return Guard(getattr(self, "found_inf", None), getattr(self, "grad_scale", None))
 
     @property
     def grad_norm(self) -> Tensor | None:
@@ -256,7 +214,7 @@ class FusedAdam(torch.optim.Adam):
         On the device of the first parameters; reading its value waits for it. None before the first step, and
         without `max_grad_norm` and `skip_nonfinite`.
         """
-        return None if self._stats is None else self._stats[table.GRAD_NORM].float()
+        return None if self._engine.stats is None else self._engine.stats[table.GRAD_NORM].float()
 
     @property
     def skipped_steps(self) -> Tensor | None:
@@ -264,42 +222,18 @@ class FusedAdam(torch.optim.Adam):
 
         Where and when as `grad_norm`.
         """
-        return None if self._stats is None else self._stats[table.SKIPPED_STEPS].long()
-
-    def _plan(self, params: list[Tensor], amsgrads: list[bool]) -> None:
-        """Decide anew what each launch updates, and make the state it needs."""
-        self._forget_plan()
-        grads = [param.grad for param in params]
-        groups = [number for number, group in enumerate(self.param_groups) for _ in group["params"]]
-        chosen = {
-            device: backends.choose(self._backend, device)
-            for device in {param.device for param, grad in zip(params, grads, strict=True) if grad is not None}
-        }
-        sections = plan.build(
-            params=params,
-            grads=grads,
-            groups=groups,
-            amsgrads=amsgrads,
-            arena=self._arena,
-            state=self.state,  # type: ignore[arg-type]
-            buffers=self._flat,
-            staging={device: backends.staging(name) for device, name in chosen.items()},
-        )
-        self._runners = [backends.bind(chosen[section.device], section) for section in sections]
-        # Autograd saves parameters for backward, never moments: only theirs is a change to tell.
-        written = [param for param, grad in zip(params, grads, strict=True) if grad is not None]
-        self._written = [param for param in written if not param.is_inference()]
+        return None if self._engine.stats is None else self._engine.stats[table.SKIPPED_STEPS].long()
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset all gradients; those in flat buffers (`flatten=True`) are zeroed whatever `set_to_none` says."""
         self._move_to_buffers()
-        if self._flat is not None:
-            for param in self._flat.places:
+        if self._engine.flat is not None:
+            for param in self._engine.flat.places:
                 param.grad = None
         super().zero_grad(set_to_none)
-        if self._flat is not None:
-            self._flat.zero_grad()
+        if self._engine.flat is not None:
+            self._engine.flat.zero_grad()
 
     def state_dict(self) -> dict[str, Any]:
         """torch's form: loads into torch.optim.Adam(W) and back. Moments are not copied; steps are."""
@@ -315,8 +249,8 @@ class FusedAdam(torch.optim.Adam):
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = pre_hook(self, state_dict) or state_dict
         state: Any = self.state
-        with _lasting():
-            groups = checkpoint.load(self.param_groups, self._arena, state, state_dict)
+        with lasting():
+            groups = checkpoint.load(self.param_groups, self._engine.arena, state, state_dict)
         self.__setstate__({"state": state, "param_groups": groups})
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)

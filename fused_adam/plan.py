@@ -40,6 +40,7 @@ class Row:
     amsgrad: bool
     home: Home
     slots: dict[str, Slot | None] = field(default_factory=dict)  # of the operands; None: the gradient, where it is
+    overlaps: bool = False  # another parameter lies in the same memory, or it is listed twice
     staged: bool = False
     stage: tuple[Tensor, Tensor] | None = None  # the copies of parameter and gradient, in the parameter's shape
 
@@ -115,7 +116,10 @@ def check(param: Tensor, grad: Tensor, name: str) -> None:
 
 
 def waves(rows: Sequence[Row]) -> list[int]:
-    """For each row, how many rows before it overlap it in memory: such rows are stepped in order, as torch does."""
+    """For each row, how many rows before it overlap it in memory: such rows are stepped in order, as torch does.
+
+    Marks them, too: a parameter that is listed twice counts two steps where its neighbours count one.
+    """
     ends: list[tuple[int, int, int]] = []
     for i, row in enumerate(rows):
         p = row.param
@@ -133,6 +137,7 @@ def waves(rows: Sequence[Row]) -> list[int]:
         if len(cluster) > 1:
             for order, member in enumerate(sorted(cluster)):
                 wave[member] = order
+                rows[member].overlaps = True
     return wave
 
 
@@ -193,11 +198,10 @@ def build(
             section.launches.append(launches.setdefault((key, mix), Launch(*mix)))
         launches[key, mix].rows.append(row)
     ordered = [sections[key] for key in sorted(sections, key=lambda key: key[0])]
-    steps = Steps()
     for section in ordered:
         for launch in section.launches:
             _stage(launch, staging[section.device], section.device)
-            launch.spans = list(_spans(launch.rows, steps))
+            launch.spans = list(_spans(launch.rows))
     return ordered
 
 
@@ -258,27 +262,13 @@ def _stage(launch: Launch, staging: Staging, device: torch.device) -> None:
             start += size
 
 
-class Steps:
-    """Step counts as they are while a plan is built. Reading them waits for a GPU, so only where it matters."""
-
-    def __init__(self) -> None:
-        self._values: dict[int, list[float]] = {}
-
-    def of(self, row: Row) -> float:
-        counters = row.home.counters
-        assert counters is not None
-        if id(counters) not in self._values:
-            self._values[id(counters)] = counters.steps.tolist()
-        return self._values[id(counters)][row.home.counter]
-
-
-def _spans(rows: Iterable[Row], steps: Steps) -> Iterable[Span]:
+def _spans(rows: Iterable[Row]) -> Iterable[Span]:
     """Join neighbours: rows that step together and follow each other in every buffer."""
     span: Span | None = None
     for row in rows:
         if row.param.numel() == 0:
             continue
-        if span and _follows(span, row) and steps.of(row) == steps.of(span.first):
+        if span and _follows(span, row) and row.home.age == span.first.home.age:
             span.numel = padded(span.numel) + row.param.numel()
             span.rows.append(row)
         else:
@@ -290,7 +280,7 @@ def _spans(rows: Iterable[Row], steps: Steps) -> Iterable[Span]:
 
 
 def _follows(span: Span, row: Row) -> bool:
-    if row.group != span.first.group:
+    if row.group != span.first.group or row.overlaps or span.first.overlaps:
         return False
     for key, slot in row.slots.items():
         before = span.first.slots[key]

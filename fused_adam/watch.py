@@ -46,41 +46,41 @@ class Layouts:
 
 
 class Watch:
-    """All that one plan rests on.
+    """All that one plan rests on, besides who the parameters are.
 
     Args:
-        params: all parameters of the optimizer, in order.
-        grads: their gradients or None.
-        options: what else launches depend on, to be compared.
+        live: the parameters that the plan steps, in order, and their gradients.
+        idle: those that must have no gradient.
         buffers: flat parameters and gradients, if there are any.
     """
 
     def __init__(
-        self, params: Sequence[Tensor], grads: Sequence[Tensor | None], options: object, buffers: FlatBuffers | None
+        self, live: Sequence[Tensor], grads: Sequence[Tensor], idle: Sequence[Tensor], buffers: FlatBuffers | None
     ) -> None:
-        self.params = list(params)
-        self.options = options
-        self.idle = [param for param, grad in zip(params, grads, strict=True) if grad is None]
-        self.live = [param for param, grad in zip(params, grads, strict=True) if grad is not None]
-        found = [grad for grad in grads if grad is not None]
-        self.layouts = Layouts([*self.live, *found])
-        self.addresses = list(map(data_ptr, self.live))
+        self.live, self.idle = list(live), list(idle)
+        self.addresses = list(map(data_ptr, live))
         slots = buffers.grad_addresses if buffers else {}
-        self.slots = [slots.get(param, 0) for param in self.live]
-        self.grad_addresses = list(map(data_ptr, found))
+        self.slots = [slots.get(param, 0) for param in live]
+        self.grad_addresses = list(map(data_ptr, grads))
         self.at_home = list(map(operator.eq, self.grad_addresses, self.slots))
+        # Gradients that are the very views we made of our buffers: their addresses say all.
+        views = [buffers.places[param].grad_view for param in live if param in buffers.places] if buffers else []
+        self.views = views if len(views) == len(grads) and all(map(operator.is_, views, grads)) else None
+        self.layouts = Layouts(live if self.views else [*live, *grads])
 
-    def gradients(self, params: Sequence[Tensor], options: object) -> tuple[list[Tensor], list[int]] | None:
+    def gradients(self) -> tuple[list[Tensor], list[int]] | None:
         """This step's gradients of the live parameters and their addresses; None if the plan no longer fits.
 
         Gradients may have moved; parameters, layouts, and who has a gradient may not have changed.
         """
-        if len(params) != len(self.params) or not all(map(operator.is_, params, self.params)):
-            return None
-        if options != self.options or any(param.grad is not None for param in self.idle):
+        if any(param.grad is not None for param in self.idle):
             return None
         grads: list[Any] = [param.grad for param in self.live]
-        if not self.layouts.hold([*self.live, *grads]) or list(map(data_ptr, self.live)) != self.addresses:
+        if self.views and not all(map(operator.is_, grads, self.views)):
+            return None
+        if not self.layouts.hold(self.live if self.views else [*self.live, *grads]):
+            return None
+        if list(map(data_ptr, self.live)) != self.addresses:
             return None
         addresses = list(map(data_ptr, grads))
         if addresses != self.grad_addresses:

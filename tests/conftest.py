@@ -31,3 +31,19 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """`kernel_device`: where the Triton kernel runs: in the interpreter on CPU, or on a GPU."""
     if "kernel_device" in metafunc.fixturenames:
         metafunc.parametrize("kernel_device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the kernels launched, in order."""
+    from fused_adam_kernels.launch import Launcher
+
+    names: list[str] = []
+    launch = Launcher.__call__
+
+    def noted(self: Launcher, programs: int, *args: object) -> None:
+        names.append(self.kernel.__name__)
+        launch(self, programs, *args)
+
+    monkeypatch.setattr(Launcher, "__call__", noted)
+    return names

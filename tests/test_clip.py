@@ -71,9 +71,9 @@ def test_the_kernels_sum_has_the_bits_of_the_reference(kernel_device):
             p.grad = gradient(p, index, 0)
         optimizer = FusedAdam(params, backend=backend, max_grad_norm=1.0)
         optimizer.step()
-        for runner in optimizer._runners:
-            runner.begin([p.grad for p in params], [p.grad.data_ptr() for p in params])
-        sums.append([runner.square_sum().item() for runner in optimizer._runners])
+        for runner in optimizer._engine.usual.runners:
+            runner.begin([p.grad for p in params], [p.grad.data_ptr() for p in params], capturing=False)
+        sums.append([runner.square_sum().item() for runner in optimizer._engine.usual.runners])
     assert sums[0] == sums[1] and len(sums[0]) == 1
     exact = math.fsum(x * x for p in params for x in p.grad.double().flatten().tolist())
     assert sums[0][0] == pytest.approx(exact, rel=1e-12)
@@ -200,7 +200,7 @@ def test_layouts_of_gradients_do_not_change_the_norms_bits():
         param.grad = made
         optimizer = FusedAdam([param], max_grad_norm=1.0)
         optimizer.step()
-        norms.append(optimizer._stats[0].item())
+        norms.append(optimizer._engine.stats[0].item())
     assert norms[0] == norms[1]
 
 

@@ -5,7 +5,8 @@ import torch
 from training import gradient, parameters, results, same_bits, train, values
 
 from fused_adam import FusedAdam, FusedAdamW
-from fused_adam.arena import SLOT
+from fused_adam.arena import SLOT, padded
+from fused_adam_kernels import adam
 
 DTYPES = [torch.float32, torch.bfloat16]
 SENTINEL = 7.0
@@ -43,7 +44,7 @@ def test_nothing_around_the_buffers_is_touched(numel, offset, backend, dtype, ke
         assert untouched(buffer, param)
     assert untouched(grads, grad)
     assert torch.equal(grad, before)  # gradients are read, never written
-    home = optimizer._arena.homes[param]
+    home = optimizer._engine.arena.homes[param]
     for slot in home.slots.values():
         assert (slot.segment[slot.start + numel :] == 0).all()  # the gap behind the slot
 
@@ -56,11 +57,11 @@ def test_nothing_around_the_buffers_is_touched(numel, offset, backend, dtype, ke
 
 
 def test_misaligned_state_cannot_happen():
-    """Slots start at multiples of 128 bytes of their segment, whatever the sizes before them."""
+    """Slots start at multiples of SLOT elements of their segment, whatever the sizes before them."""
     params = parameters(torch.bfloat16)
     optimizer = FusedAdam(params)
     train(optimizer, 1)
-    for home in optimizer._arena.homes.values():
+    for home in optimizer._engine.arena.homes.values():
         for slot in home.slots.values():
             assert slot.start % SLOT == 0
 
@@ -158,27 +159,8 @@ def test_step_counters_beyond_what_float32_counts(kernel_device):
     assert same_bits(*rows)
 
 
-class Counting:
-    """Counts launches by wrapping the launchers a runner holds."""
-
-    def __init__(self, optimizer):
-        self.prologues = self.updates = 0
-        for runner in optimizer._runners:
-            runner._prologue = self._wrap(runner._prologue, "prologues")
-            adam = type("adam", (), {"BLOCK": runner._adam.BLOCK})
-            adam.adam_step = staticmethod(self._wrap(runner._adam.adam_step, "updates"))
-            runner._adam = adam
-
-    def _wrap(self, function, name):
-        def counted(*args, **kwargs):
-            setattr(self, name, getattr(self, name) + 1)
-            return function(*args, **kwargs)
-
-        return counted
-
-
 @pytest.mark.parametrize("flatten", [False, True])
-def test_one_update_launch_for_all_groups_of_a_dtype_mix(flatten, kernel_device):
+def test_one_update_launch_for_all_groups_of_a_dtype_mix(flatten, kernel_device, launches):
     groups = [
         {"params": parameters(torch.float32, [(9,), (300,)], kernel_device), "weight_decay": 0.1},
         {"params": parameters(torch.float32, [(5, 5)], kernel_device), "lr": 1e-4, "maximize": True},
@@ -186,23 +168,23 @@ def test_one_update_launch_for_all_groups_of_a_dtype_mix(flatten, kernel_device)
     ]
     optimizer = FusedAdam(groups, backend="triton", flatten=flatten)
     train(optimizer, 1)
-    count = Counting(optimizer)
+    launches.clear()
     for scale in (1.0, 0.5, 0.25):  # neither lr, weight decay nor betas need another plan or another launch
         for group in optimizer.param_groups:
             group["lr"] *= scale
             group["betas"] = (0.9 * scale, 0.999)
             group["weight_decay"] += 0.01
         train(optimizer, 1)
-    assert (count.prologues, count.updates) == (3, 2 * 3)
+    assert launches == ["prologue_kernel", "adam_kernel", "adam_kernel"] * 3
 
 
 def test_neighbours_in_flat_buffers_are_one_row(kernel_device):
     """With flatten=True rows coalesce: as many blocks as one parameter of the same size would take."""
     optimizer = FusedAdam(parameters(torch.float32, [(100,)] * 50, kernel_device), backend="triton", flatten=True)
     train(optimizer, 1)
-    [runner] = optimizer._runners
-    [(_, blocks)] = runner.launches
-    assert len(blocks) == -(-50 * SLOT // runner._adam.BLOCK)
+    [runner] = optimizer._engine.usual.runners
+    [(_, blocks)] = runner.updates
+    assert len(blocks) == -(-50 * padded(100) // adam.BLOCK)
 
 
 def test_gradients_move_between_steps(kernel_device):

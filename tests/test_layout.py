@@ -14,7 +14,8 @@ MODULES = sorted(
 
 # Module -> what it may import of this project. Imports run one way; a new module has to find its place here.
 ALLOWED = {
-    "fused_adam": {"fused_adam.optimizer", "fused_adam.version"},
+    "fused_adam": {"fused_adam.optimizer", "fused_adam.release", "fused_adam.version"},
+    "fused_adam.release": {"fused_adam.optimizer"},
     "fused_adam.version": set(),
     "fused_adam.arena": set(),
     "fused_adam.reference": set(),
@@ -28,23 +29,32 @@ ALLOWED = {
         *("fused_adam.arena", "fused_adam.norm", "fused_adam.plan", "fused_adam.reference", "fused_adam.scalars"),
         "fused_adam_kernels.table",
     },
-    "fused_adam.backend": {
-        *("fused_adam.arena", "fused_adam.host", "fused_adam.plan", "fused_adam.reference", "fused_adam.scalars"),
+    "fused_adam.device": {
+        *("fused_adam.arena", "fused_adam.plan", "fused_adam.scalars"),
         *("fused_adam_kernels.adam", "fused_adam_kernels.norm"),
         *("fused_adam_kernels.scalars", "fused_adam_kernels.table"),
     },
+    "fused_adam.backend": {
+        *("fused_adam.device", "fused_adam.host", "fused_adam.plan", "fused_adam.reference", "fused_adam.scalars"),
+    },
+    "fused_adam.engine": {
+        *("fused_adam.arena", "fused_adam.backend", "fused_adam.flatten", "fused_adam.plan", "fused_adam.scalars"),
+        *("fused_adam.watch", "fused_adam_kernels.table"),
+    },
     "fused_adam.optimizer": {
-        *("fused_adam.arena", "fused_adam.backend", "fused_adam.checkpoint", "fused_adam.flatten"),
-        *("fused_adam.plan", "fused_adam.scalars", "fused_adam.watch", "fused_adam_kernels.table"),
+        *("fused_adam.arena", "fused_adam.backend", "fused_adam.checkpoint", "fused_adam.engine"),
+        *("fused_adam.flatten", "fused_adam.scalars", "fused_adam_kernels.table"),
     },
     "fused_adam_kernels": set(),
     "fused_adam_kernels.table": set(),
     "fused_adam_kernels.math": set(),
     "fused_adam_kernels.codecs": set(),
-    "fused_adam_kernels.scalars": {"fused_adam_kernels.table"},
-    "fused_adam_kernels.norm": {"fused_adam_kernels.adam", "fused_adam_kernels.table"},
+    "fused_adam_kernels.launch": set(),
+    "fused_adam_kernels.scalars": {"fused_adam_kernels.launch", "fused_adam_kernels.table"},
+    "fused_adam_kernels.norm": {"fused_adam_kernels.adam", "fused_adam_kernels.launch", "fused_adam_kernels.table"},
     "fused_adam_kernels.adam": {
-        *("fused_adam_kernels.codecs", "fused_adam_kernels.math", "fused_adam_kernels.table"),
+        *("fused_adam_kernels.codecs", "fused_adam_kernels.launch"),
+        *("fused_adam_kernels.math", "fused_adam_kernels.table"),
     },
     # The update's access pattern without arithmetic, launched as the update is.
     "bench.ceiling": {"fused_adam_kernels.adam"},

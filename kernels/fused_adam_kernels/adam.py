@@ -6,6 +6,7 @@ import triton.language as tl
 
 from . import table
 from .codecs import INTERPRET, to_storage
+from .launch import Launcher
 from .math import adam_update
 
 # Elements per program and per turn of its tail loop. The interpreter pays 3-7 ms per program whatever its size.
@@ -117,23 +118,17 @@ def hints(*dtypes: torch.dtype) -> list[int]:
     return [16 * dtype.itemsize // widest for dtype in dtypes]
 
 
-def adam_step(
-    rows: torch.Tensor, blocks: torch.Tensor, scalars: torch.Tensor,
-    param: torch.dtype, grad: torch.dtype, state: torch.dtype, amsgrad: bool,
-) -> None:  # fmt: skip
-    """Apply one Adam step in place, in one launch.
+def adam_step(param: torch.dtype, grad: torch.dtype, state: torch.dtype, amsgrad: bool) -> Launcher:
+    """One Adam step in place, in one launch: call it with the number of blocks, rows, blocks and scalars.
 
     Args:
-        rows: int64, shape (P, ROW): parameters of one device. Rows that no block names are left alone.
-        blocks: int32, shape (B, 2): (row, chunk) pairs; each chunk of BLOCK elements once.
-        scalars: float32, or float64 for float64 parameters; shape (P, SCALARS), from `prologue`.
         param, grad, state: element types behind the addresses of the rows that `blocks` names.
         amsgrad: keep the running maximum of the second moment.
 
+    rows: int64, shape (P, ROW): parameters of one device. Rows that no block names are left alone.
+    blocks: int32, shape (B, 2): (row, chunk) pairs; each chunk of BLOCK elements once.
+    scalars: float32, or float64 for float64 parameters; shape (P, SCALARS), from `prologue`.
     Writes parameters and moments; reads gradients and never writes them.
     """
-    param_hint, grad_hint, state_hint = hints(param, grad, state)
-    adam_kernel[(blocks.shape[0],)](
-        rows, blocks, scalars, TYPES[param], TYPES[grad], TYPES[state], param_hint, grad_hint, state_hint,
-        amsgrad, BLOCK, TAIL, num_warps=NUM_WARPS, enable_fp_fusion=False,
-    )  # fmt: skip
+    types = [TYPES[dtype] for dtype in (param, grad, state)]
+    return Launcher(adam_kernel, [*types, *hints(param, grad, state), amsgrad, BLOCK, TAIL], NUM_WARPS)

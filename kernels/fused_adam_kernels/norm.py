@@ -10,6 +10,7 @@ import triton.language as tl
 
 from . import table
 from .adam import TYPES
+from .launch import Launcher
 
 LANES = table.NORM_LANES
 CHUNK = table.NORM_CHUNK
@@ -65,20 +66,19 @@ def total_kernel(
     tl.store(total_ptr + tl.arange(0, 1), halving_sum(total, LANES, LEVELS))
 
 
-def square_sum(
-    rows: torch.Tensor, launches: list[tuple[torch.dtype, torch.Tensor]], partials: torch.Tensor, total: torch.Tensor
-) -> None:
-    """Add the squares of all elements of all gradients.
+def square_sum(grad: torch.dtype) -> Launcher:
+    """Squares of gradients of one dtype, a sum per chunk: call it with the number of blocks, rows, blocks, partials.
 
-    Args:
-        rows: int64, shape (P, ROW): addresses and sizes of the gradients.
-        launches: per gradient dtype, its blocks: int32, shape (B, 3).
-        partials: float64, shape (C,), scratch: one place per chunk, every one of them named by one block.
-        total: float64, shape (1,): written. Not finite if and only if a gradient is not (float64 gradients
-            beyond 1e154 count as infinite).
+    rows: int64, shape (P, ROW): addresses and sizes of the gradients.
+    blocks: int32, shape (B, 3): which row, which chunk of it, where its sum belongs.
+    partials: float64, shape (C,): one place per chunk of any gradient, written where `blocks` say.
     """
-    for dtype, blocks in launches:
-        square_sum_kernel[(blocks.shape[0],)](
-            rows, blocks, partials, TYPES[dtype], LANES, LEVELS, CHUNK, num_warps=4, enable_fp_fusion=False
-        )
-    total_kernel[(1,)](partials, total, partials.shape[0], LANES, LEVELS, num_warps=4, enable_fp_fusion=False)
+    return Launcher(square_sum_kernel, [TYPES[grad], LANES, LEVELS, CHUNK])
+
+
+def total() -> Launcher:
+    """The sum of all partial sums: call it with 1, partials, total (float64, shape (1,), written), and their number.
+
+    Not finite if and only if a gradient is not (float64 gradients beyond 1e154 count as infinite).
+    """
+    return Launcher(total_kernel, [LANES, LEVELS])

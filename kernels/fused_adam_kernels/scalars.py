@@ -3,11 +3,11 @@
 Everything is float64 until the one rounding on the store. The Python twin is `fused_adam/scalars.py`.
 """
 
-import torch
 import triton
 import triton.language as tl
 
 from . import table
+from .launch import Launcher
 
 BLOCK = 128
 LAST_STEP = tl.constexpr(2**24)  # a float32 counter stops here: 2^24 + 1 is not a float32
@@ -31,36 +31,34 @@ def clip_coefficient(norm, max_norm):
     return tl.where(max_norm < 0, 1.0, clip)
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(
+    do_not_specialize=["num_rows"],
+    do_not_specialize_on_alignment=["found_inf_ptr", "grad_scale_ptr", "square_sum_ptr"],  # the user's own tensors
+)
 def prologue_kernel(
     rows_ptr,  # *i64 [P, ROW]      addresses of the step counters, group numbers
     hyper_ptr,  # *f64 [G, HYPER]    hyper-parameters as the user set them
     scalars_ptr,  # *f32 or *f64 [P, SCALARS]  out: this step's values
-    found_inf_ptr,  # *f32 [1] or None: not zero means that this step is skipped
-    grad_scale_ptr,  # *f32 [1] or None: what gradients were multiplied by
-    square_sum_ptr,  # *f64 [1] or None: of all gradients
-    stats_ptr,  # *f64 [STATS] or None: out, the norm before clipping and the number of skipped steps
+    found_inf_ptr,  # *f32 [1]: not zero means that this step is skipped
+    grad_scale_ptr,  # *f32 [1]: what gradients were multiplied by
+    square_sum_ptr,  # *f64 [1]: of all gradients
+    stats_ptr,  # *f64 [STATS]  out: the norm before clipping, and the number of skipped steps
     num_rows: tl.int32,  # P
     BLOCK: tl.constexpr,  # rows per program
 ):
-    """Advance every step counter by one and write its parameter's scalars; on a skipped step advance none."""
-    skip = False
-    if found_inf_ptr is not None:
-        skip = tl.load(found_inf_ptr) != 0
-    grad_scale = 1.0
-    if grad_scale_ptr is not None:
-        grad_scale = tl.load(grad_scale_ptr).to(tl.float64)
-    clip = 1.0
-    if square_sum_ptr is not None:
-        norm = tl.sqrt(tl.load(square_sum_ptr)) / grad_scale
-        clip = clip_coefficient(norm, tl.load(hyper_ptr + table.MAX_GRAD_NORM))
-        finite = norm < float("inf")
-        skip = skip | ((tl.load(hyper_ptr + table.SKIP_NONFINITE) != 0) & (finite == 0))
-        if stats_ptr is not None:
-            if tl.program_id(0) == 0:
-                tl.store(stats_ptr + table.GRAD_NORM, norm)
-                skipped = tl.load(stats_ptr + table.SKIPPED_STEPS)
-                tl.store(stats_ptr + table.SKIPPED_STEPS, tl.where(skip, skipped + 1.0, skipped))
+    """Advance every step counter by one and write its parameter's scalars; on a skipped step advance none.
+
+    What a step does without is there all the same, as 0, 1 and 0: one variant serves them all.
+    """
+    grad_scale = tl.load(grad_scale_ptr).to(tl.float64)
+    norm = tl.sqrt(tl.load(square_sum_ptr)) / grad_scale
+    clip = clip_coefficient(norm, tl.load(hyper_ptr + table.MAX_GRAD_NORM))
+    finite = norm < float("inf")
+    skip = (tl.load(found_inf_ptr) != 0) | ((tl.load(hyper_ptr + table.SKIP_NONFINITE) != 0) & (finite == 0))
+    if tl.program_id(0) == 0:
+        tl.store(stats_ptr + table.GRAD_NORM, norm)
+        skipped = tl.load(stats_ptr + table.SKIPPED_STEPS)
+        tl.store(stats_ptr + table.SKIPPED_STEPS, tl.where(skip, skipped + 1.0, skipped))
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     ok = row < num_rows
     row_ptr = rows_ptr + row * table.ROW
@@ -94,29 +92,22 @@ def prologue_kernel(
     tl.store(out + table.SKIP, tl.where(skip, 1.0, 0.0).to(dtype), mask=ok)
 
 
-def prologue(
-    rows: torch.Tensor,
-    hyper: torch.Tensor,
-    scalars: torch.Tensor,
-    found_inf: torch.Tensor | None = None,
-    grad_scale: torch.Tensor | None = None,
-    square_sum: torch.Tensor | None = None,
-    stats: torch.Tensor | None = None,
-) -> None:
-    """Advance the step counters and fill `scalars` for this step.
+def prologue() -> Launcher:
+    """Advance the step counters and fill `scalars` for this step: call it with `programs(P)` and the arguments below.
 
-    Args:
-        rows: int64, shape (P, ROW): the counters' addresses (float32 each) and group numbers.
-        hyper: float64, shape (G, HYPER), on the same device.
-        scalars: float32 or float64, shape (P, SCALARS), on the same device: written.
-        found_inf: float32, one element, on the same device: not zero skips the step, counters included.
-        grad_scale: float32, one element, on the same device: gradients are divided by it as they are read.
-        square_sum: float64, one element, on the same device: of all gradients as they are in memory. With it
-            gradients are clipped and a step with non-finite ones skipped, as `hyper` says.
-        stats: float64, shape (STATS,), on the same device: the norm is written, the skipped steps are counted.
+    rows: int64, shape (P, ROW): the counters' addresses (float32 each) and group numbers.
+    hyper: float64, shape (G, HYPER).
+    scalars: float32 or float64, shape (P, SCALARS): written.
+    found_inf: float32, one element: not zero skips the step, counters included.
+    grad_scale: float32, one element: gradients are divided by it as they are read.
+    square_sum: float64, one element: of all gradients as they are in memory. Gradients are clipped and a step with
+        non-finite ones skipped as `hyper` says.
+    stats: float64, shape (STATS,): the norm is written, the skipped steps are counted.
+    P: how many rows there are.
     """
-    num_rows = rows.shape[0]
-    prologue_kernel[(triton.cdiv(num_rows, BLOCK),)](
-        rows, hyper, scalars, found_inf, grad_scale, square_sum, stats, num_rows,
-        BLOCK=BLOCK, num_warps=4, enable_fp_fusion=False,
-    )  # fmt: skip
+    return Launcher(prologue_kernel, [BLOCK])
+
+
+def programs(num_rows: int) -> int:
+    """How many programs the prologue takes for that many rows."""
+    return int(triton.cdiv(num_rows, BLOCK))

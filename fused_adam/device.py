@@ -1,0 +1,226 @@
+"""Runs sections with the Triton kernels, on a GPU or in the interpreter: tables, uploads, launches. No arithmetic here.
+
+Nothing here waits for the device, and all of it may be captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_adam_kernels import adam, norm, scalars, table
+
+from .arena import real
+from .plan import Launch, Row, Section
+from .scalars import Guard, Hyper
+
+copy_all = torch._foreach_copy_
+
+
+def send(host: Tensor, device: torch.device) -> Tensor:
+    """The same values on the device, copied in the order of the current stream. `host` is pinned if it is a GPU."""
+    return host.to(device, non_blocking=True)
+
+
+def upload(values: Tensor, device: torch.device) -> Tensor:
+    """A table that never changes, sent to the device without waiting for it."""
+    return values if device.type == "cpu" else send(values.pin_memory(), device)
+
+
+class Upload:
+    """Numbers that the host decides, on the device: made anew when they change, never rewritten.
+
+    So no copy can overtake the step before it, and a captured graph keeps what it was captured with. Pinned memory
+    comes from torch's allocator, which hands a block out again only when the copy from it is done.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.key: object = None
+        self.tensor = torch.empty(0)
+        self.spare: Tensor | None = None
+        self.captured: list[Tensor] = []  # what graphs read, for as long as this lives
+
+    def get(self, key: object, make: Callable[[], Tensor], capturing: bool) -> Tensor:
+        """The tensor on the device for `key`, a value to be compared; `make` gives its numbers on the host."""
+        if key != self.key:
+            host = self._pinned(make(), capturing)
+            self.tensor = send(host, self.device)
+            # A captured copy happens at replay, not now: the next eager step needs one of its own.
+            self.key = None if capturing else key
+            if capturing:
+                self.captured.append(host)
+        if capturing:
+            self.captured.append(self.tensor)
+        return self.tensor
+
+    def _pinned(self, values: Tensor, capturing: bool) -> Tensor:
+        if self.device.type == "cpu":
+            return values
+        if capturing and self.spare is not None and self.spare.shape == values.shape:
+            host, self.spare = self.spare.copy_(values), None
+            return host
+        if not capturing and self.spare is None:
+            # Allocating pinned memory is better done before a capture than in it.
+            self.spare = torch.empty_like(values, pin_memory=True)
+        return values.pin_memory()
+
+
+class DeviceRunner:
+    """One prologue and one update launch per dtype mix, over tables that live on the device."""
+
+    def __init__(self, section: Section) -> None:
+        self.section = section
+        self.device = section.device
+        self.rows = section.rows
+        self.leaders = {span.first.index: span for launch in section.launches for span in launch.spans}
+        self.host_rows = torch.tensor([self._row(row) for row in self.rows], dtype=torch.int64)
+        # Gradients that are used where they are: their rows, and their places among all gradients.
+        self.moving = [(i, row.index) for i, row in enumerate(self.rows) if row.slots.get("grad", 0) is None]
+        self.row_table, self.hyper_table = Upload(self.device), Upload(self.device)
+        self.scalars = torch.empty(len(self.rows), table.SCALARS, dtype=section.compute, device=self.device)
+        self.prologue, self.programs = scalars.prologue(), scalars.programs(len(self.rows))
+        position = {row.index: i for i, row in enumerate(self.rows)}
+        self.updates = [
+            (adam.adam_step(launch.param, launch.grad, launch.state, launch.amsgrad), self._blocks(launch, position))
+            for launch in section.launches
+            if launch.spans
+        ]
+        self.norm: Norm | None = None  # made where it is asked for
+        # What a step does without: no overflow, a scale of one, no norm, nowhere to count.
+        self.zero, self.one = (torch.full((1,), x, dtype=torch.float32, device=self.device) for x in (0.0, 1.0))
+        self.no_sum = torch.zeros(1, dtype=torch.float64, device=self.device)
+        self.no_stats = torch.zeros(table.STATS, dtype=torch.float64, device=self.device)
+        staged = [row for row in self.rows if row.stage and row.param.numel()]
+        self.staged = (
+            [row.param for row in staged],
+            [row.stage[0] for row in staged if row.stage],
+            [row.index for row in staged],
+            [row.stage[1] for row in staged if row.stage],
+        )
+
+    def _row(self, row: Row) -> list[int]:
+        columns = [0] * table.ROW
+        for column, key in (
+            (table.PARAM, "param"),
+            (table.GRAD, "grad"),
+            (table.EXP_AVG, "exp_avg"),
+            (table.EXP_AVG_SQ, "exp_avg_sq"),
+            (table.MAX_EXP_AVG_SQ, "max_exp_avg_sq"),
+        ):
+            slot = row.slots.get(key)
+            columns[column] = slot.address if slot else 0
+        columns[table.STEP] = row.home.step_address
+        columns[table.GROUP] = row.group
+        # A row that another one's span covers has no elements of its own to update.
+        span = self.leaders.get(row.index)
+        columns[table.NUMEL] = span.numel if span else 0
+        columns[table.GRAD_NUMEL] = row.param.numel()
+        return columns
+
+    def _blocks(self, launch: Launch, position: dict[int, int]) -> Tensor:
+        counts = [-(-span.numel // adam.BLOCK) for span in launch.spans]
+        chunks, total = torch.tensor(counts), sum(counts)
+        leaders = torch.tensor([position[span.first.index] for span in launch.spans])
+        row = torch.repeat_interleave(leaders, chunks, output_size=total)
+        first = torch.repeat_interleave(chunks.cumsum(0) - chunks, chunks, output_size=total)
+        chunk = torch.arange(total) - first
+        return upload(torch.stack([row, chunk], dim=1).to(torch.int32), self.device)
+
+    def begin(self, grads: Sequence[Tensor], addresses: Sequence[int], capturing: bool) -> None:
+        self.capturing = capturing
+        with self._on_device():
+            # Compared whole: one list comparison costs less than picking out the gradients of this section.
+            key = addresses if self.moving else ()
+            self.device_rows = self.row_table.get(key, lambda: self._with_grads(addresses), capturing)
+            params, stage_params, grad_indexes, stage_grads = self.staged
+            if params:
+                copy_all(stage_params, params)
+                copy_all(stage_grads, [real(grads[i]) for i in grad_indexes])
+
+    def _with_grads(self, addresses: Sequence[int]) -> Tensor:
+        rows = self.host_rows.clone()
+        if self.moving:
+            places, indexes = zip(*self.moving, strict=True)
+            rows[torch.tensor(places), table.GRAD] = torch.tensor([addresses[index] for index in indexes])
+        return rows
+
+    def square_sum(self) -> Tensor:
+        if self.norm is None:
+            self.norm = Norm(self.section)
+        with self._on_device():
+            return self.norm.square_sum(self.device_rows)
+
+    def run(self, hyper: Hyper, guard: Guard) -> None:
+        with self._on_device():
+            found_inf, grad_scale = self._float(guard.found_inf, self.zero), self._float(guard.grad_scale, self.one)
+            square_sum = self.no_sum
+            if guard.square_sum is not None:
+                square_sum = guard.square_sum.to(self.device, non_blocking=True)
+            stats = self.no_stats if guard.stats is None else guard.stats
+            self.prologue(
+                self.programs,
+                *(self.device_rows, self._hyper(hyper), self.scalars),
+                *(found_inf, grad_scale, square_sum, stats, len(self.rows)),
+            )
+            for update, blocks in self.updates:
+                update(len(blocks), self.device_rows, blocks, self.scalars)
+            params, stage_params, *_ = self.staged
+            if params:
+                copy_all(params, stage_params)
+
+    def _float(self, value: Tensor | None, default: Tensor) -> Tensor:
+        return default if value is None else value.to(self.device, torch.float32, non_blocking=True)
+
+    def _hyper(self, hyper: Hyper) -> Tensor:
+        """The groups' values on the device; those that are tensors there are copied there, unread."""
+        key = [[None if self._stays(x) else float(x) for x in values] for values in hyper]
+        known = self.hyper_table.get(
+            key,
+            lambda: torch.tensor([[0.0 if x is None else x for x in row] for row in key], dtype=torch.float64),
+            self.capturing,
+        )
+        unread = [(i, j, x) for i, row in enumerate(hyper) for j, x in enumerate(row) if key[i][j] is None]
+        if unread:
+            copy_all([known[i, j] for i, j, _ in unread], [torch.as_tensor(x).reshape(()) for *_, x in unread])
+        return known
+
+    def _stays(self, value: float | Tensor) -> bool:
+        """Whether a value is left on its device: reading it would wait. One on the CPU is read beside a GPU."""
+        return isinstance(value, Tensor) and (value.device.type != "cpu" or self.device.type == "cpu")
+
+    def _on_device(self) -> Any:
+        if self.device.type == "cpu":
+            return contextlib.nullcontext()
+        return torch.get_device_module(self.device).device(self.device)
+
+
+class Norm:
+    """The sum of squares of one section's gradients: a launch per gradient dtype, and one that adds up."""
+
+    def __init__(self, section: Section) -> None:
+        blocks: dict[torch.dtype, list[tuple[int, int, int]]] = {}
+        dtype_of = {row.index: launch.grad for launch in section.launches for row in launch.rows}
+        self.places = 0  # one for every chunk, in the order of the parameters
+        for i, row in enumerate(section.rows):
+            for chunk in range(-(-row.param.numel() // table.NORM_CHUNK)):
+                blocks.setdefault(dtype_of[row.index], []).append((i, chunk, self.places))
+                self.places += 1
+        device = section.device
+        self.launches = [
+            (norm.square_sum(dtype), upload(torch.tensor(b, dtype=torch.int32), device)) for dtype, b in blocks.items()
+        ]
+        self.add_up = norm.total()
+        self.partials = torch.empty(self.places, dtype=torch.float64, device=device)
+        self.total = torch.zeros(1, dtype=torch.float64, device=device)
+
+    def square_sum(self, rows: Tensor) -> Tensor:
+        """float64, shape (1,), the same tensor every time. `rows` is the section's table."""
+        for launch, blocks in self.launches:
+            launch(len(blocks), rows, blocks, self.partials)
+        self.add_up(1, self.partials, self.total, self.places)
+        return self.total

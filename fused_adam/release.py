@@ -1,0 +1,150 @@
+"""Step inside backward: a parameter is updated as soon as its gradient is whole, and the gradient is let go."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from .optimizer import FusedAdam
+
+BUCKET_BYTES = 32 << 20
+
+
+def step_in_backward(
+    model_or_params: nn.Module | Iterable[Tensor], optimizer: FusedAdam, *, bucket_bytes: int = BUCKET_BYTES
+) -> StepInBackward:
+    """Update parameters while backward runs, so that their gradients never exist all at once.
+
+    The loop stays as it is: `loss.backward()`, `optimizer.step()`, `scheduler.step()`. Each gradient is used and freed
+    inside backward, with the learning rates of that moment, and the results have the same bits; `step()` then takes
+    the parameters that are not in `model_or_params`, runs its hooks and ends the round. At most `bucket_bytes` and
+    one gradient are alive at a time: small parameters wait for each other, so that launches stay few.
+
+    Args:
+        model_or_params: a module, or some of the optimizer's parameters. Frozen ones are left out.
+        optimizer: a FusedAdam or FusedAdamW that has all of them.
+        bucket_bytes: bytes of gradients that are stepped together, more than 0.
+
+    Returns a handle: `remove()` ends it, `with handle.accumulate():` adds gradients up over several backward calls.
+
+    Raises:
+        TypeError, ValueError: an argument is not what it must be, or the optimizer has an option that looks at all
+            gradients before the first update (max_grad_norm, skip_nonfinite), keeps them (flatten=True), or steps
+            through autograd (differentiable=True).
+        RuntimeError: training runs in several processes, whose gradients are not averaged yet when they arrive here.
+            Later, from backward: a parameter got a second gradient before `optimizer.step()`. From `step()`: a
+            closure, or a GradScaler, which would know of an overflow only after the updates.
+    """
+    if not isinstance(optimizer, FusedAdam):
+        raise TypeError(f"optimizer is a {type(optimizer).__name__}, but must be a FusedAdam or FusedAdamW")
+    if isinstance(bucket_bytes, bool) or not isinstance(bucket_bytes, int) or bucket_bytes <= 0:
+        raise ValueError(f"bucket_bytes={bucket_bytes!r} must be a whole number of bytes above 0")
+    reasons = {
+        "max_grad_norm": (optimizer._max_grad_norm, "the norm needs all gradients before the first update"),
+        "skip_nonfinite": (optimizer._skip_nonfinite, "it needs all gradients before the first update"),
+        "flatten": (optimizer._flatten, "its gradients stay where they are"),
+        "differentiable": (optimizer.defaults["differentiable"], "autograd would need the gradients again"),
+    }
+    for name, (value, reason) in reasons.items():
+        if value:
+            raise ValueError(f"{name}={value!r} does not go with step_in_backward: {reason}")
+    if optimizer._release is not None:
+        raise ValueError("this optimizer steps in backward already; call remove() on its handle first")
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if distributed and torch.distributed.get_world_size() > 1:
+        raise RuntimeError(
+            "step_in_backward sees gradients before they are averaged over processes; call step() instead"
+        )
+    params = model_or_params.parameters() if isinstance(model_or_params, nn.Module) else model_or_params
+    return StepInBackward([param for param in params if param.requires_grad], optimizer, bucket_bytes)
+
+
+class StepInBackward:
+    """What `step_in_backward` returns."""
+
+    def __init__(self, params: list[Tensor], optimizer: FusedAdam, bucket_bytes: int) -> None:
+        positions = {id(param): i for i, param in enumerate(optimizer._params())}
+        for number, param in enumerate(params):
+            if id(param) not in positions:
+                raise ValueError(f"parameter {number} of model_or_params is not one of the optimizer's")
+        self._optimizer, self._bucket_bytes = optimizer, bucket_bytes
+        # Gradients that wait, per stream: what one stream has written, launches on it may read.
+        self._waiting: dict[object, list[tuple[int, Tensor]]] = {}
+        self._stepped: set[int] = set()
+        self._accumulating = self._called_back = False
+        self._lock = threading.RLock()  # autograd has a thread per device
+        self._hooks = [
+            param.register_post_accumulate_grad_hook(self._hook(positions[id(param)]))  # type: ignore[no-untyped-call]
+            for param in dict.fromkeys(params)
+        ]
+        optimizer._release = self
+
+    def remove(self) -> None:
+        """End it: gradients stay for `optimizer.step()`, as without."""
+        self.end_round()
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        if self._optimizer._release is self:
+            self._optimizer._release = None
+
+    @contextlib.contextmanager
+    def accumulate(self) -> Iterator[None]:
+        """Inside, backward adds gradients up and steps nothing; the next backward outside steps with the sum."""
+        before, self._accumulating = self._accumulating, True
+        try:
+            yield
+        finally:
+            self._accumulating = before
+
+    def end_round(self) -> None:
+        """Step what still waits, and expect each parameter once more. `optimizer.step()` does so."""
+        with self._lock:
+            self._step_waiting()
+            self._stepped.clear()
+            self._called_back = False  # also after a backward that raised, whose callback never came
+
+    def _hook(self, position: int) -> Callable[[Tensor], None]:
+        def arrived(param: Tensor) -> None:
+            if not self._accumulating:
+                with self._lock, torch.no_grad():
+                    self._take(position, param)
+
+        return arrived
+
+    def _take(self, position: int, param: Tensor) -> None:
+        if position in self._stepped:
+            raise RuntimeError(
+                f"parameter {position} got a second gradient before optimizer.step(): call it after every backward, or "
+                "run all but the last backward of a step under `with handle.accumulate():`"
+            )
+        self._stepped.add(position)
+        if not self._called_back:
+            # At the end of this backward, when autograd has joined its streams.
+            torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)
+            self._called_back = True
+        on_host = param.device.type == "cpu"
+        stream = None if on_host else torch.get_device_module(param.device).current_stream(param.device)
+        waiting = self._waiting.setdefault(stream, [])
+        waiting.append((position, param))
+        if sum(p.grad.nbytes for _, p in waiting if p.grad is not None) >= self._bucket_bytes:
+            self._step(self._waiting.pop(stream))
+
+    def _end_backward(self) -> None:
+        with self._lock, torch.no_grad():
+            self._called_back = False
+            self._step_waiting()
+
+    def _step_waiting(self) -> None:
+        while self._waiting:
+            self._step(self._waiting.pop(next(iter(self._waiting))))
+
+    def _step(self, ready: list[tuple[int, Tensor]]) -> None:
+        ready = sorted([(position, param) for position, param in ready if param.grad is not None], key=lambda x: x[0])
+        self._optimizer._step_only(tuple([position for position, _ in ready]))
+        for _, param in ready:
+            param.grad = None
