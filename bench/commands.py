@@ -77,6 +77,14 @@ def entries_of(arguments: argparse.Namespace, recorder: Recorder, fast_only: boo
     return [*ours, *chosen]
 
 
+def timed(entries: Sequence[Entry], arguments: argparse.Namespace, recorder: Recorder) -> list[Entry]:
+    """Without kernels in Triton's interpreter, whose time says nothing."""
+    slow = [entry for entry in entries if entry.backend == "triton" and arguments.device.type == "cpu"]
+    for entry in slow:
+        recorder.leave_out(entry.name, "runs in Triton's interpreter here, whose time says nothing")
+    return [entry for entry in entries if entry not in slow]
+
+
 def case_of(arguments: argparse.Namespace) -> Case:
     """What is measured, from the options that name it."""
     options = Options(amsgrad=arguments.amsgrad, clip=arguments.clip)
@@ -141,8 +149,7 @@ def check(found: Record, limit: float | None, screen: Screen) -> int:
 def run_host(arguments: argparse.Namespace) -> int:
     """Time the host's part of a step."""
     screen, recorder = screen_of(arguments), recorder_of(arguments)
-    entries = entries_of(arguments, recorder)
-    case = case_of(arguments)
+    entries, case = timed(entries_of(arguments, recorder), arguments, recorder), case_of(arguments)
     seconds = arguments.seconds or (10.0 if arguments.quick else 60.0)
     counts = arguments.tensors or measure_host.COUNTS[: 3 if arguments.quick else None]
     with screen.progress("host") as progress:
@@ -166,7 +173,7 @@ def run_step(arguments: argparse.Namespace) -> int:
     """Time whole steps on models' parameters."""
     screen, recorder = screen_of(arguments), recorder_of(arguments)
     shapes = models_of(arguments, ["many-small", "resnet50"] if arguments.quick else ["gpt2", "many-small"])
-    entries, case = entries_of(arguments, recorder), case_of(arguments)
+    entries, case = timed(entries_of(arguments, recorder), arguments, recorder), case_of(arguments)
     modes = measure_step.MODES if arguments.device.type == "cuda" else measure_step.MODES[:1]
     seconds = (arguments.seconds or (16.0 if arguments.quick else 60.0)) / len(shapes) / len(modes)
     with screen.progress("step") as progress:
@@ -250,7 +257,7 @@ def verify_step(recorder: Recorder, device: torch.device, progress: Callable[[st
 def run_suite(arguments: argparse.Namespace) -> int:
     """Run everything into one record."""
     screen, recorder = screen_of(arguments), recorder_of(arguments)
-    entries = entries_of(arguments, recorder, fast_only=True)
+    entries = timed(entries_of(arguments, recorder, fast_only=True), arguments, recorder)
     limit = suite.LIMIT_SECONDS["quick" if arguments.quick else arguments.device.type]
     options = Options(amsgrad=arguments.amsgrad, clip=arguments.clip)
     plan = suite.Suite(arguments.device, entries, options, arguments.quick, arguments.sweep, arguments.seconds or limit)

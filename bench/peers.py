@@ -40,7 +40,7 @@ class Entry:
     quantised: its state or weights are lossy beyond rounding: judged by direction, not by rounding errors.
     clips: its step clips by itself; else `clip_grad_norm_` goes before it.
     scratch: memory the step takes for the moment, in copies of the parameters.
-    slow: left out by --quick.
+    slow: compiles for long, so it takes part in a hurry only where it is named. backend: of ours.
     """
 
     name: str
@@ -51,6 +51,7 @@ class Entry:
     clips: bool = False
     scratch: float = 0.0
     slow: bool = False
+    backend: str | None = None
 
 
 def adamw_arguments(options: Options) -> dict[str, Any]:
@@ -88,7 +89,7 @@ def ours(backend: str, flatten: bool, precision: str | None = None) -> Entry:
 
     words = ["FusedAdamW", *([] if backend == "auto" else [backend]), *(["flatten"] if flatten else [])]
     name = " ".join([*words, *([] if precision is None else [precision])])
-    return Entry(name, OURS, make, quantised=precision is not None, clips=True)
+    return Entry(name, OURS, make, quantised=precision is not None, clips=True, backend=backend)
 
 
 def all_of_ours(

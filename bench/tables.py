@@ -62,9 +62,22 @@ def host_tables(record: Record) -> list[Table]:
             rows.append([name, *("-" if result is None else cell(result) for result in found)])
         return Table(title, ["optimizer", *(f"{count} tensors" for count in counts)], [*rows])
 
+    def line(name: str) -> str:
+        """Through the first and the last count."""
+        known = [cells[name, count] for count in counts if (name, count) in cells]
+        first, last = known[0], known[-1]
+        if first is last:
+            return "-"
+        rise = last["step_us"]["median"] - first["step_us"]["median"]
+        slope = rise / (last["tensors"] - first["tensors"])
+        return f"{first['step_us']['median'] - slope * first['tensors']:,.0f} + {slope:.3f} n"
+
     grads = "the same gradient tensors every step" if results[0]["grads"] == "kept" else "new gradient tensors per step"
+    steps = table(f"us per step ({grads})", lambda result: spread(result["step_us"], three_digits))
+    steps.columns = [*steps.columns, "first to last"]
+    steps.rows = [[*row, line(row[0])] for row in steps.rows]
     return [
-        table(f"us per step ({grads})", lambda result: spread(result["step_us"], three_digits)),
+        steps,
         table("ns per parameter", lambda result: three_digits(result["ns_per_parameter"])),
         table("times as fast as torch fused", lambda result: times(result["speedup"])),
     ]

@@ -83,6 +83,18 @@ def test_step_with_other_gradients_leaves_torch_out(run, shapes):
     assert f"not measured: torch fused: {reason}" in out
 
 
+@pytest.mark.parametrize("command", ["step", "host"])
+def test_the_interpreters_time_says_nothing(command, run, shapes):
+    what = shapes if command == "step" else ["--tensors", "3"]
+    _, record, _ = run(
+        command, *what, "--device", "cpu", "--backend", "triton", "--flatten", "off", *TWO[:1], "torch-fused"
+    )
+    assert "FusedAdamW triton" not in by_name(record)
+    assert {"name": "FusedAdamW triton", "reason": "runs in Triton's interpreter here, whose time says nothing"} in (
+        record["left_out"]
+    )
+
+
 def test_every_other_optimizer_is_measured_or_has_a_reason(run, shapes):
     """Whatever is installed here. Those that compile for long only when they are named."""
     _, record, _ = run("step", *shapes, *FEW, "--quick")
@@ -145,7 +157,9 @@ def test_host(grads, run, tmp_path):
     for result in record["results"]:
         assert result["ns_per_parameter"] == pytest.approx(result["step_us"]["median"] * 1e3 / result["tensors"])
         assert result["grads"] == grads and result["family"] == ("torch" if "torch" in result["optimizer"] else "ours")
-    assert "us per step" in out and "ns per parameter" in out and "times as fast as torch fused" in out
+    assert (
+        " n\n" in out and "us per step" in out and "ns per parameter" in out and "times as fast as torch fused" in out
+    )
     assert picture.stat().st_size > 10_000
 
 
