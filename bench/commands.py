@@ -175,7 +175,7 @@ def run_step(arguments: argparse.Namespace) -> int:
     shapes = models_of(arguments, ["many-small", "resnet50"] if arguments.quick else ["gpt2", "many-small"])
     entries, case = timed(entries_of(arguments, recorder), arguments, recorder), case_of(arguments)
     modes = measure_step.MODES if arguments.device.type == "cuda" else measure_step.MODES[:1]
-    seconds = (arguments.seconds or (16.0 if arguments.quick else 60.0)) / len(shapes) / len(modes)
+    seconds = (arguments.seconds or (10.0 if arguments.quick else 60.0)) / len(shapes) / len(modes)
     with screen.progress("step") as progress:
         for name, model in shapes.items():
             for mode in modes:
