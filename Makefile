@@ -2,7 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo bench test lint types wheel clean
+TRITONS := 3.6.0 3.9.0
+
+.PHONY: demo bench test test-triton lint types wheel clean
 
 demo: .venv/installed
 	$(BIN)/python -m bench demo
@@ -14,6 +16,12 @@ test: .venv/installed
 	$(BIN)/python -m pytest -n 2
 	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; \
 	then $(BIN)/python -m pytest -m gpu; else echo "No GPU here: tests marked gpu were skipped."; fi
+
+# Code generation, kernels and their hash under other Tritons: GPU machines carry other versions than CI.
+test-triton: $(TRITONS:%=.venv-triton-%/installed)
+	@for version in $(TRITONS); do echo "triton $$version"; .venv-triton-$$version/bin/python -m pytest -q -n 2 \
+	tests/test_codegen.py tests/test_inspect.py tests/test_kernel.py tests/test_hash.py::test_short_hash_on_the_kernel \
+	|| exit 1; done
 
 lint: .venv/installed
 	$(BIN)/ruff check .
@@ -31,5 +39,13 @@ wheel: .venv/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
+# Only triton is another one, and numpy: the interpreter of Triton 3.6 fails with 2.4. The path file lends the rest.
+.venv-triton-%/installed: .venv/installed
+	$(BIN)/python -m venv .venv-triton-$*
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > lent.pth
+	mv lent.pth .venv-triton-$*/lib/python*/site-packages/
+	.venv-triton-$*/bin/python -m pip install --quiet --disable-pip-version-check --no-deps triton==$* 'numpy<2.4'
+	touch $@
+
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo.png bench.png
+	rm -rf .venv .venv-triton-* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo.png bench.png

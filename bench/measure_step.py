@@ -171,6 +171,9 @@ def let_in(entries: Sequence[Entry], job: Job, recorder: Recorder) -> list[Entry
     passed = []
     for entry in entries:
         ours = entry.family == OURS
+        if job.mode == "graph" and not entry.captures:
+            recorder.leave_out(entry.name, "its step cannot be captured in a CUDA graph", **place(job))
+            continue
         try:
             verdict = judge(entry, job.case)
         except Exception as error:  # another project's step may fail however it likes

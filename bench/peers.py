@@ -41,6 +41,7 @@ class Entry:
     clips: its step clips by itself; else `clip_grad_norm_` goes before it.
     scratch: memory the step takes for the moment, in copies of the parameters.
     slow: compiles for long, so it takes part in a hurry only where it is named. backend: of ours.
+    captures: made with `capturable=True`, its step counts on inside a CUDA graph; others would repeat one step.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Entry:
     scratch: float = 0.0
     slow: bool = False
     backend: str | None = None
+    captures: bool = False
 
 
 def adamw_arguments(options: Options) -> dict[str, Any]:
@@ -89,7 +91,7 @@ def ours(backend: str, flatten: bool, precision: str | None = None) -> Entry:
 
     words = ["FusedAdamW", *([] if backend == "auto" else [backend]), *(["flatten"] if flatten else [])]
     name = " ".join([*words, *([] if precision is None else [precision])])
-    return Entry(name, OURS, make, quantised=precision is not None, clips=True, backend=backend)
+    return Entry(name, OURS, make, quantised=precision is not None, clips=True, backend=backend, captures=True)
 
 
 def all_of_ours(
@@ -129,7 +131,7 @@ def torch_entry(name: str, scratch: float = 0.0, **flags: bool) -> Entry:
         arguments: dict[str, Any] = {**torch_arguments(options), **flags}
         return torch.optim.AdamW(params, **arguments)
 
-    return Entry(name, TORCH, make, limits=same_grad_dtype, scratch=scratch)
+    return Entry(name, TORCH, make, limits=same_grad_dtype, scratch=scratch, captures=True)
 
 
 def same_grad_dtype(case: Case) -> str | None:

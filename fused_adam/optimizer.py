@@ -43,9 +43,11 @@ class FusedAdam(torch.optim.Adam):
         params: parameters, named parameters or param groups, as for `torch.optim.Adam`. Dtypes float32, bfloat16,
             float16, float64 and complex ones of these; devices and dtypes may be mixed in one group.
         lr, betas, eps, weight_decay, amsgrad, maximize, decoupled_weight_decay: as in `torch.optim.Adam`.
-        foreach, fused, capturable: accepted and checked as in torch; they choose no code path. With `fused=True` a
-            GradScaler hands its scale and overflow flag over to the step, as in torch. Capture of the step in a
-            CUDA graph is refused.
+        foreach, fused: accepted and checked as in torch; they choose no code path. With `fused=True` a GradScaler
+            hands its scale and overflow flag over to the step, as in torch.
+        capturable: the step may be captured in a CUDA graph, after one that ran outside it (GPU, triton). Values of
+            lr, betas, eps and weight_decay that are tensors on the device are read at every replay; others, among
+            them tensors on the CPU, are those of the capture.
         differentiable: the step runs through torch's own differentiable implementation.
         flatten: move parameters and gradients into flat buffers at construction (those that are dense and own
             their whole storage; others stay). `zero_grad()` then zeroes the buffers whatever `set_to_none` says,

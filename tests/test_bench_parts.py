@@ -11,7 +11,22 @@ import pytest
 import test_hash
 import torch
 
-from bench import formula, gate, machine, models, peers, promise, record, show, stub, suite, tables, timing, workload
+from bench import (
+    formula,
+    gate,
+    machine,
+    measure_step,
+    models,
+    peers,
+    promise,
+    record,
+    show,
+    stub,
+    suite,
+    tables,
+    timing,
+    workload,
+)
 from bench.formula import Options
 from bench.peers import Case
 
@@ -197,6 +212,17 @@ def test_flat_buffers_keep_the_gradients_they_were_given():
     before = [param.grad.clone() for param in params]
     made = workload.contend(peers.ours("reference", flatten=True), params, Case(CPU))
     assert all(torch.equal(p.grad, g) and g.abs().sum() > 0 for p, g in zip(made.params, before, strict=True))
+
+
+def test_graphs_are_for_those_whose_steps_count_on_in_them():
+    recorder = record.Recorder("step", {}, CPU)
+    job = measure_step.Job("small", [(5,)], Case(CPU), "graph")
+    entries = [peers.ours("reference", False), peers.peers()["torch-fused"], WRONG["lr"]]
+    assert measure_step.let_in(entries, job, recorder) == entries[:2]
+    assert recorder.left_out[0]["reason"] == "its step cannot be captured in a CUDA graph"
+    job.mode = "eager"
+    assert measure_step.let_in(entries, job, recorder) == entries[:2]
+    assert recorder.left_out[1]["reason"].startswith("wrong: ")
 
 
 def test_bytes_of_mixed_dtypes():

@@ -18,6 +18,8 @@ ALLOWED = {
     "fused_adam.release": {"fused_adam.optimizer"},
     "fused_adam.version": set(),
     "fused_adam.arena": set(),
+    "fused_adam.codecs": set(),
+    "fused_adam.precision": set(),
     "fused_adam.reference": set(),
     "fused_adam.scalars": set(),
     "fused_adam.norm": {"fused_adam_kernels.table"},
@@ -52,6 +54,9 @@ ALLOWED = {
     "fused_adam_kernels.launch": set(),
     "fused_adam_kernels.scalars": {"fused_adam_kernels.launch", "fused_adam_kernels.table"},
     "fused_adam_kernels.norm": {"fused_adam_kernels.adam", "fused_adam_kernels.launch", "fused_adam_kernels.table"},
+    "fused_adam_kernels.inspect": {
+        *("fused_adam_kernels.adam", "fused_adam_kernels.norm", "fused_adam_kernels.scalars"),
+    },
     "fused_adam_kernels.adam": {
         *("fused_adam_kernels.codecs", "fused_adam_kernels.launch"),
         *("fused_adam_kernels.math", "fused_adam_kernels.table"),

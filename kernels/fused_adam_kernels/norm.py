@@ -41,7 +41,7 @@ def square_sum_kernel(
     start = tl.load(block_ptr + 1).to(tl.int64) * CHUNK
     n = tl.load(row_ptr + table.GRAD_NUMEL)
     g_ptr = tl.load(row_ptr + table.GRAD).to(tl.pointer_type(GRAD))
-    lane = tl.arange(0, LANES)
+    lane = tl.arange(0, LANES).to(tl.int64)
     total = tl.zeros([LANES], tl.float64)
     for first in range(start, tl.minimum(start + CHUNK, n), LANES):
         g = tl.load(g_ptr + first + lane, mask=first + lane < n, other=0.0).to(tl.float64)

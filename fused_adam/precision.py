@@ -1,0 +1,124 @@
+"""Precision recipes: names -> how weights and moments are stored, for which parameters, at what cost. No arithmetic."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+
+import torch
+
+GROUP = 32  # elements of 8-bit state that share one scale; groups never straddle parameters
+
+_BF16 = (torch.bfloat16,)
+_HALF = (torch.float16, torch.bfloat16)
+_ANY = (torch.float32, torch.bfloat16, torch.float16)
+
+# Weights -> the parameters they serve, and what is stored beside the parameter: its name and dtype.
+WEIGHTS: dict[str, tuple[tuple[torch.dtype, ...], dict[str, torch.dtype]]] = {
+    "native": (_ANY, {}),
+    "master32": (_HALF, {"master_weight": torch.float32}),
+    "split32": (_BF16, {"remainder": torch.int16}),
+    "split24": (_BF16, {"remainder": torch.int8}),
+    "sr": (_BF16, {}),
+}
+# States -> what is stored per element of the parameter, and per group of 32.
+# Codes are not called exp_avg: torch.optim would load them as if they were moments.
+STATES: dict[str, tuple[dict[str, torch.dtype], dict[str, torch.dtype]]] = {
+    "fp32": ({"exp_avg": torch.float32, "exp_avg_sq": torch.float32}, {}),
+    "bf16": ({"exp_avg": torch.bfloat16, "exp_avg_sq": torch.bfloat16}, {}),
+    "int8": (
+        {"exp_avg_code": torch.int8, "exp_avg_sq_code": torch.uint8},
+        {"exp_avg_scale": torch.bfloat16, "exp_avg_sq_scale": torch.bfloat16},
+    ),
+}
+# The maximum of AMSGrad is rounded to nearest, so that one that did not grow stays as it is; 8 bits are too few.
+MAXIMUM = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.bfloat16}
+NAMES = tuple(f"{weights}-{states}" for weights in WEIGHTS for states in STATES)
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How weights and moments are stored; made by `parse`.
+
+    `weights` is a key of WEIGHTS and `states` of STATES, or both are None: torch's semantics, everything in the
+    parameter's dtype.
+    """
+
+    weights: str | None
+    states: str | None
+
+    @property
+    def name(self) -> str | None:
+        """What `parse` takes, written out."""
+        return None if self.weights is None else f"{self.weights}-{self.states}"
+
+    @property
+    def random(self) -> bool:
+        """Whether a step takes random bits."""
+        return self.weights in ("split24", "sr") or self.states in ("bf16", "int8")
+
+    def check(self, dtype: torch.dtype) -> None:
+        """Raises ValueError if parameters of this dtype cannot be stored so."""
+        if self.weights is None:
+            return
+        allowed = WEIGHTS[self.weights][0]
+        if dtype not in allowed:
+            names = " or ".join(str(d).removeprefix("torch.") for d in allowed)
+            raise ValueError(
+                f"precision={self.name!r} is for {names} parameters, and got one of {str(dtype).removeprefix('torch.')}"
+            )
+
+    def state(self, dtype: torch.dtype, shape: torch.Size, amsgrad: bool) -> dict[str, tuple[torch.dtype, torch.Size]]:
+        """State entry -> dtype and shape, for a parameter of this dtype and shape; the step counter is not among them.
+
+        Raises ValueError as `check` does.
+        """
+        self.check(dtype)
+        if self.weights is None or self.states is None:
+            per_element, maximum = {"exp_avg": dtype, "exp_avg_sq": dtype}, dtype
+            per_group: dict[str, torch.dtype] = {}
+        else:
+            per_element, per_group = STATES[self.states]
+            per_element = {**WEIGHTS[self.weights][1], **per_element}
+            maximum = MAXIMUM[self.states]
+        if amsgrad:
+            per_element = {**per_element, "max_exp_avg_sq": maximum}
+        groups = torch.Size([-(-shape.numel() // GROUP)])
+        return {
+            **{name: (kind, shape) for name, kind in per_element.items()},
+            **{name: (kind, groups) for name, kind in per_group.items()},
+        }
+
+    def held_bytes(self, dtype: torch.dtype, amsgrad: bool = False) -> float:
+        """State in memory per parameter element, beside the parameter and its gradient; padding apart."""
+        shape = torch.Size([GROUP])
+        return sum(kind.itemsize * size.numel() for kind, size in self.state(dtype, shape, amsgrad).values()) / GROUP
+
+    def moved_bytes(self, dtype: torch.dtype, grad: torch.dtype, amsgrad: bool = False) -> float:
+        """Bytes that a step reads and writes per parameter element.
+
+        State is read and written, a gradient read, a parameter written; it is read too unless a master copy is.
+        """
+        accesses = 1 if self.weights == "master32" else 2
+        return accesses * dtype.itemsize + grad.itemsize + 2 * self.held_bytes(dtype, amsgrad)
+
+
+def parse(precision: str | None) -> Recipe:
+    """`"<weights>-<states>"`, `"<weights>"` for fp32 states, or None for torch's semantics.
+
+    Raises:
+        TypeError: `precision` is neither a string nor None.
+        ValueError: there is no such recipe; the text names the nearest one.
+    """
+    if precision is None:
+        return Recipe(None, None)
+    if not isinstance(precision, str):
+        raise TypeError(f"precision={precision!r} must be the name of a recipe, or None for torch's semantics")
+    weights, _, states = precision.partition("-")
+    if weights in WEIGHTS and (states in STATES or precision == weights):
+        return Recipe(weights, states or "fp32")
+    nearest = difflib.get_close_matches(precision.lower(), [*WEIGHTS, *NAMES], n=1, cutoff=0)[0]
+    raise ValueError(
+        f"precision={precision!r} is no recipe; did you mean {nearest!r}? A name is '<weights>-<states>', "
+        f"with weights of {', '.join(WEIGHTS)} and states of {', '.join(STATES)}"
+    )
