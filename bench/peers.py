@@ -114,11 +114,15 @@ def all_of_ours(
 
 
 def _check_recipe(entry: Entry) -> None:
-    try:
-        entry.make([torch.nn.Parameter(torch.zeros(1))], Options())
-    except ValueError as error:
-        if "precision" in str(error):
-            raise ValueError(f"--precision: {error}") from None
+    """Raise ValueError for a recipe that no dtype has: which dtypes have it is for the measurement to find out."""
+    errors = []
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        try:
+            entry.make([torch.nn.Parameter(torch.zeros(1, dtype=dtype))], Options())
+        except (TypeError, ValueError) as error:
+            errors.append(error)
+    if len(errors) == 3:
+        raise ValueError(f"--precision: {errors[0]}")
 
 
 # torch's own paths.
@@ -273,7 +277,8 @@ def make(entry: Entry, params: list[Tensor], case: Case) -> Optimizer | str:
         return entry.make(params, case.options)
     # Whatever another project's constructor raises is a reason, not our failure.
     except Exception as error:
-        if entry.family == OURS and not isinstance(error, RuntimeError):
+        # Ours must not fail, but for a backend that cannot run here, or a recipe that this dtype does not have.
+        if entry.family == OURS and not entry.quantised and not isinstance(error, RuntimeError):
             raise
         text = " ".join(str(error).split()) or type(error).__name__
         return text if isinstance(error, (ImportError, RuntimeError)) else f"{type(error).__name__}: {text}"

@@ -318,19 +318,27 @@ def test_a_precision_that_is_not_there_is_one_line(shapes, capsys):
     assert "--precision split32: this fused_adam has no precision recipes" in capsys.readouterr().err
 
 
-def test_precision_recipes_are_rows(run, shapes, monkeypatch):
+def test_precision_recipes_are_rows(run, shapes, monkeypatch, capsys):
     """With a library that takes `precision`, each recipe is a row, and an unknown one an error."""
 
     class Precise(peers.FusedAdamW):
         def __init__(self, params, *, precision=None, **arguments):
             if precision not in (None, "split32", "sr-bf16"):
                 raise ValueError(f"precision={precision!r} is not known; allowed: 'split32', 'sr-bf16'")
+            if precision and params[0].dtype != torch.bfloat16:
+                raise ValueError(f"precision={precision!r} needs bfloat16 parameters")
             super().__init__(params, **arguments)
 
     monkeypatch.setattr(peers, "FusedAdamW", Precise)
-    _, record, _ = run("step", *shapes, *FEW, "--peers", "none", "--precision", "split32,sr-bf16")
-    assert list(by_name(record)) == ["FusedAdamW reference split32", "FusedAdamW reference sr-bf16"]
+    recipes = ["--peers", "none", "--precision", "split32,sr-bf16"]
+    names = ["FusedAdamW reference split32", "FusedAdamW reference sr-bf16"]
+    _, record, _ = run("step", *shapes, *FEW, *recipes, "--dtype", "bfloat16")
+    assert list(by_name(record)) == names
+    _, record, out = run("step", *shapes, *FEW, *recipes)
+    assert not record["results"] and [entry["name"] for entry in record["left_out"]] == names
+    assert "not measured: FusedAdamW reference split32: ValueError: precision='split32' needs bfloat16" in out
     assert cli.main(["step", *shapes, *FEW, "--precision", "split33"]) == 2
+    assert "--precision: precision='split33' is not known" in capsys.readouterr().err
 
 
 MODELS = "gpt2, gpt2-xl, llama-3-8b, resnet50, vit-b16, many-small, one-big"
