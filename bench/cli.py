@@ -66,6 +66,13 @@ def make_parsers() -> tuple[Parser, dict[str, Parser]]:
         metavar="{kept,new}",
         help="the same gradient tensors every step, or new ones as after zero_grad() and backward() (default: kept)",
     )
+    sub.add_argument(
+        "--caches",
+        type=one_of(("cold", "warm")),
+        default="cold",
+        metavar="{cold,warm}",
+        help="cold: after the other optimizers' steps; warm: after one of its own (default: cold)",
+    )
 
     sub = add("memory", commands.run_memory, "measure what optimizers hold, and take for a moment, per parameter")
     add_output(sub)

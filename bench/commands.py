@@ -151,9 +151,10 @@ def run_host(arguments: argparse.Namespace) -> int:
     screen, recorder = screen_of(arguments), recorder_of(arguments)
     entries, case = timed(entries_of(arguments, recorder), arguments, recorder), case_of(arguments)
     seconds = arguments.seconds or (10.0 if arguments.quick else 60.0)
+    warm = arguments.caches == "warm"
     counts = arguments.tensors or measure_host.COUNTS[: 3 if arguments.quick else None]
     with screen.progress("host") as progress:
-        measure_host.measure(recorder, entries, case, counts, seconds, arguments.grads == "new", progress)
+        measure_host.measure(recorder, entries, case, counts, seconds, arguments.grads == "new", warm, progress)
     found = recorder.record()
     finish(arguments, found, screen)
     return check(found, arguments.check, screen)

@@ -154,7 +154,7 @@ def host(suite: Suite, progress: Progress) -> Recorder:
     part = suite.part("host")
     counts = measure_host.COUNTS[: 2 if suite.quick else None]
     case = Case(suite.device, options=suite.options)
-    measure_host.measure(part, suite.entries, case, counts, 0.07 * suite.seconds, False, progress)
+    measure_host.measure(part, suite.entries, case, counts, 0.07 * suite.seconds, False, False, progress)
     return part
 
 

@@ -73,7 +73,9 @@ def host_tables(record: Record) -> list[Table]:
         return f"{first['step_us']['median'] - slope * first['tensors']:,.0f} + {slope:.3f} n"
 
     grads = "the same gradient tensors every step" if results[0]["grads"] == "kept" else "new gradient tensors per step"
-    steps = table(f"us per step ({grads})", lambda result: spread(result["step_us"], three_digits))
+    steps = table(
+        f"us per step ({grads}, {results[0]['caches']} caches)", lambda result: spread(result["step_us"], three_digits)
+    )
     steps.columns = [*steps.columns, "first to last"]
     steps.rows = [[*row, line(row[0])] for row in steps.rows]
     return [

@@ -145,10 +145,12 @@ def test_too_little_memory_is_one_line(command, monkeypatch, capsys):
     assert "gpt2 in float32 needs 3.1 GB on cpu for one optimizer, 1.0 GB are free; try a shard (gpt2/64)" in error
 
 
-@pytest.mark.parametrize("grads", ["kept", "new"])
-def test_host(grads, run, tmp_path):
+@pytest.mark.parametrize("grads, caches", [("kept", "warm"), ("new", "cold")])
+def test_host(grads, caches, run, tmp_path):
     picture = tmp_path / "host.png"
-    code, record, out = run("host", "--tensors", "2,5", *FEW, *TWO, "--grads", grads, "--plot", str(picture))
+    code, record, out = run(
+        "host", "--tensors", "2,5", *FEW, *TWO, "--grads", grads, "--caches", caches, "--plot", str(picture)
+    )
     assert code == 0
     stubbed = "FusedAdamW triton, no launch"
     assert {(r["optimizer"], r["tensors"]) for r in record["results"]} == {
@@ -156,7 +158,8 @@ def test_host(grads, run, tmp_path):
     }
     for result in record["results"]:
         assert result["ns_per_parameter"] == pytest.approx(result["step_us"]["median"] * 1e3 / result["tensors"])
-        assert result["grads"] == grads and result["family"] == ("torch" if "torch" in result["optimizer"] else "ours")
+        assert (result["grads"], result["caches"]) == (grads, caches)
+        assert result["family"] == ("torch" if "torch" in result["optimizer"] else "ours")
     assert (
         " n\n" in out and "us per step" in out and "ns per parameter" in out and "times as fast as torch fused" in out
     )
