@@ -4,10 +4,13 @@ BIN := .venv/bin
 
 TRITONS := 3.6.0 3.9.0
 
-.PHONY: demo test test-triton lint types wheel clean
+.PHONY: demo bench test test-triton lint types wheel clean
 
 demo: .venv/installed
 	$(BIN)/python -m bench demo
+
+bench: .venv/installed
+	$(BIN)/python -m bench step --quick --plot bench.png
 
 test: .venv/installed
 	$(BIN)/python -m pytest -n 2
@@ -46,4 +49,4 @@ wheel: .venv/installed
 	touch $@
 
 clean:
-	rm -rf .venv .venv-triton-* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo.png
+	rm -rf .venv .venv-triton-* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo.png bench.png

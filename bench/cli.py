@@ -1,117 +1,224 @@
-"""The command line: arguments in, exit code out. No training, no measuring here."""
+"""The command line: arguments in, exit code out. What the sub-commands do is in `commands.py`."""
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
-import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import torch
+from . import commands, demo_command, models
+from .arguments import (
+    DEVICES,
+    DTYPES,
+    device,
+    dtype,
+    list_of,
+    new_file,
+    new_json,
+    old_file,
+    one_of,
+    positive_number,
+    whole_number,
+)
+from .peers import peers
 
-from . import demo, picture, report
-from .text import load_corpus
-
-DEVICES = ("auto", "cpu", "cuda")
 MOST_STEPS = 1_000_000
+BACKENDS = ("auto", "triton", "reference", "compiled")
+
+Parser = argparse.ArgumentParser
 
 
-def whole_number(low: int, high: int) -> Callable[[str], int]:
-    """An argument type: a whole number from `low` to `high`."""
-
-    def parse(text: str) -> int:
-        if not text.isdecimal() or not low <= int(text) <= high:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {low} to {high}")
-        return int(text)
-
-    return parse
+def braces(words: Sequence[str]) -> str:
+    """Allowed words as help shows them."""
+    return "{" + ",".join(words) + "}"
 
 
-def new_file(suffix: str) -> Callable[[str], Path]:
-    """An argument type: a file with this suffix, to be written into a folder that exists."""
-
-    def parse(text: str) -> Path:
-        path = Path(text)
-        if path.suffix.lower() != suffix or path.is_dir():
-            raise argparse.ArgumentTypeError(f"{text!r} is not a file name that ends in {suffix}")
-        if not path.parent.is_dir():
-            raise argparse.ArgumentTypeError(
-                f"{text!r} cannot be written: the folder {str(path.parent)!r} does not exist"
-            )
-        return path
-
-    return parse
-
-
-def device(text: str) -> torch.device:
-    """An argument type: a device of DEVICES that is there."""
-    if text not in DEVICES:
-        raise argparse.ArgumentTypeError(f"{text!r} is not known; allowed: {', '.join(DEVICES)}")
-    if text == "cuda" and not torch.cuda.is_available():
-        raise argparse.ArgumentTypeError("'cuda' is not available here; allowed: auto, cpu")
-    return torch.device("cuda" if text == "cuda" or (text == "auto" and torch.cuda.is_available()) else "cpu")
-
-
-def make_parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+def make_parsers() -> tuple[Parser, dict[str, Parser]]:
     """The parser of the command, and those of its sub-commands by name."""
-    parser = argparse.ArgumentParser("fused-adam-bench", description="Try and measure fused-adam.", allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", required=True)
+    parser = Parser("fused-adam-bench", description="Try and measure fused-adam.", allow_abbrev=False)
+    subparsers = parser.add_subparsers(dest="command", required=True)
+
+    def add(name: str, run: Callable[[argparse.Namespace], int], text: str) -> Parser:
+        sub: Parser = subparsers.add_parser(name, help=text, description=text, allow_abbrev=False)
+        sub.set_defaults(run=run)
+        return sub
+
+    sub = add("step", commands.run_step, "time whole steps on models' parameters: ms, GB/s, share of copy bandwidth")
+    add_output(sub, plot=True)
+    add_models(sub)
+    add_optimizers(sub)
+    add_case(sub)
+    add_check(sub)
+
+    sub = add("host", commands.run_host, "time what a step costs in Python, against the number of tensors")
+    add_output(sub, plot=True)
+    add_optimizers(sub)
+    add_case(sub)
+    add_check(sub)
+    sub.add_argument(
+        "--tensors", type=list_of(whole_number(1, 10**6)), metavar="N,N,...", help="default: 10,100,1000,5000"
+    )
+    sub.add_argument(
+        "--grads",
+        type=one_of(("kept", "new")),
+        default="kept",
+        metavar="{kept,new}",
+        help="the same gradient tensors every step, or new ones as after zero_grad() and backward() (default: kept)",
+    )
+    sub.add_argument(
+        "--caches",
+        type=one_of(("cold", "warm")),
+        default="cold",
+        metavar="{cold,warm}",
+        help="cold: after the other optimizers' steps; warm: after one of its own (default: cold)",
+    )
+
+    sub = add("memory", commands.run_memory, "measure what optimizers hold, and take for a moment, per parameter")
+    add_output(sub)
+    add_models(sub)
+    add_optimizers(sub)
+    add_case(sub)
+
+    sub = add("accuracy", commands.run_accuracy, "hold optimizers against a float64 run of the same formula")
+    add_output(sub)
+    add_optimizers(sub)
+    sub.add_argument(
+        "--dtype", dest="dtypes", type=list_of(dtype), metavar="DTYPE,...", help=f"of: {', '.join(DTYPES)}"
+    )
+    sub.add_argument("--steps", type=whole_number(1, 10_000), metavar="N", help="default: 100")
+
+    sub = add("verify", commands.run_verify, "check the promised bits and the memory's speed here; a block to paste")
+    add_output(sub)
+
+    sub = add("suite", commands.run_suite, "everything: under eight minutes on a GPU, one record")
+    add_output(sub, plot=True)
+    add_optimizers(sub)
+    sub.add_argument("--amsgrad", action="store_true", help="keep the maximum of the second moment")
+    sub.add_argument("--clip", type=positive_number, metavar="NORM", help="clip the gradients' global norm")
+    sub.add_argument("--sweep", action="store_true", help="also try other launch sizes")
+
+    sub = add("env", commands.run_env, "say what machine this is and which optimizers run on it")
+    add_output(sub)
+
+    sub = add("report", commands.run_report, "tables, pictures and a document's tables from records")
+    sub.add_argument("files", nargs="*", type=old_file, metavar="RECORD", help="JSON files that other commands wrote")
+    sub.add_argument("--markdown", action="store_true", help="tables as Markdown")
+    sub.add_argument("--plot", type=new_file(".png"), metavar="PNG", help="draw a picture (needs matplotlib)")
+    sub.add_argument(
+        "--update", type=old_file, metavar="DOCUMENT", help="write its tables anew, marked <!-- bench: FILE.json -->"
+    )
+
     text = "train a small GPT with torch's AdamW, FusedAdamW and FusedAdamW(flatten=True), and compare"
-    sub = commands.add_parser("demo", help=text, description=text, allow_abbrev=False)
-    sub.set_defaults(run=run_demo)
+    sub = add("demo", demo_command.run, text)
     sub.add_argument(
         "--steps", type=whole_number(1, MOST_STEPS), default=250, metavar="N", help="training steps (default: 250)"
     )
     sub.add_argument(
         "--seed", type=whole_number(0, 2**63 - 1), default=0, metavar="N", help="of weights and batches (default: 0)"
     )
-    sub.add_argument(
-        "--device",
-        type=device,
-        default="auto",
-        metavar="{" + ",".join(DEVICES) + "}",
-        help="auto: cuda if there is one",
-    )
+    add_device(sub)
     sub.add_argument(
         "--out", type=new_file(".png"), default="demo.png", metavar="PNG", help="the picture (default: demo.png)"
     )
     sub.add_argument("--json", type=new_file(".json"), metavar="JSON", help="write everything measured to this file")
-    return parser, commands.choices
+    return parser, subparsers.choices
 
 
-def run_demo(arguments: argparse.Namespace) -> int:
-    """Train, show, draw and record. Returns 0 if the losses agree and `flatten` changes no bit, else 1."""
-    with report.progress(arguments.steps) as on_step:
-        outcome = demo.train(load_corpus(), arguments.steps, arguments.seed, arguments.device, on_step)
-    report.print_table(outcome)
-    print(report.verdict_text(outcome))
-    if arguments.json:
-        arguments.json.write_text(json.dumps(demo.record(outcome), indent=1) + "\n")
-        print(f"record: {arguments.json}")
-    if importlib.util.find_spec("matplotlib"):
-        picture.draw(outcome, arguments.out)
-        print(f"picture: {arguments.out}")
-    else:
-        print("picture: none, because matplotlib is not installed (pip install matplotlib)")
-    return 0 if outcome.passed else 1
+def add_device(sub: Parser) -> None:
+    sub.add_argument(
+        "--device", type=device, default="auto", metavar=braces(DEVICES), help="auto: cuda if there is one"
+    )
+
+
+def add_output(sub: Parser, plot: bool = False) -> None:
+    """Options of every command that measures: where, how long, and where to write."""
+    add_device(sub)
+    sub.add_argument("--json", type=new_json, metavar="FILE|-", help="write the record to this file, or to stdout")
+    if plot:
+        sub.add_argument("--plot", type=new_file(".png"), metavar="PNG", help="draw a picture (needs matplotlib)")
+    sub.add_argument("--quick", action="store_true", help="under a minute on two cores, at the price of noise")
+    sub.add_argument("--seconds", type=positive_number, metavar="S", help="how long to measure in all")
+    sub.add_argument("--threads", type=whole_number(1, 1024), metavar="N", help="of torch on the CPU")
+
+
+def add_optimizers(sub: Parser) -> None:
+    """Options that say which optimizers take part."""
+    sub.add_argument(
+        "--backend",
+        type=one_of(BACKENDS),
+        metavar=braces(BACKENDS),
+        help="only this one of ours (default: each of use)",
+    )
+    words = tuple(commands.FLATTEN)
+    sub.add_argument(
+        "--flatten", type=one_of(words), default="both", metavar=braces(words), help="flat buffers (default: both)"
+    )
+    known = ("none", *peers())
+    sub.add_argument(
+        "--peers",
+        type=list_of(one_of(known)),
+        metavar="NAME,...",
+        help=f"default: all that run here; of: {', '.join(known)}",
+    )
+    sub.add_argument(
+        "--precision", type=list_of(str), metavar="RECIPE,...", help="precision recipes of ours, one row each"
+    )
+
+
+def add_models(sub: Parser) -> None:
+    """Options that say whose parameters are stepped on."""
+    group = sub.add_mutually_exclusive_group()
+    group.add_argument(
+        "--model", type=list_of(model_name), metavar="NAME,...", help=f"default: gpt2,many-small; of: {models.ALLOWED}"
+    )
+    group.add_argument("--shapes", type=old_file, metavar="FILE", help="JSON: a list of shapes, [[768, 3072], [768]]")
+    group.add_argument("--hf-config", type=Path, metavar="PATH", help="a Hugging Face config.json, or its folder")
+
+
+def model_name(text: str) -> str:
+    """An argument type: a model's name."""
+    try:
+        models.shapes_of(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
+
+
+def add_case(sub: Parser) -> None:
+    """Options that say what is stepped on."""
+    sub.add_argument(
+        "--dtype", type=dtype, default="float32", metavar=braces(DTYPES), help="of parameters (default: float32)"
+    )
+    sub.add_argument("--grad-dtype", type=dtype, metavar=braces(DTYPES), help="default: the parameters'")
+    sub.add_argument("--amsgrad", action="store_true", help="keep the maximum of the second moment")
+    sub.add_argument("--clip", type=positive_number, metavar="NORM", help="clip the gradients' global norm")
+
+
+def add_check(sub: Parser) -> None:
+    sub.add_argument(
+        "--check",
+        type=positive_number,
+        metavar="MIN_RATIO",
+        help="exit with 1 unless the best of ours is this many times as fast as torch fused in every case",
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; `argv` without the program's name, by default the process's own. Returns the exit code.
 
-    0: all is well; 1: the optimizers disagree; 2: bad arguments, or a file that cannot be read or written.
+    0: all is well; 1: optimizers disagree, or a check is not met; 2: bad arguments, a file that cannot be read or
+    written, or too little memory.
     """
-    parser, commands = make_parsers()
+    parser, subparsers = make_parsers()
     arguments, unknown = parser.parse_known_args(argv)
     if unknown:
-        command = commands[arguments.command]
-        options = ", ".join(option for action in command._actions for option in action.option_strings)
-        command.error(f"{unknown[0]!r} is not known; allowed: {options}")
+        sub = subparsers[arguments.command]
+        options = ", ".join(option for action in sub._actions for option in action.option_strings)
+        sub.error(f"{unknown[0]!r} is not known; allowed: {options}")
     try:
         code: int = arguments.run(arguments)
-    except OSError as error:
+    except (OSError, ValueError, MemoryError) as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 2
     return code

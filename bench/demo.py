@@ -5,18 +5,16 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from importlib import metadata
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fused_adam import FusedAdamW, __version__
+from fused_adam import FusedAdamW
 
 from .gpt import GPT, Shape
 from .text import Corpus, draw_batch
@@ -211,13 +209,9 @@ def train(
     return Outcome(runs, verdict, same_bits(runs[FUSED], runs[FLAT]), device, seed)
 
 
-def record(outcome: Outcome) -> dict[str, Any]:
-    """Everything measured, as JSON takes it. Losses in nats per character, times in ms."""
-    versions = {"fused_adam": __version__, "torch": torch.__version__, "python": platform.python_version()}
-    with contextlib.suppress(metadata.PackageNotFoundError):
-        versions["triton"] = metadata.version("triton")
+def result(outcome: Outcome) -> dict[str, Any]:
+    """Everything measured, as a record takes it. Losses in nats per character, times in ms."""
     return {
-        "versions": versions,
         "device": outcome.device_name,
         "seed": outcome.seed,
         "steps": outcome.steps,

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bench import cli, demo, picture, report, text
+from bench import cli, demo, demo_picture, demo_report, text
 from bench.verdict import MARGIN, judge, resolution, tolerances
 
 STEPS = 60
@@ -116,8 +116,10 @@ def test_the_demo_passes_and_writes_what_it_says(short_run):
     assert code == 0
     content = out.read_bytes()
     assert content.startswith(b"\x89PNG\r\n\x1a\n") and len(content) > 10_000
-    assert set(record) == {"versions", "device", "seed", "steps", "parameters", "runs", "verdict"}
-    assert set(record["versions"]) >= {"fused_adam", "torch", "python"}
+    assert (record["schema"], record["command"]) == ("fused-adam-bench/1", "demo")
+    assert set(record["machine"]["versions"]) >= {"fused_adam", "torch", "python"}
+    [record] = record["results"]
+    assert set(record) == {"device", "seed", "steps", "parameters", "runs", "verdict"}
     assert (record["seed"], record["steps"]) == (1, 3) and 1e6 < record["parameters"] < 3e6
     assert set(record["runs"]) == {demo.TORCH, demo.FUSED, demo.FLAT, demo.YARDSTICK}
     for run in record["runs"].values():
@@ -168,9 +170,9 @@ def test_a_wrong_optimizer_fails_the_demo(tmp_path, monkeypatch, capsys):
 def test_without_rich_the_table_is_plain(short_run, monkeypatch, capsys):
     outcome = short_run[3]
     monkeypatch.setitem(sys.modules, "rich", None)
-    with report.progress(3) as on_step:
+    with demo_report.progress(3) as on_step:
         on_step(list(outcome.runs.values()))
-    report.print_table(outcome)
+    demo_report.print_table(outcome)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("step 3/3") and lines[2].startswith("run ")
     assert [line.split("  ")[0] for line in lines[3:6]] == [demo.TORCH, demo.FUSED, demo.FLAT]
@@ -191,14 +193,14 @@ def test_the_picture_shows_failures_too(end, short_run, tmp_path):
     verdict = judge(*(runs[name].losses for name in (demo.TORCH, demo.FUSED, demo.YARDSTICK)))
     assert not verdict.agree and verdict.step == 3
     out = tmp_path / "failed.png"
-    picture.draw(replace(short_run[3], runs=runs, verdict=verdict, same_bits=False), out)
+    demo_picture.draw(replace(short_run[3], runs=runs, verdict=verdict, same_bits=False), out)
     assert out.stat().st_size > 10_000
 
 
 def test_smoothing_keeps_length_ends_and_straight_lines():
-    assert picture.smooth([1.0], 15) == [1.0]
+    assert demo_picture.smooth([1.0], 15) == [1.0]
     line = [float(i) for i in range(40)]
-    assert picture.smooth(line, 15)[:33] == pytest.approx(line[:33])
+    assert demo_picture.smooth(line, 15)[:33] == pytest.approx(line[:33])
 
 
 @pytest.mark.parametrize(

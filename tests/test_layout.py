@@ -61,6 +61,10 @@ ALLOWED = {
         *("fused_adam_kernels.codecs", "fused_adam_kernels.launch"),
         *("fused_adam_kernels.math", "fused_adam_kernels.table"),
     },
+    # The update's access pattern without arithmetic, launched as the update is.
+    "bench.ceiling": {"fused_adam_kernels.adam"},
+    # Takes launches away or reshapes them, to time Python alone or to find better shapes: no public name does that.
+    "bench.stub": {"fused_adam_kernels.adam", "fused_adam_kernels.launch"},
 }
 
 
@@ -90,11 +94,14 @@ def test_imports_run_one_way(path):
     found = set(imports_of(path))
     own = {module for module in found if module.split(".")[0] in ("fused_adam", "fused_adam_kernels", "bench", "tests")}
     if name.split(".")[0] == "bench":
-        assert {module for module in own if not module.startswith("bench")} <= {"fused_adam"}
+        assert {module for module in own if not module.startswith("bench")} <= {
+            "fused_adam",
+            *ALLOWED.get(name, ()),
+        }
     else:
         assert own <= ALLOWED[name]
     triton = any(module.split(".")[0] == "triton" for module in found)
-    assert not triton or name.startswith("fused_adam_kernels.")
+    assert not triton or name.startswith("fused_adam_kernels.") or name == "bench.ceiling"
     assert not triton or name != "fused_adam_kernels.table"
     assert name != "fused_adam_kernels.table" or not found
 

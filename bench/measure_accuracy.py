@@ -1,0 +1,82 @@
+"""`accuracy`: how far optimizers are from a float64 run of the same formula, per option and dtype.
+
+A result: {"option", "dtype", "optimizer", "family", "steps", "elements", "mean_error", "max_error"}: of
+|parameter - float64 run| / |float64 run| after `steps` steps, parameters and gradients drawn around one, both exactly
+representable in the dtype, so that only the optimizer's own roundings count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .formula import Options, adamw
+from .peers import OURS, Case, Entry
+from .record import Recorder
+from .workload import contend, one_line
+
+OPTIONS: dict[str, Options] = {
+    "lr 1e-3": Options(lr=1e-3, weight_decay=0.0),
+    "lr 1e-3, decay 0.1": Options(lr=1e-3, weight_decay=0.1),
+    # lr * weight_decay of 1e-8: 1 - 1e-8 is 1 in float32.
+    "lr 1e-6, decay 0.01": Options(lr=1e-6, weight_decay=0.01),
+    "lr 3e-2, decay 0.1": Options(lr=3e-2, weight_decay=0.1),
+    "lr 1e-3, decay 0.1, amsgrad": Options(lr=1e-3, weight_decay=0.1, amsgrad=True),
+}
+NUMEL, STEPS = 20_000, 100
+
+
+def draw(count: int, numel: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """Normal numbers, rounded to the dtype."""
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(numel, generator=generator).to(device, dtype) for _ in range(count)]
+
+
+def measure_one(
+    entry: Entry, case: Case, start: Tensor, grads: Sequence[Tensor], truth: Tensor
+) -> dict[str, Any] | str:
+    """Mean and largest relative error of one optimizer; or the reason for its absence."""
+    param = torch.nn.Parameter(start.clone())
+    param.grad = torch.zeros_like(param)
+    contender = contend(entry, [param], case)
+    if isinstance(contender, str):
+        return contender
+    for grad in grads:
+        param.grad.copy_(grad)
+        contender.step()
+    error = (param.detach().double() - truth).abs() / truth.abs()
+    return {"mean_error": error.mean().item(), "max_error": error.max().item()}
+
+
+def measure(
+    recorder: Recorder,
+    entries: Sequence[Entry],
+    device: torch.device,
+    dtypes: Sequence[torch.dtype],
+    steps: int,
+    progress: Callable[[str, float], None],
+    numel: int = NUMEL,
+) -> None:
+    """Every option, dtype and optimizer."""
+    total = len(OPTIONS) * len(dtypes)
+    for number, (dtype, option) in enumerate((dtype, option) for dtype in dtypes for option in OPTIONS):
+        name = str(dtype).removeprefix("torch.")
+        progress(f"{name}, {option}", number / total)
+        options = OPTIONS[option]
+        start, *grads = draw(steps + 1, numel, dtype, device)
+        [truth] = adamw([start], [[grad] for grad in grads], options)
+        case = Case(device, dtype, dtype, options)
+        for entry in entries:
+            try:
+                found = measure_one(entry, case, start, grads, truth)
+            except Exception as error:  # another project's step may fail however it likes
+                recorder.leave_out(entry.name, one_line(error), failed=entry.family == OURS, option=option, dtype=name)
+                continue
+            if isinstance(found, str):
+                recorder.leave_out(entry.name, found)
+                continue
+            words = {"option": option, "dtype": name, "optimizer": entry.name, "family": entry.family}
+            recorder.results.append({**words, "steps": steps, "elements": numel, **found})

@@ -1,0 +1,148 @@
+"""`host`: what a step costs in Python, against the number of tensors. The tensors are too small to cost anything else.
+
+A result: {"tensors", "optimizer", "family", "grads" ("kept" or "new"), "caches" ("cold" or
+"warm"), "step_us": statistic, "ns_per_parameter": float
+(of the median, the fixed part included), "speedup": ratio of torch fused's time to this one's, or null}.
+
+"FusedAdamW triton, no launch" is the whole Python of the Triton path, its kernel launches taken out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .peers import BASELINE, OURS, Case, Entry, ours
+from .record import Recorder
+from .stub import no_interpreter, stubbed_launches
+from .timing import interleaved, ratio, statistic, synchronize
+from .workload import Contender, contend, copy_params, make_params, one_line, released
+
+COUNTS = (10, 100, 1000, 5000)
+NUMEL = 4  # elements per tensor
+STUBBED = "FusedAdamW triton, no launch"
+WARM_UP = 3
+
+
+def stub_entry() -> Entry:
+    """Ours on Triton, to be stepped without launches."""
+    entry = ours("triton", flatten=False)
+    return Entry(STUBBED, OURS, entry.make, clips=True)
+
+
+class Stepper:
+    """Times one contender's steps, in seconds."""
+
+    def __init__(self, contender: Contender, device: torch.device, new_grads: bool, warm: bool) -> None:
+        self.contender, self.device, self.warm = contender, device, warm
+        self.stubbed = contender.entry.name == STUBBED
+        # Two sets in turn: gradients of a new backward lie somewhere else than those of the last.
+        self.grads = [[p.grad.clone() for p in contender.params if p.grad is not None] for _ in range(2 * new_grads)]
+
+    def measure(self) -> float:
+        with stubbed_launches() if self.stubbed else contextlib.nullcontext():
+            if self.warm:
+                self._measure()
+            return self._measure()
+
+    def _measure(self) -> float:
+        if self.grads:
+            self._exchange_grads()
+        synchronize(self.device)
+        begin = time.perf_counter()
+        self.contender.step()
+        # On a GPU until everything is queued, not until it is done.
+        seconds = time.perf_counter() - begin
+        synchronize(self.device)
+        return seconds
+
+    def _exchange_grads(self) -> None:
+        grads: list[Tensor] = self.grads.pop(0)
+        for param, grad in zip(self.contender.params, grads, strict=True):
+            param.grad = grad
+        self.grads.append(grads)
+
+
+def make_steppers(
+    entries: Sequence[Entry], tensors: int, case: Case, new_grads: bool, warm: bool, recorder: Recorder
+) -> dict[str, Stepper]:
+    """One per optimizer that can be made and survives its first steps; the others are left out with the reason."""
+    source = make_params([(NUMEL,)] * tensors, case)
+    steppers: dict[str, Stepper] = {}
+    for entry in entries:
+        try:
+            contender = contend(entry, copy_params(source), case)
+            if isinstance(contender, str):
+                recorder.leave_out(entry.name, contender)
+                continue
+            stepper = Stepper(contender, case.device, new_grads, warm)
+            for _ in range(WARM_UP):
+                stepper.measure()
+        except Exception as error:  # another project's step may fail however it likes
+            recorder.leave_out(entry.name, one_line(error), failed=entry.family == OURS)
+        else:
+            steppers[entry.name] = stepper
+    return steppers
+
+
+def measure(
+    recorder: Recorder,
+    entries: Sequence[Entry],
+    case: Case,
+    counts: Sequence[int],
+    seconds: float,
+    new_grads: bool,
+    warm: bool,
+    progress: Callable[[str, float], None],
+) -> None:
+    """Time every optimizer at every count, interleaved.
+
+    Args:
+        seconds: in all.
+        new_grads: every step finds other gradient tensors, as after `zero_grad()` and `backward()`; flat buffers
+            then have none in them, so that `flatten=True` has nothing to gain.
+        warm: a step that is not timed comes before every timed one. Else the steps of the other optimizers come
+            before it, and have taken the processor's caches, as a forward and backward pass would have.
+    """
+    entries = [*entries]
+    reason = no_interpreter() if case.device.type == "cpu" else None
+    if reason:
+        recorder.leave_out(STUBBED, reason)
+    else:
+        entries.append(stub_entry())
+    families = {entry.name: entry.family for entry in entries}
+    for number, tensors in enumerate(counts):
+        progress(f"{tensors} tensors", number / len(counts))
+        with released():
+            steppers = make_steppers(entries, tensors, case, new_grads, warm, recorder)
+            samples = interleaved(
+                {name: stepper.measure for name, stepper in steppers.items()}, seconds / len(counts), max_rounds=1000
+            )
+            recorder.results += results(samples, families, tensors, new_grads, warm)
+
+
+def results(
+    samples: dict[str, list[float]], families: dict[str, str], tensors: int, new_grads: bool, warm: bool
+) -> list[dict[str, Any]]:
+    """What one interleaved run gave."""
+    found = []
+    for name, times in samples.items():
+        step_us = statistic([seconds * 1e6 for seconds in times])
+        found.append(
+            {
+                "tensors": tensors,
+                "optimizer": name,
+                "family": families[name],
+                "grads": "new" if new_grads else "kept",
+                "caches": "warm" if warm else "cold",
+                "step_us": step_us,
+                "ns_per_parameter": step_us["median"] * 1e3 / tensors,
+                "speedup": ratio(samples[BASELINE], times) if BASELINE in samples else None,
+            }
+        )
+    return found

@@ -1,0 +1,314 @@
+"""`step`: how long a whole step takes on a model's parameters, and how far that is from the memory's limit.
+
+A result:
+    model, tensors, parameters, dtype, grad_dtype, amsgrad, clip, optimizer, family
+    mode           "eager" or "graph"
+    step_ms        statistic
+    speedup        ratio of torch fused's time to this one's, or null
+    pairs          name of each variant of ours -> ratio of this one's time to that variant's
+    held_bytes     state per parameter, step counters not counted
+    moved_bytes    per parameter: what a perfect step with this state reads and writes
+    gb_per_s       statistic of moved bytes over time
+    copy_gb_per_s  statistic of `copy_` of a large buffer in the same rounds
+    share_of_copy  ratio of the two
+    gate           {"error", "allowed", "rms", "allowed_rms"}: see `gate.py`
+    buffer_sets    how many sets of parameters, gradients and state are stepped on in turn
+    resident       false: memory does not hold all optimizers at once, so each is made anew for every turn
+
+`mode` eager: Python, launches and the device's work. graph: the device's work alone, by replay of a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+
+from .gate import Judgement, judge
+from .machine import cache_bytes, free_bytes
+from .models import Shape, numel
+from .peers import BASELINE, OURS, Case, Entry
+from .record import Recorder
+from .timing import COPY_BYTES, Copy, interleaved, ratio, seconds_of, statistic
+from .workload import Contender, contend, copy_params, make_params, one_line, released
+
+MODES = ("eager", "graph")
+COPY = "copy"
+WARM_UP = 2
+TURNS, STEPS_PER_TURN = 5, 3
+# Between two steps on one set of buffers this many times the last cache goes by.
+CACHES = 3
+MOST_SETS = 32
+# What may be taken of the memory that is free.
+SHARE = 0.9
+SEGMENT_BYTES = 1 << 30
+# On a GPU steps queue up behind each other for this long, so that starting and ending do not count.
+QUEUE_SECONDS = 0.01
+
+
+@dataclass
+class Job:
+    """One model under one case and mode, and what is known of its optimizers."""
+
+    model: str
+    shapes: Sequence[Shape]
+    case: Case
+    mode: str
+    families: dict[str, str] = field(default_factory=dict)
+    gates: dict[str, Judgement] = field(default_factory=dict)
+    held: dict[str, float] = field(default_factory=dict)
+    moved: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def words(self) -> dict[str, Any]:
+        """What is measured, as results have it."""
+        case = self.case
+        return {
+            "model": self.model,
+            "tensors": len(self.shapes),
+            "parameters": numel(self.shapes),
+            "dtype": str(case.dtype).removeprefix("torch."),
+            "grad_dtype": str(case.grad_dtype).removeprefix("torch."),
+            "amsgrad": case.options.amsgrad,
+            "clip": case.options.clip,
+        }
+
+
+def one_bytes(entry: Entry, job: Job) -> float:
+    """Memory that one optimizer with its parameters and gradients takes while it steps; state as torch's."""
+    param, grad = job.case.dtype.itemsize, job.case.grad_dtype.itemsize
+    state = (3 if job.case.options.amsgrad else 2) * param
+    elements = numel(job.shapes)
+    # Random numbers are drawn in float32; flat buffers are filled a segment at a time.
+    moment = min(elements * (param + grad), SEGMENT_BYTES) + 4 * max(map(math.prod, job.shapes))
+    return elements * (param + grad + state + entry.scratch * param) + moment
+
+
+def residency(entries: Sequence[Entry], job: Job) -> tuple[bool, int]:
+    """Whether memory holds all optimizers at once, and how many sets of buffers each gets so that caches are cold.
+
+    Raises MemoryError if it does not even hold one.
+    """
+    need = {entry.name: one_bytes(entry, job) for entry in entries}
+    largest = max(need.values()) + 2 * COPY_BYTES
+    free = free_bytes(job.case.device)
+    if free and largest > SHARE * free:
+        raise MemoryError(
+            f"{job.model} in {job.words['dtype']} needs {largest / 1e9:,.1f} GB on {job.case.device.type} for one "
+            f"optimizer, {free / 1e9:,.1f} GB are free; try a shard ({job.model.partition('/')[0]}/64)"
+        )
+    sets = max(1, math.ceil(CACHES * cache_bytes(job.case.device) / max(1.0, largest)))
+    # The largest number of sets that fits: all take part in turn, so they evict one another too.
+    while sets > 1 and free and sets * sum(need.values()) > SHARE * free:
+        sets -= 1
+    return not free or sum(need.values()) * sets + largest <= SHARE * free, min(sets, MOST_SETS)
+
+
+class Turns:
+    """The sets of buffers of one optimizer, one step on each in turn."""
+
+    def __init__(self, contenders: Sequence[Contender], job: Job) -> None:
+        self.contenders = contenders
+        self.device = job.case.device
+        self.calls = [capture(c) if job.mode == "graph" else c.step for c in contenders]
+        for call in self.calls:
+            for _ in range(WARM_UP):
+                call()
+        self.order = self._cycle()
+        self.repeats = 1
+        if self.device.type != "cpu":
+            once = seconds_of(next(self.order), self.device)
+            self.repeats = max(1, min(200, math.ceil(QUEUE_SECONDS / once)))
+
+    def _cycle(self) -> Iterator[Callable[[], object]]:
+        while True:
+            yield from self.calls
+
+    def measure(self) -> float:
+        """Seconds per step."""
+        if self.repeats == 1:
+            return seconds_of(next(self.order), self.device)
+        return seconds_of(lambda: next(self.order)(), self.device, self.repeats)
+
+
+def capture(contender: Contender) -> Callable[[], object]:
+    """The step as a CUDA graph; returns its replay."""
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(WARM_UP):
+            contender.step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        contender.step()
+    replay: Callable[[], object] = graph.replay
+    return replay
+
+
+def make_turns(entry: Entry, sets: Sequence[list[torch.Tensor]], job: Job) -> Turns | str:
+    """One optimizer over every set of buffers, warmed up; or the reason why not."""
+    contenders = []
+    for params in sets:
+        contender = contend(entry, params, job.case)
+        if isinstance(contender, str):
+            return contender
+        contenders.append(contender)
+    turns = Turns(contenders, job)
+    first = contenders[0]
+    job.held[entry.name] = first.state_bytes() / first.numel
+    job.moved[entry.name] = first.moved_bytes(job.case.options.clip is not None) / first.numel
+    return turns
+
+
+def let_in(entries: Sequence[Entry], job: Job, recorder: Recorder) -> list[Entry]:
+    """Those that pass the gate; the others are left out with the reason."""
+    passed = []
+    for entry in entries:
+        ours = entry.family == OURS
+        if job.mode == "graph" and not entry.captures:
+            recorder.leave_out(entry.name, "its step cannot be captured in a CUDA graph", **place(job))
+            continue
+        try:
+            verdict = judge(entry, job.case)
+        except Exception as error:  # another project's step may fail however it likes
+            recorder.leave_out(entry.name, one_line(error), failed=ours, **place(job))
+            continue
+        if isinstance(verdict, str):
+            recorder.leave_out(entry.name, verdict)
+        elif not verdict.passed:
+            recorder.leave_out(entry.name, verdict.text, failed=ours, **place(job))
+        else:
+            job.gates[entry.name], job.families[entry.name] = verdict, entry.family
+            passed.append(entry)
+    return passed
+
+
+def place(job: Job) -> dict[str, Any]:
+    """Where an optimizer was left out."""
+    return {"model": job.model, "dtype": job.words["dtype"], "mode": job.mode}
+
+
+def measure(
+    recorder: Recorder,
+    entries: Sequence[Entry],
+    job: Job,
+    seconds: float,
+    progress: Callable[[str, float], None],
+) -> None:
+    """Measure every optimizer on one model, interleaved, and record it. Raises MemoryError."""
+    progress(f"{job.model} {job.words['dtype']} {job.mode}: parity gate", 0.0)
+    if job.mode == "graph":
+        job.case = replace(job.case, options=replace(job.case.options, capturable=True))
+    chosen = let_in(entries, job, recorder)
+    if not chosen:
+        return
+    resident, sets = residency(chosen, job)
+    progress(f"{job.model} {job.words['dtype']} {job.mode}", 0.0)
+
+    def on_round(share: float) -> None:
+        progress(f"{job.model} {job.words['dtype']} {job.mode}", share)
+
+    with released():
+        run = measure_resident if resident else measure_in_turns
+        samples = run(chosen, job, sets, seconds, recorder, on_round)
+    recorder.results += results(samples, job, sets, resident)
+
+
+def try_turns(entry: Entry, sets: Sequence[list[torch.Tensor]], job: Job, recorder: Recorder) -> Turns | None:
+    """As `make_turns`; a reason is recorded."""
+    ours = entry.family == OURS
+    try:
+        turns = make_turns(entry, sets, job)
+    except Exception as error:
+        refused = job.mode == "graph" or isinstance(error, torch.OutOfMemoryError)
+        recorder.leave_out(entry.name, one_line(error), failed=ours and not refused, **place(job))
+        return None
+    if isinstance(turns, str):
+        recorder.leave_out(entry.name, turns, **place(job))
+        return None
+    return turns
+
+
+def measure_resident(
+    entries: Sequence[Entry],
+    job: Job,
+    sets: int,
+    seconds: float,
+    recorder: Recorder,
+    on_round: Callable[[float], None],
+) -> dict[str, list[float]]:
+    """All optimizers in memory at once: A B C, A B C, a step each."""
+    sources = [make_params(job.shapes, job.case, seed) for seed in range(sets)]
+    turns = {}
+    for entry in entries:
+        made = try_turns(entry, [copy_params(params) for params in sources], job, recorder)
+        if made is not None:
+            turns[entry.name] = made
+    del sources
+    measures = {name: each.measure for name, each in turns.items()}
+    return interleaved({**measures, COPY: Copy(job.case.device).measure}, seconds, on_round=on_round)
+
+
+def measure_in_turns(
+    entries: Sequence[Entry],
+    job: Job,
+    sets: int,
+    seconds: float,
+    recorder: Recorder,
+    on_round: Callable[[float], None],
+) -> dict[str, list[float]]:
+    """One optimizer in memory at a time, made anew for every turn: A B C, A B C, some steps each."""
+    samples: dict[str, list[float]] = {**{entry.name: [] for entry in entries}, COPY: []}
+    left = list(entries)
+    begin = time.monotonic()
+    for done in range(1, TURNS + 1):
+        for entry in list(left):
+            with released():
+                made = try_turns(entry, [make_params(job.shapes, job.case)], job, recorder)
+                if made is None:
+                    left.remove(entry)
+                    del samples[entry.name]
+                    continue
+                samples[entry.name].append(statistics.median(made.measure() for _ in range(STEPS_PER_TURN)))
+                del made
+        with released():
+            samples[COPY].append(Copy(job.case.device).measure())
+        on_round(done / TURNS)
+        if done >= 2 and time.monotonic() - begin > seconds:
+            break
+    return samples
+
+
+def results(samples: dict[str, list[float]], job: Job, sets: int, resident: bool) -> list[dict[str, Any]]:
+    """What one interleaved run gave."""
+    found = []
+    copies = list(map(Copy.gb_per_s, samples.pop(COPY)))
+    ours = [name for name in samples if job.families[name] == OURS]
+    for name, times in samples.items():
+        rates = [job.moved[name] * numel(job.shapes) / seconds / 1e9 for seconds in times]
+        found.append(
+            {
+                **job.words,
+                "optimizer": name,
+                "family": job.families[name],
+                "mode": job.mode,
+                "step_ms": statistic([seconds * 1e3 for seconds in times]),
+                "speedup": ratio(samples[BASELINE], times) if BASELINE in samples else None,
+                "pairs": {other: ratio(times, samples[other]) for other in ours if other != name},
+                "held_bytes": job.held[name],
+                "moved_bytes": job.moved[name],
+                "gb_per_s": statistic(rates),
+                "copy_gb_per_s": statistic(copies),
+                "share_of_copy": ratio(rates, copies),
+                "gate": asdict(job.gates[name]),
+                "buffer_sets": sets,
+                "resident": resident,
+            }
+        )
+    return found

@@ -1,0 +1,254 @@
+"""`suite`: everything, in one record, under eight minutes on a GPU. Each part is a record of its own in `results`.
+
+Beside the records of `verify`, `step`, `host`, `memory` and `accuracy` there are three parts of its own:
+"tests" ({"passed": bool, "summary": text}: the native tests, where pytest and a checkout are there),
+"ceiling" ({"gb_per_s": statistic, "dtype"}: a kernel with the update's accesses and no arithmetic) and
+"sweep" ({"model", "block", "num_warps", "step_ms": statistic, "gb_per_s": statistic}: on request).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import measure_accuracy, measure_host, measure_memory, measure_step, measure_verify, models
+from .formula import Options
+from .models import Shape
+from .peers import Case, Entry, ours
+from .record import Recorder
+from .stub import launch_shape
+from .timing import interleaved, seconds_of, statistic
+from .workload import contend, make_params, released
+
+LIMIT_SECONDS = {"cuda": 450.0, "cpu": 450.0, "quick": 45.0}
+# Small ones first: what the time does not allow is at the end.
+MODELS = ("many-small", "resnet50", "gpt2", "vit-b16", "llama-3-8b/64", "one-big", "llama-3-8b/8", "gpt2-xl")
+WHOLE = "llama-3-8b"
+MIXES = ((torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32))
+MOST_ON_CPU = 200_000_000
+CEILING_NUMEL = 1 << 28
+SWEEP = tuple((block, warps) for block in (512, 1024, 2048, 4096) for warps in (4, 8))
+TESTS_SECONDS = 150
+# Of the time, when the last model starts; memory comes after.
+STEP_SHARE = 0.9
+
+Progress = Callable[[str, float], None]
+
+
+@dataclass
+class Suite:
+    """What is run, and until when."""
+
+    device: torch.device
+    entries: Sequence[Entry]
+    options: Options
+    quick: bool
+    sweep: bool
+    seconds: float
+
+    def __post_init__(self) -> None:
+        self.begin = time.monotonic()
+
+    @property
+    def cuda(self) -> bool:
+        return self.device.type == "cuda"
+
+    def share(self) -> float:
+        """Of the time, what is used."""
+        return (time.monotonic() - self.begin) / self.seconds
+
+    def part(self, command: str, **arguments: Any) -> Recorder:
+        return Recorder(command, arguments, self.device)
+
+
+def run(suite: Suite, recorder: Recorder, progress: Progress) -> None:
+    """All parts in turn, each into `recorder.results`."""
+    parts: list[tuple[str, Callable[[Suite, Progress], Recorder]]] = [
+        ("verify", verify),
+        ("tests", tests),
+        ("ceiling", ceiling),
+        ("host", host),
+        ("accuracy", accuracy),
+        ("sweep", sweep),
+        ("step", step),
+        ("memory", memory),
+    ]
+    for name, part in parts:
+        if name == "sweep" and not suite.sweep:
+            recorder.leave_out("sweep", "only with --sweep")
+            continue
+
+        def tell(text: str, share: float, name: str = name) -> None:
+            progress(f"{name}: {text}", min(1.0, suite.share()))
+
+        recorder.results.append(part(suite, tell).record())
+
+
+def verify(suite: Suite, progress: Progress) -> Recorder:
+    """The hashes and the copy bandwidth."""
+    part = suite.part("verify")
+    measure_verify.measure(part, suite.device, suite.quick, progress)
+    return part
+
+
+def tests(suite: Suite, progress: Progress) -> Recorder:
+    """The native tests, in a process of their own."""
+    part = suite.part("tests")
+    root = Path(__file__).resolve().parent.parent
+    if not suite.cuda:
+        reason = "native tests need a GPU; `make test` runs the others"
+    elif importlib.util.find_spec("pytest") is None:
+        reason = "not installed: pip install pytest hypothesis expecttest"
+    elif not (root / "tests" / "test_kernel.py").is_file():
+        reason = "there is no checkout here"
+    else:
+        progress("pytest -m gpu", 0.0)
+        command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider"]
+        try:
+            done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=TESTS_SECONDS)
+            text = (done.stdout.strip() or done.stderr.strip() or "no output").splitlines()[-1]
+            part.results.append({"passed": done.returncode == 0, "summary": text})
+            if done.returncode:
+                part.leave_out("tests", text, failed=True)
+            return part
+        except subprocess.TimeoutExpired:
+            reason = f"took longer than {TESTS_SECONDS} s"
+    part.leave_out("tests", reason)
+    return part
+
+
+def ceiling(suite: Suite, progress: Progress, numel: int = CEILING_NUMEL) -> Recorder:
+    """The bandwidth of the update's accesses alone."""
+    part = suite.part("ceiling", numel=numel)
+    if not suite.cuda:
+        part.leave_out("ceiling", "a Triton kernel's speed needs a GPU")
+        return part
+    progress("four reads, three writes", 0.0)
+    part.results.append(measure_ceiling(suite.device, numel))
+    return part
+
+
+def measure_ceiling(device: torch.device, numel: int, seconds: float = 2.0) -> dict[str, Any]:
+    """GB/s of `move`."""
+    from .ceiling import move
+
+    with released():
+        tensors = [torch.ones(numel, device=device) for _ in range(4)]
+        moved = move(*tensors)
+        repeats = 1 if device.type == "cpu" else 10
+        measure = {"move": lambda: seconds_of(lambda: move(*tensors), device, repeats)}
+        samples = interleaved(measure, seconds, min_rounds=5)["move"]
+    return {"dtype": "float32", "gb_per_s": statistic([moved / s / 1e9 for s in samples])}
+
+
+def host(suite: Suite, progress: Progress) -> Recorder:
+    """Python time per step."""
+    part = suite.part("host")
+    counts = measure_host.COUNTS[: 2 if suite.quick else None]
+    case = Case(suite.device, options=suite.options)
+    measure_host.measure(part, suite.entries, case, counts, 0.07 * suite.seconds, False, False, progress)
+    return part
+
+
+def accuracy(suite: Suite, progress: Progress) -> Recorder:
+    """Errors against float64."""
+    part = suite.part("accuracy")
+    dtypes = (torch.float32,) if suite.quick else (torch.float32, torch.bfloat16)
+    steps, numel = (10, 1000) if suite.quick else (measure_accuracy.STEPS, measure_accuracy.NUMEL)
+    measure_accuracy.measure(part, suite.entries, suite.device, dtypes, steps, progress, numel)
+    return part
+
+
+def memory(suite: Suite, progress: Progress) -> Recorder:
+    """State and peaks."""
+    part = suite.part("memory")
+    model = "gpt2/64" if suite.quick else "resnet50"
+    job = measure_step.Job(model, models.shapes_of(model), Case(suite.device, options=suite.options), "eager")
+    measure_memory.measure(part, suite.entries, job, progress)
+    return part
+
+
+def sweep(suite: Suite, progress: Progress) -> Recorder:
+    """The update under other launch sizes."""
+    part = suite.part("sweep")
+    if not suite.cuda:
+        part.leave_out("sweep", "a launch's speed needs a GPU")
+        return part
+    for model in ("gpt2", "many-small"):
+        progress(model, 0.0)
+        with released():
+            part.results += measure_sweep(suite.device, model, models.shapes_of(model), SWEEP)
+    return part
+
+
+def measure_sweep(
+    device: torch.device,
+    model: str,
+    shapes: Sequence[Shape],
+    configs: Sequence[tuple[int, int]],
+    seconds: float = 5.0,
+    repeats: int = 20,
+) -> list[dict[str, Any]]:
+    """Time per step and bandwidth of every (block, num_warps), interleaved."""
+    case = Case(device)
+    contenders = {}
+    for block, warps in configs:
+        made = contend(ours("triton", flatten=False), make_params(shapes, case), case)
+        if isinstance(made, str):
+            raise RuntimeError(made)
+        contenders[f"{block}/{warps}"] = made
+
+    def measure(block: int, warps: int) -> float:
+        with launch_shape(block, warps):
+            return seconds_of(contenders[f"{block}/{warps}"].step, device, repeats)
+
+    for block, warps in configs:
+        measure(block, warps)
+    samples = interleaved(
+        {f"{block}/{warps}": lambda b=block, w=warps: measure(b, w) for block, warps in configs},  # type: ignore[misc]
+        seconds,
+    )
+    found = []
+    for block, warps in configs:
+        times, contender = samples[f"{block}/{warps}"], contenders[f"{block}/{warps}"]
+        rates = [contender.moved_bytes(clip=False) / s / 1e9 for s in times]
+        words = {"model": model, "block": block, "num_warps": warps}
+        found.append({**words, "step_ms": statistic([s * 1e3 for s in times]), "gb_per_s": statistic(rates)})
+    return found
+
+
+def step(suite: Suite, progress: Progress) -> Recorder:
+    """Whole steps: every model and dtype mix, until the time is up."""
+    part = suite.part("step")
+    modes = measure_step.MODES if suite.cuda else measure_step.MODES[:1]
+    jobs = [
+        (model, mix, mode)
+        for model in (("many-small",) if suite.quick else (*MODELS, WHOLE))
+        for mix in MIXES[: 1 if suite.quick else None]
+        for mode in modes
+    ]
+    for number, (model, (dtype, grad_dtype), mode) in enumerate(jobs):
+        shapes = models.shapes_of(model)
+        words = f"{model} {dtype} {mode}".replace("torch.", "")
+        if not suite.cuda and models.numel(shapes) > MOST_ON_CPU:
+            part.leave_out(words, f"over {MOST_ON_CPU // 10**6} M parameters, left to a GPU")
+            continue
+        left = suite.seconds * (STEP_SHARE - suite.share())
+        if number and left <= 0:
+            part.leave_out(words, f"no time left of {suite.seconds:.0f} s")
+            continue
+        job = measure_step.Job(model, shapes, Case(suite.device, dtype, grad_dtype, suite.options), mode)
+        seconds = min(20.0, max(1.0, 0.5 * left / (len(jobs) - number)))
+        try:
+            measure_step.measure(part, suite.entries, job, seconds, progress)
+        except MemoryError as error:
+            part.leave_out(words, str(error))
+    return part
