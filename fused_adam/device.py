@@ -189,7 +189,7 @@ class DeviceRunner:
 
     def _hyper(self, hyper: Hyper) -> Tensor:
         """The groups' values on the device; those that are tensors there are copied there, unread."""
-        key = [[None if self._stays(x) else float(x) for x in values] for values in hyper]
+        key = [[x if x.__class__ is float else self._number(x) for x in values] for values in hyper]
         known = self.hyper_table.get(
             key,
             lambda: torch.tensor([[0.0 if x is None else x for x in row] for row in key], dtype=torch.float64),
@@ -200,9 +200,10 @@ class DeviceRunner:
             copy_all([known[i, j] for i, j, _ in unread], [torch.as_tensor(x).reshape(()) for *_, x in unread])
         return known
 
-    def _stays(self, value: float | Tensor) -> bool:
-        """Whether a value is left on its device: reading it would wait. One on the CPU is read beside a GPU."""
-        return isinstance(value, Tensor) and (value.device.type != "cpu" or self.device.type == "cpu")
+    def _number(self, value: float | Tensor) -> float | None:
+        """A value as a number, or None if it is left on its device, where reading it would wait."""
+        stays = isinstance(value, Tensor) and (value.device.type != "cpu" or self.device.type == "cpu")
+        return None if stays else float(value)
 
     def _on_device(self) -> Any:
         if self.device.type == "cpu":

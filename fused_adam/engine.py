@@ -224,9 +224,9 @@ class Engine:
             runner.begin(*found, capturing)
         if chosen.runners and self.guards:
             guard = self._checked(chosen, guard)
-        for runner in chosen.runners:
-            runner.run(values, guard)
-            guard = replace(guard, stats=None)  # counted once
+        for i, runner in enumerate(chosen.runners):
+            # The norm is counted once.
+            runner.run(values, guard if i == 0 else replace(guard, stats=None))
         self.arena.note_counters()
         # Kernels write through addresses, which autograd does not see.
         torch.autograd.graph.increment_version(chosen.written)
