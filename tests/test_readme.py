@@ -10,6 +10,8 @@ import torch
 from test_hash import HASH
 from torch import nn
 
+from fused_adam.precision import parse
+
 README = (pathlib.Path(__file__).parent.parent / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
 
@@ -52,6 +54,16 @@ def test_first_block_trains_as_with_torch(monkeypatch):
 def test_first_block_differs_from_torchs_only_in_the_import():
     assert len(BLOCKS) >= 2 and BLOCKS[0].count("FusedAdam") == 2
     assert "fused_adam" not in BLOCKS[0].replace("from fused_adam import FusedAdam", "")
+
+
+@pytest.mark.parametrize(
+    "line", re.findall(r'^\| `"(\S+)"` \| ([\d.]+) \| ([\d.]+) \|', README, re.M), ids=lambda line: line[0]
+)
+def test_recipes_cost_what_the_table_says(line):
+    name, held, moved = line
+    recipe = parse(name)
+    bf16 = torch.bfloat16
+    assert (recipe.held_bytes(bf16), recipe.moved_bytes(bf16, bf16)) == (float(held), float(moved))
 
 
 def test_the_published_hash_is_the_tested_one():
