@@ -110,6 +110,19 @@ def test_plans_are_kept_for_patterns_of_gradients_that_come_back():
     assert same_bits(results(optimizers[0]), results(twin))
 
 
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_kept_plans_notice_state_that_moved_under_another_one(backend):
+    optimizers = [FusedAdam(parameters(torch.float32, [(5,), (7, 3)]), backend=backend) for _ in range(2)]
+    for number, skip in enumerate([(), (1,), (1,), ()]):
+        for optimizer in optimizers:
+            if number == 2:
+                first = optimizer.param_groups[0]["params"][0]
+                optimizer.state[first]["exp_avg"] = torch.ones(5)
+            step(optimizer, number, skip)
+        optimizers[1]._engine.forget()
+    assert same_bits(*map(results, optimizers))
+
+
 def test_memory_for_kept_plans_is_bounded():
     optimizer = FusedAdam(parameters(torch.float32, [(2,)] * 6))
     for number in range(40):
