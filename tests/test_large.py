@@ -26,10 +26,8 @@ def updated_at(first, dtype, numel=100):
     scalars = torch.zeros(1, table.SCALARS)
     for column in (table.STEP_SIZE, table.RBC2, table.W1, table.W2, table.B2, table.EPSILON, table.GRAD_MULTIPLIER):
         scalars[0, column] = 0.5
-    adam.adam_kernel[(1,)](
-        rows, torch.tensor([[0, start]], dtype=torch.int32), scalars, *[adam.TYPES[dtype]] * 3,
-        *adam.hints(dtype, dtype, dtype), True, adam.BLOCK, adam.TAIL, num_warps=4, enable_fp_fusion=False,
-    )  # fmt: skip
+    update = adam.adam_step(dtype, dtype, "native", "native", True)
+    update(1, rows, torch.tensor([[0, start]], dtype=torch.int32), scalars)
     assert not torch.equal(buffers[0][:numel], tensors[0])
     assert torch.equal(buffers[1][:numel], tensors[1])
     assert all((buffer[numel:] == 0).all() for buffer in buffers)
