@@ -180,10 +180,13 @@ class HostSpan:
             key: tensor[start // GROUP : whole // GROUP] if key in GROUPED else tensor[start:whole]
             for key, tensor in operands.items()
         }
-        # The user's memory ends where it ends; behind it the last group is zeros.
-        for key in ("param", "grad"):
-            if numel < padded(numel):
-                memory[key] = torch.nn.functional.pad(operands[key][start:end], (0, padded(numel) - numel))
+        if numel < padded(numel):
+            # Behind its end the last group is zeros. The user's memory ends there; ours may hold what a NaN left.
+            for key in memory.keys() - GROUPED:
+                if key in ("param", "grad"):
+                    memory[key] = torch.nn.functional.pad(operands[key][start:end], (0, padded(numel) - numel))
+                else:
+                    memory[key][numel:] = 0
         options = self.row.options
         words = random_words(options.seed, start, step, self.row.ordinal, padded(numel), scalars.device)
         recipe_step(options.recipe, memory, scalars, *flags, words)
