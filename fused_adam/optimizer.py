@@ -18,7 +18,7 @@ from . import checkpoint
 from .arena import State
 from .engine import Engine, lasting
 from .flatten import FlatBuffers
-from .precision import parse
+from .precision import check_seed, parse
 from .scalars import Guard
 
 
@@ -103,8 +103,7 @@ class FusedAdam(torch.optim.Adam):
             )
         _check_guards(max_grad_norm, skip_nonfinite, differentiable)
         parse(precision)
-        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
-            raise ValueError(f"seed={seed!r} must be a whole number from 0 to 2**63 - 1")
+        check_seed(seed)
         self._backend, self._flatten = backend, flatten
         self._precision, self._seed = precision, seed
         self._max_grad_norm, self._skip_nonfinite = max_grad_norm, skip_nonfinite
@@ -183,7 +182,7 @@ class FusedAdam(torch.optim.Adam):
             recipe.check(param.dtype)
         if recipe.weights is None:
             return
-        group.setdefault("seed", self._seed)
+        check_seed(group.setdefault("seed", self._seed))
         for name, value, other in (
             ("backend", self._backend, "compiled"),
             ("differentiable", group["differentiable"], True),

@@ -124,3 +124,9 @@ def parse(precision: str | None) -> Recipe:
         f"precision={precision!r} is no recipe; did you mean {nearest!r}? A name is '<weights>-<states>', "
         f"with weights of {', '.join(WEIGHTS)} and states of {', '.join(STATES)}"
     )
+
+
+def check_seed(seed: object) -> None:
+    """Raises ValueError unless it is a whole number that 63 bits hold."""
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+        raise ValueError(f"seed={seed!r} must be a whole number from 0 to 2**63 - 1")
