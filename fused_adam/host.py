@@ -188,7 +188,8 @@ class HostSpan:
                 else:
                     memory[key][numel:] = 0
         options = self.row.options
-        words = random_words(options.seed, start, step, self.row.ordinal, padded(numel), scalars.device)
+        count = padded(numel) if options.recipe.random else 0
+        words = random_words(options.seed, start, step, self.row.ordinal, count, scalars.device)
         recipe_step(options.recipe, memory, scalars, *flags, words)
         if numel < padded(numel):
             operands["param"][start:end].copy_(memory["param"][:numel])
