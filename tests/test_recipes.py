@@ -62,8 +62,7 @@ def weights(optimizer):
 # Bits ---------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("gradients", ["same", "other"])
-@pytest.mark.parametrize("amsgrad", [False, True])
+@pytest.mark.parametrize(("amsgrad", "gradients"), [(False, "same"), (True, "other")])
 @pytest.mark.parametrize(("precision", "dtype"), CASES, ids=lambda x: str(x).removeprefix("torch."))
 def test_the_kernel_equals_the_reference(precision, dtype, amsgrad, gradients):
     grad_dtype = dtype if gradients == "same" else BF16 if dtype == FP32 else FP32
@@ -77,9 +76,9 @@ def test_the_kernel_equals_the_reference(precision, dtype, amsgrad, gradients):
         assert entry == wanted and p.dtype == dtype
 
 
-@pytest.mark.parametrize("precision", ["split32-bf16", "split24-int8", "sr-fp32", "master32-int8"])
+@pytest.mark.parametrize("precision", ["split32-bf16", "split24-int8"])
 def test_sizes_around_groups_and_chunks(precision):
-    shapes = [(), (0, 3), (1,), (32,), (33,), (127,), (128,), (129,), (8191,), (8192,), (8193,), (33, 500)]
+    shapes = [(), (0, 3), (32,), (33,), (8191,), (8193,)]
     a, b = (trained(precision, 2, shapes, backend=backend) for backend in ("reference", "triton"))
     assert same_bits(results(a), results(b))
 
@@ -93,8 +92,10 @@ LAYOUTS = {
 }
 
 
-@every_backend
-@pytest.mark.parametrize("precision", ["split32-bf16", "split24-int8", "master32-fp32"])
+@pytest.mark.parametrize(
+    ("precision", "backend"),
+    [(name, "reference") for name in ("split32-bf16", "split24-int8", "master32-fp32")] + [("split24-int8", "triton")],
+)
 def test_any_layout_of_parameter_and_gradient(precision, backend):
     """An element's bits may depend on its place in memory, never on how the gradient is laid out."""
 
@@ -107,17 +108,18 @@ def test_any_layout_of_parameter_and_gradient(precision, backend):
             optimizer.step()
         return optimizer
 
-    for layout in ("plain", "transposed"):
-        alike, others = run(layout, layout), [run(layout, other) for other in ("transposed", "strided", "misaligned")]
-        assert all(same_bits(results(alike), results(other)) for other in others)
+    others = ("transposed", "strided", "misaligned")
     plain = results(run("plain", "plain"))
+    assert all(same_bits(results(run("plain", other)), plain) for other in others)
     assert same_bits(results(run("strided", "transposed")), plain)
     assert same_bits(results(run("misaligned", "plain")), plain)
-    if not parse(precision).random:  # then even the order in memory does not matter
-        assert same_bits(results(run("transposed", "plain")), plain)
+    transposed = results(run("transposed", "transposed"))
+    assert same_bits(results(run("transposed", "strided")), transposed)
+    # Without random bits even the order in memory does not matter.
+    assert same_bits(transposed, plain) != parse(precision).random
 
 
-@pytest.mark.parametrize("precision", RECOMMENDED)
+@pytest.mark.parametrize("precision", ["split32-bf16", "split24-int8"])
 def test_channels_last_on_both_backends(precision):
     def run(backend):
         p = nn.Parameter(LAYOUTS["channels_last"](values((8, 15), 1, dtype_of(precision))))
