@@ -30,6 +30,16 @@ def to_storage(x, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def to_compute(x, COMPUTE: tl.constexpr):
+    """The stored values as the arithmetic takes them: exact."""
+    if INTERPRET and x.dtype == tl.bfloat16:
+        # The interpreter gets bfloat16's subnormals wrong (Triton 3.7).
+        return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True).to(COMPUTE)
+    else:
+        return x.to(COMPUTE)
+
+
+@triton.jit
 def random_word(seed, element, step, ordinal):
     """The random uint32 of each element of one parameter at one step: Philox-4x32-10 (Salmon et al. 2011).
 
@@ -205,9 +215,11 @@ def load_weight(p, extra, WEIGHTS: tl.constexpr, COMPUTE: tl.constexpr):
     elif WEIGHTS == "split24":
         return join24(p, extra)
     elif WEIGHTS == "master32":
-        return tl.where(to_storage(extra, p.dtype).to(COMPUTE) == p.to(COMPUTE), extra, p.to(COMPUTE))
+        rounded = to_compute(to_storage(extra, p.dtype), COMPUTE)
+        p = to_compute(p, COMPUTE)
+        return tl.where(rounded == p, extra, p)
     else:
-        return p.to(COMPUTE)
+        return to_compute(p, COMPUTE)
 
 
 @triton.jit
