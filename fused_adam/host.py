@@ -17,7 +17,7 @@ from .norm import square_sum
 from .plan import Launch, Row, Section, Span, same_order
 from .precision import GROUP, GROUPED
 from .reference import CHUNK, adam_step, exact_sqrt, recipe_step
-from .scalars import Guard, Hyper, scalars
+from .scalars import LAST_STEP, Guard, Hyper, scalars
 
 Step = Callable[..., None]
 _flatten_dense_tensors: Callable[[Sequence[Tensor]], Tensor] = torch._utils._flatten_dense_tensors
@@ -147,7 +147,7 @@ class HostSpan:
             if self.launch.recipe.weights is None:
                 self._plain(operands, slice(start, start + chunk), scalars, flags, compiled)
             else:
-                self._by_recipe(operands, start, min(chunk, self.numel - start), scalars, flags, int(step))
+                self._by_recipe(operands, start, min(chunk, self.numel - start), scalars, flags, step)
         if self.stage:
             self.stage.copy_out()
 
@@ -173,7 +173,7 @@ class HostSpan:
         numel: int,
         scalars: Tensor,
         flags: tuple[bool, bool, bool],
-        step: int,
+        step: float,
     ) -> None:
         end, whole = start + numel, start + padded(numel)
         memory = {
@@ -189,7 +189,8 @@ class HostSpan:
                     memory[key][numel:] = 0
         options = self.row.options
         count = padded(numel) if options.recipe.random else 0
-        words = random_words(options.seed, start, step, self.row.ordinal, count, scalars.device)
+        number = int(min(step, LAST_STEP))
+        words = random_words(options.seed, start, number, self.row.ordinal, count, scalars.device)
         recipe_step(options.recipe, memory, scalars, *flags, words)
         if numel < padded(numel):
             operands["param"][start:end].copy_(memory["param"][:numel])
