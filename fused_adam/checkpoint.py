@@ -173,7 +173,7 @@ def convert(entry: Mapping[str, Any], param: Tensor, source: Recipe, target: Rec
         return dict(entry)
     values = decode(entry, param)
     out = {key: value for key, value in entry.items() if key not in ENTRIES}
-    half = torch.full((padded(param.numel()),), 0x8000 | 0x8000 << 16, dtype=torch.int64).to(torch.int32)
+    half = torch.full((padded(param.numel()),), 0x80008000 - (1 << 32), dtype=torch.int32)
     for key in ("exp_avg", "exp_avg_sq"):
         if key in values and target.states == "int8":
             flat = torch.nn.functional.pad(_flat(values[key], param), (0, -param.numel() % GROUP))
