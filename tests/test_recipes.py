@@ -83,6 +83,45 @@ def test_sizes_around_groups_and_chunks(precision):
     assert same_bits(results(a), results(b))
 
 
+SPECIAL = [0.0, -0.0, float("inf"), float("nan"), 1e-45, -1e-40, 1e-38, 3.4e38, -3.39e38, 1e-30, 1e19, 65504.0, 6e-8]
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in the interpreter: of overflows, inf - inf, x / 0
+@pytest.mark.parametrize(
+    ("precision", "dtype"),
+    [("split32-bf16", BF16), ("sr-bf16", BF16), ("split24-int8", BF16), ("master32-bf16", FP16), (None, BF16)],
+)
+def test_special_values(precision, dtype):
+    """Infinities, NaN, subnormals and what overflows, in parameters and gradients; and tiny second moments."""
+
+    def run(backend):
+        generator = torch.Generator().manual_seed(1)
+
+        def draw(share):
+            chosen = torch.tensor(SPECIAL)[torch.randint(len(SPECIAL), (330,), generator=generator)]
+            usual = torch.randn(330, generator=generator) * 10 ** (-20 * torch.rand(330, generator=generator))
+            return torch.where(torch.rand(330, generator=generator) < share, chosen, usual).to(dtype)
+
+        optimizer = FusedAdamW([nn.Parameter(draw(0.2))], lr=1e-2, eps=0.0, precision=precision, backend=backend)
+        for share in (0.02, 0.3, 0.0):
+            members(optimizer)[0].grad = draw(share)
+            optimizer.step()
+        return results(optimizer)
+
+    assert same_bits(run("reference"), run("triton"))
+
+
+@pytest.mark.parametrize("steps", [2.0**24, 2e7])
+def test_step_counts_beyond_float32(steps):
+    def run(backend):
+        optimizer = trained("sr-bf16", 1, [(40,)], backend=backend)
+        optimizer.state[members(optimizer)[0]]["step"].fill_(steps)
+        train(optimizer, 1, first=1)
+        return results(optimizer)
+
+    assert same_bits(run("reference"), run("triton"))
+
+
 LAYOUTS = {
     "transposed": lambda x: x.t().contiguous().t(),
     "strided": lambda x: torch.stack([x, x], -1)[..., 0],
