@@ -52,7 +52,8 @@ class FusedAdam(torch.optim.Adam):
         differentiable: the step runs through torch's own differentiable implementation.
         precision: how weights and moments are stored, as "<weights>-<states>"; None: as in torch, all in the
             parameter's dtype. Weights: "native", "master32", "split32", "split24", "sr"; states: "fp32", "bf16",
-            "int8"; see the README. A param group may have its own.
+            "int8"; see the README. A param group may have its own. The parameter itself counts: the next step starts
+            from what somebody wrote into it (split weights: to within half of its last place, zeros exactly).
         seed: of the random bits that some recipes round with; torch's generators are not touched.
         flatten: move parameters and gradients into flat buffers at construction (those that are dense and own
             their whole storage; others stay). `zero_grad()` then zeroes the buffers whatever `set_to_none` says,
@@ -65,7 +66,9 @@ class FusedAdam(torch.optim.Adam):
             through torch.compile: CPU only, needs a C++ compiler). All give the same bits.
 
     State per parameter is torch's: `step`, `exp_avg`, `exp_avg_sq` and with amsgrad `max_exp_avg_sq`, in the
-    parameter's dtype; checkpoints are exchanged with torch.optim.Adam(W) both ways.
+    parameter's dtype; checkpoints are exchanged with torch.optim.Adam(W) both ways. A precision stores what its name
+    says instead; its checkpoints are as exact, those of any other precision are converted on loading, and
+    `export_fp32` gives all of it to torch.optim.Adam(W).
 
     Raises:
         ValueError, TypeError: an argument is out of range, with torch's texts for torch's arguments.
