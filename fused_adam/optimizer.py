@@ -53,7 +53,7 @@ class FusedAdam(torch.optim.Adam):
         precision: how weights and moments are stored, as "<weights>-<states>"; None: as in torch, all in the
             parameter's dtype. Weights: "native", "master32", "split32", "split24", "sr"; states: "fp32", "bf16",
             "int8"; see the README. A param group may have its own. The parameter itself counts: the next step starts
-            from what somebody wrote into it (split weights: to within half of its last place, zeros exactly).
+            from what somebody wrote into it (split weights: to within half of its last place; zeros stay zeros).
         seed: of the random bits that some recipes round with; torch's generators are not touched.
         flatten: move parameters and gradients into flat buffers at construction (those that are dense and own
             their whole storage; others stay). `zero_grad()` then zeroes the buffers whatever `set_to_none` says,
