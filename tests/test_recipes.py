@@ -328,6 +328,22 @@ def test_a_parameter_without_a_gradient_is_left_alone(precision, backend):
     assert same_bits(results(late)[1:], results(other)[1:])
 
 
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate:UserWarning")
+@pytest.mark.parametrize("precision", ["split24-int8", "master32"])
+def test_parameters_listed_twice_and_views_that_overlap(precision):
+    """They are stepped one after the other; the second finds what the first wrote."""
+
+    def run(backend):
+        base = values((100,), 1, BF16)
+        first, second, other = nn.Parameter(base[:70]), nn.Parameter(base[40:]), nn.Parameter(values((9,), 2, BF16))
+        optimizer = FusedAdamW([first, second, other, other], lr=1e-2, precision=precision, backend=backend)
+        train(optimizer, 2)
+        assert optimizer.state[other]["step"] == 4 and first[40] == base[40] == second[0]
+        return results(optimizer)
+
+    assert same_bits(run("reference"), run("triton"))
+
+
 # Random bits --------------------------------------------------------------------------------------------------------
 
 
