@@ -180,11 +180,16 @@ class Arena:
 
     def check(self, param: Tensor, name: str, entry: dict[str, Any], wanted: Entries) -> None:
         """Raise ValueError if the entry's tensors cannot be the state of this parameter."""
-        for key, (_, shape) in wanted.items():
+        for key, (dtype, shape) in wanted.items():
             value = entry.get(key)
             if value is not None and (not isinstance(value, Tensor) or value.shape != shape):
                 got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"{type(value).__name__}"
                 raise ValueError(f"state {key!r} of {name} has {got}, but must be a tensor of shape {tuple(shape)}")
+            if value is not None and value.dtype != dtype and not (dtype.is_floating_point or dtype.is_complex):
+                # Codes and remainders are bits, which no conversion keeps.
+                raise ValueError(f"state {key!r} of {name} has dtype {value.dtype}, but its precision stores {dtype}")
+            if key in GROUPED and (value is None) != (entry.get(key.replace("scale", "code")) is None):
+                raise ValueError(f"state {key!r} of {name} must be there if and only if its codes are")
         foreign = [key for key in ENTRIES if key in entry and key not in wanted and key != "max_exp_avg_sq"]
         if foreign:
             raise ValueError(

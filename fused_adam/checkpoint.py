@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import codecs
 from .arena import Arena, Entries, State, dense_layout, is_dense, padded
-from .precision import ENTRIES, GROUP, WEIGHTS, Recipe, parse
+from .precision import ENTRIES, GROUP, WEIGHTS, Recipe, check_seed, parse
 
 
 def export_steps(state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -109,9 +109,11 @@ def load(
 
 
 def _merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    check_seed(new.get("seed", 0))
     kept = {"param_names": old["param_names"]} if "param_names" in old and "param_names" not in new else {}
     new = {key: value for key, value in new.items() if key not in ("precision", "seed")} | (
-        {"precision": old["precision"], "seed": new.get("seed", old["seed"])} if "precision" in old else {}
+        {key: old[key] for key in ("precision", "seed") if key in old}
+        | ({"seed": new["seed"]} if "seed" in old and "seed" in new else {})
     )
     return {**new, **kept, "params": old["params"]}
 
@@ -137,9 +139,13 @@ def _flat(value: Tensor, param: Tensor) -> Tensor:
     )
 
 
+def widened(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.complex64 if tensor.is_complex() else torch.float32)
+
+
 def decode(entry: Mapping[str, Any], param: Tensor) -> dict[str, Tensor]:
-    """The float32 moments of an entry in any precision, and its master weight if it has one."""
-    found = {key: entry[key].float() for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if key in entry}
+    """The float32 (or complex64) moments of an entry in any precision, and its master weight if it has one."""
+    found = {key: widened(entry[key]) for key in ("exp_avg", "exp_avg_sq") if key in entry}
     for key, decoder in (("exp_avg", codecs.decode_m), ("exp_avg_sq", codecs.decode_v)):
         if f"{key}_code" in entry:
             code = entry[f"{key}_code"]
@@ -147,6 +153,8 @@ def decode(entry: Mapping[str, Any], param: Tensor) -> dict[str, Tensor]:
             whole = torch.nn.functional.pad(flat, (0, -code.numel() % GROUP))
             values = decoder(whole, entry[f"{key}_scale"])[: code.numel()]
             found[key] = values.as_strided(code.shape, code.stride()) if is_dense(code) else values.view(code.shape)
+    if "max_exp_avg_sq" in entry:  # last, as in torch
+        found["max_exp_avg_sq"] = widened(entry["max_exp_avg_sq"])
     if "master_weight" in entry:
         found["master_weight"] = entry["master_weight"].float()
     elif "remainder" in entry:
@@ -165,7 +173,7 @@ def convert(entry: Mapping[str, Any], param: Tensor, source: Recipe, target: Rec
         return dict(entry)
     values = decode(entry, param)
     out = {key: value for key, value in entry.items() if key not in ENTRIES}
-    half = torch.full((padded(param.numel()),), 0x8000 | 0x8000 << 16, dtype=torch.int64).to(torch.int32)
+    half = torch.full((padded(param.numel()),), 0x80008000 - (1 << 32), dtype=torch.int32)
     for key in ("exp_avg", "exp_avg_sq"):
         if key in values and target.states == "int8":
             flat = torch.nn.functional.pad(_flat(values[key], param), (0, -param.numel() % GROUP))
@@ -196,7 +204,11 @@ def export_fp32(groups: Sequence[dict[str, Any]], state_dict: dict[str, Any]) ->
     for number, name, param in zip(numbers, names, params, strict=True):
         entry = state_dict["state"].get(number, {})
         values = decode(entry, param)
-        weight = values.pop("master_weight", param.detach().float())
+        weight = values.pop("master_weight", None)
+        if weight is None:
+            weight = widened(param.detach())
+        elif "master_weight" in entry:  # as the next step will see it
+            weight = codecs.load_weight("master32", param.detach(), weight)
         weights[name if isinstance(name, str) else number] = weight.clone()
         if entry:
             kept = {key: value for key, value in entry.items() if key not in ENTRIES}

@@ -78,9 +78,18 @@ def split32(x: Tensor) -> tuple[Tensor, Tensor]:
     return (bits + 0x8000 >> 16).to(torch.int16).view(torch.bfloat16), bits.to(torch.int16)
 
 
+def join(visible: Tensor, low: Tensor) -> Tensor:
+    """bfloat16 and what is to be added to its bits as a float32's.
+
+    Zeros that a user wrote over a negative remainder stay zero: less one their bits would be a NaN's.
+    """
+    high = visible.view(torch.int16).to(torch.int32) << 16
+    return (high + torch.where(visible == 0, low.clamp(min=0), low)).view(torch.float32)
+
+
 def join32(visible: Tensor, remainder: Tensor) -> Tensor:
     """The float32 that `split32` split."""
-    return ((visible.view(torch.int16).to(torch.int32) << 16) + remainder).view(torch.float32)
+    return join(visible, remainder.to(torch.int32))
 
 
 def split24(x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
@@ -98,8 +107,7 @@ def split24(x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
 
 def join24(visible: Tensor, remainder: Tensor) -> Tensor:
     """The float32 that `split24` rounded to."""
-    high = visible.view(torch.int16).to(torch.int32) << 16
-    return (high + (remainder.to(torch.int32) << 8)).view(torch.float32)
+    return join(visible, remainder.to(torch.int32) << 8)
 
 
 def group_scale(x: Tensor) -> Tensor:
@@ -168,11 +176,14 @@ def encode_v(v: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def load_weight(weights: str | None, p: Tensor, extra: Tensor | None) -> Tensor:
-    """The float32 weight of a parameter and what is stored beside it, its master weight or remainder."""
+    """The float32 weight of a parameter and what is stored beside it, its master weight or remainder.
+
+    The parameter is right where the two differ: somebody has written to it.
+    """
     if extra is None:
         return p.float()
     if weights == "master32":
-        return extra
+        return torch.where(extra.to(p.dtype) == p, extra, p.float())
     return join32(p, extra) if weights == "split32" else join24(p, extra)
 
 

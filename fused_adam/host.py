@@ -17,7 +17,7 @@ from .norm import square_sum
 from .plan import Launch, Row, Section, Span, same_order
 from .precision import GROUP, GROUPED
 from .reference import CHUNK, adam_step, exact_sqrt, recipe_step
-from .scalars import Guard, Hyper, scalars
+from .scalars import LAST_STEP, Guard, Hyper, scalars
 
 Step = Callable[..., None]
 _flatten_dense_tensors: Callable[[Sequence[Tensor]], Tensor] = torch._utils._flatten_dense_tensors
@@ -147,7 +147,7 @@ class HostSpan:
             if self.launch.recipe.weights is None:
                 self._plain(operands, slice(start, start + chunk), scalars, flags, compiled)
             else:
-                self._by_recipe(operands, start, min(chunk, self.numel - start), scalars, flags, int(step))
+                self._by_recipe(operands, start, min(chunk, self.numel - start), scalars, flags, step)
         if self.stage:
             self.stage.copy_out()
 
@@ -173,19 +173,24 @@ class HostSpan:
         numel: int,
         scalars: Tensor,
         flags: tuple[bool, bool, bool],
-        step: int,
+        step: float,
     ) -> None:
         end, whole = start + numel, start + padded(numel)
         memory = {
             key: tensor[start // GROUP : whole // GROUP] if key in GROUPED else tensor[start:whole]
             for key, tensor in operands.items()
         }
-        # The user's memory ends where it ends; behind it the last group is zeros.
-        for key in ("param", "grad"):
-            if numel < padded(numel):
-                memory[key] = torch.nn.functional.pad(operands[key][start:end], (0, padded(numel) - numel))
+        if numel < padded(numel):
+            # Behind its end the last group is zeros. The user's memory ends there; ours may hold what a NaN left.
+            for key in memory.keys() - GROUPED:
+                if key in ("param", "grad"):
+                    memory[key] = torch.nn.functional.pad(operands[key][start:end], (0, padded(numel) - numel))
+                else:
+                    memory[key][numel:] = 0
         options = self.row.options
-        words = random_words(options.seed, start, step, self.row.ordinal, padded(numel), scalars.device)
+        count = padded(numel) if options.recipe.random else 0
+        number = int(min(step, LAST_STEP))
+        words = random_words(options.seed, start, number, self.row.ordinal, count, scalars.device)
         recipe_step(options.recipe, memory, scalars, *flags, words)
         if numel < padded(numel):
             operands["param"][start:end].copy_(memory["param"][:numel])

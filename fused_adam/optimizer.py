@@ -18,7 +18,7 @@ from . import checkpoint
 from .arena import State
 from .engine import Engine, lasting
 from .flatten import FlatBuffers
-from .precision import parse
+from .precision import check_seed, parse
 from .scalars import Guard
 
 
@@ -52,7 +52,8 @@ class FusedAdam(torch.optim.Adam):
         differentiable: the step runs through torch's own differentiable implementation.
         precision: how weights and moments are stored, as "<weights>-<states>"; None: as in torch, all in the
             parameter's dtype. Weights: "native", "master32", "split32", "split24", "sr"; states: "fp32", "bf16",
-            "int8"; see the README. A param group may have its own.
+            "int8"; see the README. A param group may have its own. The parameter itself counts: the next step starts
+            from what somebody wrote into it (split weights: to within half of its last place; zeros stay zeros).
         seed: of the random bits that some recipes round with; torch's generators are not touched.
         flatten: move parameters and gradients into flat buffers at construction (those that are dense and own
             their whole storage; others stay). `zero_grad()` then zeroes the buffers whatever `set_to_none` says,
@@ -65,7 +66,9 @@ class FusedAdam(torch.optim.Adam):
             through torch.compile: CPU only, needs a C++ compiler). All give the same bits.
 
     State per parameter is torch's: `step`, `exp_avg`, `exp_avg_sq` and with amsgrad `max_exp_avg_sq`, in the
-    parameter's dtype; checkpoints are exchanged with torch.optim.Adam(W) both ways.
+    parameter's dtype; checkpoints are exchanged with torch.optim.Adam(W) both ways. A precision stores what its name
+    says instead; its checkpoints are as exact, those of any other precision are converted on loading, and
+    `export_fp32` gives all of it to torch.optim.Adam(W).
 
     Raises:
         ValueError, TypeError: an argument is out of range, with torch's texts for torch's arguments.
@@ -103,8 +106,7 @@ class FusedAdam(torch.optim.Adam):
             )
         _check_guards(max_grad_norm, skip_nonfinite, differentiable)
         parse(precision)
-        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
-            raise ValueError(f"seed={seed!r} must be a whole number from 0 to 2**63 - 1")
+        check_seed(seed)
         self._backend, self._flatten = backend, flatten
         self._precision, self._seed = precision, seed
         self._max_grad_norm, self._skip_nonfinite = max_grad_norm, skip_nonfinite
@@ -183,7 +185,7 @@ class FusedAdam(torch.optim.Adam):
             recipe.check(param.dtype)
         if recipe.weights is None:
             return
-        group.setdefault("seed", self._seed)
+        check_seed(group.setdefault("seed", self._seed))
         for name, value, other in (
             ("backend", self._backend, "compiled"),
             ("differentiable", group["differentiable"], True),

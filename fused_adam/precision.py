@@ -101,12 +101,8 @@ class Recipe:
         return sum(kind.itemsize * size.numel() for kind, size in self.state(dtype, shape, amsgrad).values()) / GROUP
 
     def moved_bytes(self, dtype: torch.dtype, grad: torch.dtype, amsgrad: bool = False) -> float:
-        """Bytes that a step reads and writes per parameter element.
-
-        State is read and written, a gradient read, a parameter written; it is read too unless a master copy is.
-        """
-        accesses = 1 if self.weights == "master32" else 2
-        return accesses * dtype.itemsize + grad.itemsize + 2 * self.held_bytes(dtype, amsgrad)
+        """Bytes that a step reads and writes per parameter element: a gradient is read, all else read and written."""
+        return 2 * dtype.itemsize + grad.itemsize + 2 * self.held_bytes(dtype, amsgrad)
 
 
 def parse(precision: str | None) -> Recipe:
@@ -128,3 +124,9 @@ def parse(precision: str | None) -> Recipe:
         f"precision={precision!r} is no recipe; did you mean {nearest!r}? A name is '<weights>-<states>', "
         f"with weights of {', '.join(WEIGHTS)} and states of {', '.join(STATES)}"
     )
+
+
+def check_seed(seed: object) -> None:
+    """Raises ValueError unless it is a whole number that 63 bits hold."""
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+        raise ValueError(f"seed={seed!r} must be a whole number from 0 to 2**63 - 1")

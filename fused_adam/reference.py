@@ -114,7 +114,7 @@ def recipe_step(
     Args:
         memory: name -> flat tensor, all of N elements, a multiple of 32 where there are groups: `param` and `grad`, and
             the recipe's own entries. Written in place, the gradient excepted.
-        words: int32, shape (N,): random bits, one word per element.
+        words: int32, shape (N,): random bits, one word per element; none if the recipe takes none.
     """
     entries = {name.removesuffix("_code"): memory[name] for name in memory}
     extra = memory.get("master_weight", memory.get("remainder"))

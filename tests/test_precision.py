@@ -96,7 +96,7 @@ def test_torchs_semantics_serve_everything():
         ("split24-bf16", BF16, 5, 16),
         ("sr-bf16", BF16, 4, 14),
         ("split24-int8", BF16, 3.125, 12.25),
-        ("master32", FP16, 12, 28),
+        ("master32", FP16, 12, 30),
         ("native-bf16", FP32, 4, 20),
         ("native-int8", FP32, 2.125, 16.25),
         (None, FP32, 8, 28),

@@ -21,6 +21,7 @@ from .codecs import (
     state_noise,
     stochastic_bf16,
     store_weight,
+    to_compute,
     to_storage,
 )
 from .launch import Launcher
@@ -64,7 +65,7 @@ def update_span(
     offs = first + tl.arange(0, N).to(tl.int64)
     ok = offs < limit
     p = tl.load(p_ptr + offs, mask=ok, other=0.0)
-    g = tl.load(g_ptr + offs, mask=ok, other=0.0).to(COMPUTE)
+    g = to_compute(tl.load(g_ptr + offs, mask=ok, other=0.0), COMPUTE)
     m = tl.load(m_ptr + offs, mask=ok, other=0)
     v = tl.load(v_ptr + offs, mask=ok, other=0)
     if WEIGHTS == "master32" or WEIGHTS == "split32" or WEIGHTS == "split24":
@@ -75,13 +76,13 @@ def update_span(
     if STATES == "int8":
         groups = first // GROUP + tl.arange(0, N // GROUP).to(tl.int64)
         groups_ok = groups * GROUP < limit
-        m = decode_m(m, tl.load(m_scale_ptr + groups, mask=groups_ok, other=0.0).to(COMPUTE))
-        v = decode_v(v, tl.load(v_scale_ptr + groups, mask=groups_ok, other=0.0).to(COMPUTE))
+        m = decode_m(m, to_compute(tl.load(m_scale_ptr + groups, mask=groups_ok, other=0.0), COMPUTE))
+        v = decode_v(v, to_compute(tl.load(v_scale_ptr + groups, mask=groups_ok, other=0.0), COMPUTE))
     else:
-        m = m.to(COMPUTE)
-        v = v.to(COMPUTE)
+        m = to_compute(m, COMPUTE)
+        v = to_compute(v, COMPUTE)
     if AMSGRAD:
-        v_max = tl.load(v_max_ptr + offs, mask=ok, other=0.0).to(COMPUTE)
+        v_max = to_compute(tl.load(v_max_ptr + offs, mask=ok, other=0.0), COMPUTE)
     else:
         v_max = v
     p, m, v, v_max = adam_update(

@@ -30,6 +30,16 @@ def to_storage(x, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def to_compute(x, COMPUTE: tl.constexpr):
+    """The stored values as the arithmetic takes them: exact."""
+    if INTERPRET and x.dtype == tl.bfloat16:
+        # The interpreter gets bfloat16's subnormals wrong (Triton 3.7).
+        return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True).to(COMPUTE)
+    else:
+        return x.to(COMPUTE)
+
+
+@triton.jit
 def random_word(seed, element, step, ordinal):
     """The random uint32 of each element of one parameter at one step: Philox-4x32-10 (Salmon et al. 2011).
 
@@ -82,10 +92,20 @@ def split32(x):
 
 
 @triton.jit
+def join(visible, low):
+    """bfloat16 and what is to be added to its bits as a float32's.
+
+    Zeros that a user wrote over a negative remainder stay zero: less one their bits would be a NaN's.
+    """
+    high = visible.to(tl.uint16, bitcast=True).to(tl.uint32) << 16
+    low = tl.where((high & 0x7FFFFFFF) == 0, tl.maximum(low, 0), low)
+    return (high + low.to(tl.uint32, bitcast=True)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def join32(visible, remainder):
     """The float32 that `split32` split."""
-    high = visible.to(tl.uint16, bitcast=True).to(tl.uint32) << 16
-    return (high + remainder.to(tl.int32).to(tl.uint32, bitcast=True)).to(tl.float32, bitcast=True)
+    return join(visible, remainder.to(tl.int32))
 
 
 @triton.jit
@@ -103,8 +123,7 @@ def split24(x, noise):
 @triton.jit
 def join24(visible, remainder):
     """The float32 that `split24` rounded to."""
-    high = visible.to(tl.uint16, bitcast=True).to(tl.uint32) << 16
-    return (high + (remainder.to(tl.int32).to(tl.uint32, bitcast=True) << 8)).to(tl.float32, bitcast=True)
+    return join(visible, remainder.to(tl.int32) << 8)
 
 
 @triton.jit
@@ -187,15 +206,20 @@ def encode_v(v, noise):
 
 @triton.jit
 def load_weight(p, extra, WEIGHTS: tl.constexpr, COMPUTE: tl.constexpr):
-    """The weight of a parameter and what is stored beside it, its master weight or remainder."""
+    """The weight of a parameter and what is stored beside it, its master weight or remainder.
+
+    The parameter is right where the two differ: somebody has written to it.
+    """
     if WEIGHTS == "split32":
         return join32(p, extra)
     elif WEIGHTS == "split24":
         return join24(p, extra)
     elif WEIGHTS == "master32":
-        return extra
+        rounded = to_compute(to_storage(extra, p.dtype), COMPUTE)
+        p = to_compute(p, COMPUTE)
+        return tl.where(rounded == p, extra, p)
     else:
-        return p.to(COMPUTE)
+        return to_compute(p, COMPUTE)
 
 
 @triton.jit

@@ -69,8 +69,7 @@ def update(
     # Read and written: moments, their maximum, what is beside the parameter, a scale of 2 bytes per 32 of each moment.
     held = m.itemsize + v.itemsize + (v_max.itemsize if amsgrad else 0) + (4 / 32 if states == "int8" else 0)
     held += extra.itemsize if weights in ("master32", "split32", "split24") else 0
-    accesses = 1 if weights == "master32" else 2  # of the parameter, which is written alone where there is a master
-    moved = accesses * param.itemsize + grad.itemsize + 2 * held
+    moved = 2 * param.itemsize + grad.itemsize + 2 * held
     return Variant(adam.adam_kernel, arguments, constants, block, moved, num_warps)
 
 
