@@ -4,7 +4,7 @@ BIN := .venv/bin
 
 TRITONS := 3.6.0 3.9.0
 
-.PHONY: demo bench test test-triton lint types wheel clean
+.PHONY: demo bench test test-long test-triton lint types wheel clean
 
 demo: .venv/installed
 	$(BIN)/python -m bench demo
@@ -16,6 +16,10 @@ test: .venv/installed
 	$(BIN)/python -m pytest -n 2
 	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; \
 	then $(BIN)/python -m pytest -m gpu; else echo "No GPU here: tests marked gpu were skipped."; fi
+
+# What takes minutes: long trainings and exhaustive sweeps, which `make test` leaves out.
+test-long: .venv/installed
+	$(BIN)/python -m pytest -m long
 
 # Code generation, kernels and their hash under other Tritons: GPU machines carry other versions than CI.
 test-triton: $(TRITONS:%=.venv-triton-%/installed)

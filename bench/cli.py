@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from . import commands, demo_command, models
+from . import commands, demo_command, models, recipes, recipes_command
 from .arguments import (
     DEVICES,
     DTYPES,
@@ -112,7 +112,23 @@ def make_parsers() -> tuple[Parser, dict[str, Parser]]:
     text = "train a small GPT with torch's AdamW, FusedAdamW and FusedAdamW(flatten=True), and compare"
     sub = add("demo", demo_command.run, text)
     sub.add_argument(
-        "--steps", type=whole_number(1, MOST_STEPS), default=250, metavar="N", help="training steps (default: 250)"
+        "--precision",
+        type=list_of(recipe),
+        metavar="RECIPE,...",
+        help="train under these precision recipes instead, or `all` recommended ones, and compare their losses with "
+        "torch's AdamW in fp32 and bf16",
+    )
+    sub.add_argument(
+        "--steps",
+        type=whole_number(1, MOST_STEPS),
+        metavar="N",
+        help=f"training steps (default: {demo_command.STEPS}, with --precision {recipes_command.STEPS})",
+    )
+    sub.add_argument(
+        "--seeds",
+        type=whole_number(2, 100),
+        metavar="N",
+        help=f"with --precision: how many seeds, from --seed on (default: {recipes_command.SEEDS})",
     )
     sub.add_argument(
         "--seed", type=whole_number(0, 2**63 - 1), default=0, metavar="N", help="of weights and batches (default: 0)"
@@ -180,6 +196,15 @@ def model_name(text: str) -> str:
     """An argument type: a model's name."""
     try:
         models.shapes_of(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
+
+
+def recipe(text: str) -> str:
+    """An argument type: a precision recipe's name, or `all`."""
+    try:
+        recipes.names_of(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
     return text

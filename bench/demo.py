@@ -142,15 +142,20 @@ def schedule(steps: int) -> Callable[[int], float]:
     return factor
 
 
+def param_groups(model: GPT) -> list[dict[str, Any]]:
+    """Decay for matrices, none for vectors."""
+    return [
+        {"params": [param for param in model.parameters() if param.dim() >= 2], "weight_decay": WEIGHT_DECAY},
+        {"params": [param for param in model.parameters() if param.dim() < 2], "weight_decay": 0.0},
+    ]
+
+
 def make_run(name: str, shape: Shape, steps: int, seed: int, device: torch.device) -> Run:
     """A fresh model and optimizer: for one seed the same initial weights under every name."""
     # Made on the CPU: its generator gives the same weights on every machine.
     torch.manual_seed(seed)
     model = GPT(shape).to(device)
-    groups = [
-        {"params": [param for param in model.parameters() if param.dim() >= 2], "weight_decay": WEIGHT_DECAY},
-        {"params": [param for param in model.parameters() if param.dim() < 2], "weight_decay": 0.0},
-    ]
+    groups = param_groups(model)
     optimizer: torch.optim.Optimizer
     if name in (FUSED, FLAT):
         optimizer = FusedAdamW(groups, lr=LR, flatten=name == FLAT)

@@ -5,16 +5,26 @@ from __future__ import annotations
 import argparse
 import importlib.util
 
-from . import demo, demo_picture, demo_report, record
+from . import demo, demo_picture, demo_report, recipes_command, record
 from .record import Recorder
 from .text import load_corpus
 
+STEPS = 250
+
 
 def run(arguments: argparse.Namespace) -> int:
-    """Returns 0 if the losses agree and `flatten` changes no bit, else 1."""
-    recorder = Recorder("demo", {"steps": arguments.steps, "seed": arguments.seed}, arguments.device)
-    with demo_report.progress(arguments.steps) as on_step:
-        outcome = demo.train(load_corpus(), arguments.steps, arguments.seed, arguments.device, on_step)
+    """Returns 0 if the losses agree and `flatten` changes no bit, else 1; with --precision, if every recipe passes.
+
+    Raises ValueError if `--seeds` comes without `--precision`.
+    """
+    if arguments.precision:
+        return recipes_command.run(arguments)
+    if arguments.seeds:
+        raise ValueError(f"--seeds {arguments.seeds} goes with --precision alone; leave it out, or use --seed")
+    steps = arguments.steps or STEPS
+    recorder = Recorder("demo", {"steps": steps, "seed": arguments.seed}, arguments.device)
+    with demo_report.progress(steps) as on_step:
+        outcome = demo.train(load_corpus(), steps, arguments.seed, arguments.device, on_step)
     demo_report.print_table(outcome)
     print(demo_report.verdict_text(outcome))
     if arguments.json:

@@ -3,7 +3,8 @@
 Schema "fused-adam-bench/1". A reader refuses another name; a new key does not change it, another meaning does.
 
     schema     "fused-adam-bench/1"
-    command    "step", "host", "memory", "accuracy", "verify", "suite", "demo" or "env"
+    command    "step", "host", "memory", "accuracy", "verify", "suite", "demo", "env", or "recipes" for
+               `demo --precision`
     arguments  the command's options, by name, as text, numbers, booleans or lists of them
     machine    device, cpu, cores, threads, memory_bytes, cache_bytes, load (of one minute, at the start), system,
                versions, commit, and on a GPU gpu, gpu_memory_bytes, gpu_capability, gpu_runtime

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from . import machine
+from .recipes_tables import recipe_tables
 from .record import Record, read
 from .show import Table, markdown_lines
 
@@ -239,6 +240,7 @@ MAKERS: dict[str, Callable[[Record], list[Table]]] = {
     "ceiling": ceiling_tables,
     "sweep": sweep_tables,
     "suite": suite_tables,
+    "recipes": recipe_tables,
 }
 
 

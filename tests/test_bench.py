@@ -213,7 +213,10 @@ def test_smoothing_keeps_length_ends_and_straight_lines():
         (["--out", "demo.jpg"], "argument --out: 'demo.jpg' is not a file name that ends in .png"),
         (["--out", "no/such/demo.png"], "argument --out: 'no/such/demo.png' cannot be written: the folder 'no/such'"),
         (["--json", "record.txt"], "argument --json: 'record.txt' is not a file name that ends in .json"),
-        (["--step", "3"], "'--step' is not known; allowed: -h, --help, --steps, --seed, --device, --out, --json"),
+        (
+            ["--step", "3"],
+            "'--step' is not known; allowed: -h, --help, --precision, --steps, --seeds, --seed, --device, --out,",
+        ),
     ],
     ids=" ".join,
 )

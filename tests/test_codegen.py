@@ -33,6 +33,21 @@ NVIDIA = {
     "fp32-bf16-grad": ({"128": 6, "64": 2}, {"128": 6}),
     "bf16-fp32-grad": ({"128": 2, "64": 6}, {"64": 6}),
 }
+# What is beside a parameter takes as many elements per access as the widest operand.
+RECIPES = {
+    "native-bf16": ({"128": 4, "64": 4}, {"128": 2, "64": 4}),
+    "master32-fp32": ({"128": 6, "64": 2}, {"128": 6, "64": 2}),
+    "split32-fp32": ({"128": 4, "64": 6}, {"128": 4, "64": 4}),
+    "split32-bf16": ({"128": 5}, {"128": 4}),
+    "split24-bf16": ({"128": 4, "64": 1}, {"128": 3, "64": 1}),
+    "sr-bf16": ({"128": 4}, {"128": 3}),
+}
+# int8 beside fp32 parameters takes 32 bits an access, and beside bf16 ones 64. What full blocks run, per element, is
+# above the memory's budget of 126 and 95: an upper bound, so that it can only go down.
+INT8 = {
+    "native-int8": (({"128": 4}, {"128": 2}), 170),
+    "split24-int8": (({"128": 2, "64": 3}, {"128": 1, "64": 3}), 170),
+}
 # 4 elements for each of 256 threads.
 AMD = {
     "fp32": ({"128": 4}, {"128": 3}),
@@ -41,7 +56,10 @@ AMD = {
     "bf16-fp32-state": ({"128": 2, "64": 2}, {"128": 2, "64": 1}),
 }
 ELSEWHERE = ["sm_80", "sm_86", "sm_89", "sm_100", "sm_120", "gfx942"]
-UPDATES = [*((name, "sm_90") for name in NVIDIA), *((name, target) for name in AMD for target in ELSEWHERE)]
+UPDATES = [
+    *((name, "sm_90") for name in (*NVIDIA, *RECIPES)),
+    *((name, target) for name in AMD for target in ELSEWHERE),
+]
 # An H200 issues 33.4e12 instructions a second while it moves 4.3e12 bytes: 217 for fp32's 28 bytes, 108 for bf16's 14.
 INSTRUCTIONS_PER_BYTE = 7.75
 
@@ -50,7 +68,9 @@ INSTRUCTIONS_PER_BYTE = 7.75
 def reports():
     """What `inspect` says of every case, by variant and target."""
     inspect = ("-m", "fused_adam_kernels.inspect", "--json")
-    found = outside_the_interpreter(*inspect, "--arch", "sm_90", "--variant", *NVIDIA, "fp64", "prologue")
+    found = outside_the_interpreter(
+        *inspect, "--arch", "sm_90", "--variant", *NVIDIA, *RECIPES, *INT8, "fp64", "prologue"
+    )
     found += outside_the_interpreter(*inspect, "--arch", *ELSEWHERE, "--variant", *AMD)
     return {(report["variant"], report["target"]): report for report in found}
 
@@ -62,7 +82,14 @@ def test_arithmetic_is_correctly_rounded(reports, variant, target):
     assert (report["sqrt"], report["div"], report["fused"]) == ("rn", "rn", 0)
 
 
-@pytest.mark.parametrize(("variant", "target"), [*UPDATES, ("fp64", "sm_90")])
+@pytest.mark.parametrize("variant", INT8)
+def test_only_the_guesses_of_8_bit_codes_are_approximate(reports, variant):
+    """They are corrected by exact comparisons; the update's own root and division are correctly rounded."""
+    report = reports[variant, "sm_90"]
+    assert (report["sqrt"], report["div"], report["fused"]) == ("approx.ftz rn", "rn", 0)
+
+
+@pytest.mark.parametrize(("variant", "target"), [*UPDATES, *((name, "sm_90") for name in INT8), ("fp64", "sm_90")])
 def test_no_double_precision_in_the_update(reports, variant, target):
     assert bool(reports[variant, target]["fp64"]) == (variant == "fp64")
 
@@ -78,14 +105,32 @@ def test_no_shared_memory_and_no_spills(reports, variant, target):
 def test_widest_accesses_the_dtypes_allow(reports, variant, target):
     report = reports[variant, target]
     wide = [{bits: n for bits, n in report[kind].items() if int(bits) > 32} for kind in ("loads", "stores")]
-    assert tuple(wide) == (AMD if target == "gfx942" else NVIDIA)[variant]
+    assert tuple(wide) == (AMD if target == "gfx942" else {**NVIDIA, **RECIPES})[variant]
 
 
 @pytest.mark.parametrize(("variant", "target"), [case for case in UPDATES if case[1] != "gfx942"])
 def test_fewer_instructions_than_the_memory_gives_time_for(reports, variant, target):
-    """All instructions, also those of slow paths and of the tail."""
+    """All that full blocks run, and the slow paths of roots and divisions."""
     report = reports[variant, target]
     assert 8 < report["per_element"] <= INSTRUCTIONS_PER_BYTE * report["bytes_moved"]
+
+
+@pytest.mark.parametrize("variant", INT8)
+def test_8_bit_states_have_wide_accesses_no_spills_and_a_bound(reports, variant):
+    """The largest of a group goes from thread to thread through shared memory: 4 bytes per group and moment at most."""
+    report = reports[variant, "sm_90"]
+    (loads, stores), bound = INT8[variant]
+    wide = [{bits: n for bits, n in report[kind].items() if int(bits) >= 64} for kind in ("loads", "stores")]
+    assert (wide, (report["spills"], report["local_bytes"])) == ([loads, stores], (0, 0))
+    assert report["shared_bytes"] <= 128
+    assert 8 < report["per_element"] <= bound
+
+
+def test_what_full_blocks_run_is_counted_without_the_tail(reports):
+    """The tail of a recipe draws random bits for every element, and would be a third of the count."""
+    for variant, least in (("fp32", 20), ("sr-bf16", 40)):
+        report = reports[variant, "sm_90"]
+        assert report["instructions"] / 8 - report["per_element"] > least  # 1024 elements over 128 threads
 
 
 ADDRESSES = """

@@ -63,6 +63,8 @@ ALLOWED = {
     },
     # The update's access pattern without arithmetic, launched as the update is.
     "bench.ceiling": {"fused_adam_kernels.adam"},
+    # The names and bytes of recipes.
+    "bench.recipes": {"fused_adam.precision"},
     # Takes launches away or reshapes them, to time Python alone or to find better shapes: no public name does that.
     "bench.stub": {"fused_adam_kernels.adam", "fused_adam_kernels.launch"},
 }

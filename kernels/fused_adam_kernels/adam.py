@@ -144,7 +144,7 @@ def adam_kernel(
     SPAN: tl.constexpr,  # elements per thread and access
     AMSGRAD: tl.constexpr,  # keep the running maximum of v
     BLOCK: tl.constexpr,  # elements per program
-    TAIL: tl.constexpr,  # elements per turn of the loop over what vectors cannot take
+    TAIL: tl.constexpr,  # elements per turn of the loop over what vectors cannot take; 0: no loop, for `inspect`
 ):
     """One program updates one chunk of one parameter (or of several that lie one behind the other)."""
     pid = tl.program_id(0).to(tl.int64)
@@ -188,15 +188,16 @@ def adam_kernel(
         True, BLOCK, SPAN, COMPUTE, WEIGHTS, STATES, AMSGRAD,
     )  # fmt: skip
 
-    end = tl.minimum(start + BLOCK, n)
-    for first in range(tl.maximum(start, body_end), end, TAIL):
-        update_span(
-            p_addr.to(tl.pointer_type(PARAM)), g_addr.to(tl.pointer_type(GRAD)), m_addr.to(tl.pointer_type(M)),
-            v_addr.to(tl.pointer_type(V)), v_max_addr.to(tl.pointer_type(V_MAX)), extra_addr.to(tl.pointer_type(EXTRA)),
-            m_scale_ptr, v_scale_ptr, first, end, seed, step, ordinal,
-            step_size, rbc2, w1, w2, b2, eps, coupled, decay, grad_multiplier,
-            False, TAIL, SPAN, COMPUTE, WEIGHTS, STATES, AMSGRAD,
-        )  # fmt: skip
+    if TAIL > 0:
+        end = tl.minimum(start + BLOCK, n)
+        for first in range(tl.maximum(start, body_end), end, TAIL):
+            update_span(
+                p_addr.to(tl.pointer_type(PARAM)), g_addr.to(tl.pointer_type(GRAD)), m_addr.to(tl.pointer_type(M)),
+                v_addr.to(tl.pointer_type(V)), v_max_addr.to(tl.pointer_type(V_MAX)),
+                extra_addr.to(tl.pointer_type(EXTRA)), m_scale_ptr, v_scale_ptr, first, end, seed, step, ordinal,
+                step_size, rbc2, w1, w2, b2, eps, coupled, decay, grad_multiplier,
+                False, TAIL, SPAN, COMPUTE, WEIGHTS, STATES, AMSGRAD,
+            )  # fmt: skip
 
 
 def hints(*dtypes: torch.dtype) -> list[int]:
