@@ -406,10 +406,10 @@ def test_split32_and_master32_are_fp32_training():
     assert same_bits(runs["split32"], runs[None]) and same_bits(runs["master32"], runs[None])
 
 
-@pytest.mark.parametrize("precision", ["sr-bf16", "split24-bf16", "split32-bf16", "master32-bf16"])
+@pytest.mark.parametrize("precision", ["sr-bf16", "split24-bf16", "split32-bf16"])
 def test_decay_alone_arrives(precision):
     """lr * wd = 1e-4 is a fortieth of a bfloat16's last place: torch's own bf16 parameters would not move."""
-    p = nn.Parameter(torch.linspace(1, 2, 4096).bfloat16())
+    p = nn.Parameter(torch.linspace(1, 2, 1024).bfloat16())
     p.grad = torch.zeros_like(p)
     start = p.detach().float()
     optimizer = FusedAdamW([p], lr=1e-3, weight_decay=0.1, precision=precision)
