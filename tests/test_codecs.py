@@ -402,7 +402,7 @@ print(json.dumps(found))
 
 def test_a_gpu_rounds_as_the_interpreter_does():
     """For sm_90, one element per thread: nothing is approximate but the guesses, one root for m and two for v."""
-    found = outside_the_interpreter(f"import sys; sys.path[:0] = {sys.path!r}\n{COMPILE}")
+    found = outside_the_interpreter("-c", f"import sys; sys.path[:0] = {sys.path!r}\n{COMPILE}")
     assert found == {"sqrt.approx.ftz.f32": 3, "div.rn.f32": 2}
 
 
