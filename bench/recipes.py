@@ -30,7 +30,7 @@ RECOMMENDED = (
     *("split32", "split32-bf16", "split24-bf16", "sr-bf16", "split24-int8", "master32"),
     *("native-bf16", "native-int8"),
 )
-# 3 seeds of 10 runs of 1000 steps take under 25 minutes on 2 quiet cores.
+# 3 seeds of 10 runs of 1000 steps took 25 minutes on 2 busy cores.
 WIDTH, HEADS, BLOCKS = 64, 4, 1
 # All runs are held to the same excerpts, whatever their seed.
 VALIDATION_EXCERPTS = 512

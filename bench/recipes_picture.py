@@ -56,13 +56,13 @@ def _draw_ends(axes: Axes, results: list[dict[str, Any]]) -> None:
     for place, result in enumerate(results):
         distances = [_finite(loss) - center for loss in result["validation_losses"]]
         axes.plot(distances, [place] * len(distances), "o", color=_color(place), alpha=0.45, markersize=6)
-        axes.plot([statistics.fmean(distances)], [place], "|", color=_color(place), markersize=19, markeredgewidth=3.5)
+        axes.plot([statistics.fmean(distances)], [place], "|", color=_color(place), markersize=15, markeredgewidth=3.5)
     names = [f"{result['name']}\u2009, {result['state_bytes']:.3g} B" for result in results]
     axes.set_yticks(range(len(results)), names, fontsize=10)
     axes.set_ylim(len(results) - 0.4, -0.6)
     axes.set_title("Validation loss at the end: dots are seeds, bars their mean", loc="left", fontsize=12)
     axes.set_xlabel("loss less fp32 AdamW's mean (nats per character)")
-    axes.legend(loc="lower left", bbox_to_anchor=(0.55, 1.0), borderaxespad=0.2, fontsize=9)
+    axes.legend(loc="lower right", fontsize=9)
 
 
 def _draw_curves(axes: Axes, results: list[dict[str, Any]], steps: int) -> None:
@@ -81,4 +81,4 @@ def _draw_curves(axes: Axes, results: list[dict[str, Any]], steps: int) -> None:
     axes.set_title("Training loss less fp32 AdamW's on the same batches, mean over seeds", loc="left", fontsize=12)
     axes.set_xlabel("training step")
     axes.set_ylabel("nats")
-    axes.legend(loc="upper right", fontsize=9)
+    axes.legend(loc="upper left", fontsize=9)
