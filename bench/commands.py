@@ -59,8 +59,8 @@ def screen_of(arguments: argparse.Namespace) -> Screen:
     return Screen(sys.stderr if arguments.json == STDOUT else None)
 
 
-def entries_of(arguments: argparse.Namespace, recorder: Recorder, fast_only: bool = False) -> list[Entry]:
-    """Ours and the peers that were asked for; by default all but, in a hurry, the slow ones.
+def entries_of(arguments: argparse.Namespace, recorder: Recorder) -> list[Entry]:
+    """Ours and the peers that were asked for; by default all but the slow ones.
 
     Raises ValueError for a precision that is not known.
     """
@@ -70,7 +70,7 @@ def entries_of(arguments: argparse.Namespace, recorder: Recorder, fast_only: boo
         if arguments.peers is not None:
             if name in arguments.peers:
                 chosen.append(entry)
-        elif entry.slow and (fast_only or arguments.quick):
+        elif entry.slow:
             recorder.leave_out(entry.name, "compiles for long: only where --peers names it")
         else:
             chosen.append(entry)
@@ -258,7 +258,7 @@ def verify_step(recorder: Recorder, device: torch.device, progress: Callable[[st
 def run_suite(arguments: argparse.Namespace) -> int:
     """Run everything into one record."""
     screen, recorder = screen_of(arguments), recorder_of(arguments)
-    entries = timed(entries_of(arguments, recorder, fast_only=True), arguments, recorder)
+    entries = timed(entries_of(arguments, recorder), arguments, recorder)
     limit = suite.LIMIT_SECONDS["quick" if arguments.quick else arguments.device.type]
     options = Options(amsgrad=arguments.amsgrad, clip=arguments.clip)
     plan = suite.Suite(arguments.device, entries, options, arguments.quick, arguments.sweep, arguments.seconds or limit)

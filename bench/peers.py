@@ -40,7 +40,7 @@ class Entry:
     quantised: its state or weights are lossy beyond rounding: judged by direction, not by rounding errors.
     clips: its step clips by itself; else `clip_grad_norm_` goes before it.
     scratch: memory the step takes for the moment, in copies of the parameters.
-    slow: compiles for long, so it takes part in a hurry only where it is named. backend: of ours.
+    slow: compiles for long, so it takes part only where it is named. backend: of ours.
     captures: made with `capturable=True`, its step counts on inside a CUDA graph; others would repeat one step.
     """
 
