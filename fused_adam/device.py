@@ -62,8 +62,9 @@ class Upload:
     def get(self, key: object, make: Callable[[], Tensor], capturing: bool) -> Tensor:
         """The tensor on the device for `key`, a value to be compared; `make` gives its numbers on the host."""
         if key != self.key:
-            host = self._pinned(make(), capturing)
-            self.tensor = send(host, self.device)
+            with torch.inference_mode(False):  # it outlives the user's mode, and is written to outside of it
+                host = self._pinned(make(), capturing)
+                self.tensor = send(host, self.device)
             # A captured copy happens at replay, not now: the next eager step needs one of its own.
             self.key = None if capturing else key
             if capturing:
@@ -162,7 +163,8 @@ class DeviceRunner:
 
     def square_sum(self) -> Tensor:
         if self.norm is None:
-            self.norm = Norm(self.section)
+            with torch.inference_mode(False):
+                self.norm = Norm(self.section)
         with self._on_device():
             return self.norm.square_sum(self.device_rows)
 

@@ -93,6 +93,18 @@ def test_uploads_only_what_changed(uploads):
         assert uploads == expected
 
 
+def test_tables_made_in_inference_mode_serve_outside_it():
+    optimizer = FusedAdamW(parameters(torch.float32, [(5,)]), lr=torch.tensor(0.1), backend="triton", max_grad_norm=1.0)
+    plain = FusedAdamW(parameters(torch.float32, [(5,)]), lr=torch.tensor(0.1), max_grad_norm=1.0)
+    for step in range(3):
+        set_gradients(optimizer, step)
+        set_gradients(plain, step)
+        with torch.inference_mode(step == 0):
+            optimizer.step()
+        plain.step()
+    assert same_bits(results(optimizer), results(plain))
+
+
 class Waits(TorchDispatchMode):
     """Raises at whatever would wait for a GPU: reading a value of a tensor."""
 
