@@ -86,7 +86,9 @@ def load(
             param = params[number]
             source = recipes[param][0]
             # What is there must fit; half an entry is filled up at the next step, as it always was.
-            wanted = source.state(param.dtype if source.weights is None else _served(source), param.shape, amsgrad=True)
+            # What a recipe stores does not depend on which of its dtypes a parameter has.
+            dtype = param.dtype if source.weights is None else WEIGHTS[source.weights][0][0]
+            wanted = source.state(dtype, param.shape, amsgrad=True)
             arena.check(param, f"parameter {number}", entry, wanted)
             entries[param] = dict(entry)
         else:
@@ -100,7 +102,7 @@ def load(
         source, target = recipes[param]
         wanted = target.state(param.dtype, param.shape, amsgrad="max_exp_avg_sq" in entry)
         if not _same_storage(source, target, param, entry):
-            entry = convert(entry, param, source, target)
+            entry = convert(entry, param, target)
         _settle(arena, state, param, entry, wanted)
         if entry:
             wanted_entries[param] = {key: kind for key, kind in wanted.items() if key in entry}
@@ -116,11 +118,6 @@ def _merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
         | ({"seed": new["seed"]} if "seed" in old and "seed" in new else {})
     )
     return {**new, **kept, "params": old["params"]}
-
-
-def _served(recipe: Recipe) -> torch.dtype:
-    """A parameter dtype that the recipe is for: its own entries do not depend on which."""
-    return WEIGHTS[recipe.weights or "native"][0][-1] if recipe.weights else torch.float32
 
 
 def _same_storage(source: Recipe, target: Recipe, param: Tensor, entry: Mapping[str, Any]) -> bool:
@@ -139,13 +136,13 @@ def _flat(value: Tensor, param: Tensor) -> Tensor:
     )
 
 
-def widened(tensor: Tensor) -> Tensor:
+def _widened(tensor: Tensor) -> Tensor:
     return tensor.to(torch.complex64 if tensor.is_complex() else torch.float32)
 
 
 def decode(entry: Mapping[str, Any], param: Tensor) -> dict[str, Tensor]:
     """The float32 (or complex64) moments of an entry in any precision, and its master weight if it has one."""
-    found = {key: widened(entry[key]) for key in ("exp_avg", "exp_avg_sq") if key in entry}
+    found = {key: _widened(entry[key]) for key in ("exp_avg", "exp_avg_sq") if key in entry}
     for key, decoder in (("exp_avg", codecs.decode_m), ("exp_avg_sq", codecs.decode_v)):
         if f"{key}_code" in entry:
             code = entry[f"{key}_code"]
@@ -154,7 +151,7 @@ def decode(entry: Mapping[str, Any], param: Tensor) -> dict[str, Tensor]:
             values = decoder(whole, entry[f"{key}_scale"])[: code.numel()]
             found[key] = values.as_strided(code.shape, code.stride()) if is_dense(code) else values.view(code.shape)
     if "max_exp_avg_sq" in entry:  # last, as in torch
-        found["max_exp_avg_sq"] = widened(entry["max_exp_avg_sq"])
+        found["max_exp_avg_sq"] = _widened(entry["max_exp_avg_sq"])
     if "master_weight" in entry:
         found["master_weight"] = entry["master_weight"].float()
     elif "remainder" in entry:
@@ -164,7 +161,7 @@ def decode(entry: Mapping[str, Any], param: Tensor) -> dict[str, Tensor]:
     return found
 
 
-def convert(entry: Mapping[str, Any], param: Tensor, source: Recipe, target: Recipe) -> dict[str, Any]:
+def convert(entry: Mapping[str, Any], param: Tensor, target: Recipe) -> dict[str, Any]:
     """What was saved in one precision as it is stored in another, rounded to nearest.
 
     Remainders are of the weights as they are in the model: load those first.
@@ -206,7 +203,7 @@ def export_fp32(groups: Sequence[dict[str, Any]], state_dict: dict[str, Any]) ->
         values = decode(entry, param)
         weight = values.pop("master_weight", None)
         if weight is None:
-            weight = widened(param.detach())
+            weight = _widened(param.detach())
         elif "master_weight" in entry:  # as the next step will see it
             weight = codecs.load_weight("master32", param.detach(), weight)
         weights[name if isinstance(name, str) else number] = weight.clone()

@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-GROUP = 32  # elements that share one scale
+from .precision import GROUP
+
 NAN = 0x7FC00000
 LARGEST_BF16 = 3.3895313892515355e38
 TOP_CELL_24 = 3.4027717462407993e38  # the largest float32 whose low 8 bits are zero

@@ -18,7 +18,7 @@ ALLOWED = {
     "fused_adam.release": {"fused_adam.optimizer"},
     "fused_adam.version": set(),
     "fused_adam.arena": {"fused_adam.precision"},
-    "fused_adam.codecs": set(),
+    "fused_adam.codecs": {"fused_adam.precision"},
     "fused_adam.precision": set(),
     "fused_adam.reference": {"fused_adam.codecs", "fused_adam.precision"},
     "fused_adam.scalars": set(),
