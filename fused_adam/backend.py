@@ -94,7 +94,7 @@ def staging(backend: str) -> Staging:
     """What plans must copy for this backend: on the host, many small tensors would cost a dozen calls each."""
     if backend == "triton":
         return Staging()
-    return Staging(small=CHUNK // 16, page=CHUNK, shared=True)
+    return Staging(small=CHUNK // 8, page=2 * CHUNK, shared=True)
 
 
 def bind(backend: str, section: Section) -> Runner:

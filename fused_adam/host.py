@@ -144,17 +144,19 @@ class HostSpan:
         elif "grad" not in operands:
             operands = operands | {"grad": flat(real(grads[self.row.index]))}
         for start in range(0, self.numel, chunk):
-            if self.launch.recipe.weights is None:
-                self._plain(operands, slice(start, start + chunk), scalars, flags, compiled)
-            else:
+            if self.launch.recipe.weights is not None:
                 self._by_recipe(operands, start, min(chunk, self.numel - start), scalars, flags, step)
+            elif self.numel <= chunk:
+                self._plain(operands, scalars, flags, compiled)
+            else:
+                part = {key: tensor[start : start + chunk] for key, tensor in operands.items()}
+                self._plain(part, scalars, flags, compiled)
         if self.stage:
             self.stage.copy_out()
 
     def _plain(
         self,
         operands: dict[str, Tensor],
-        part: slice,
         scalars: Tensor,
         flags: tuple[bool, bool, bool],
         compiled: bool,
@@ -162,8 +164,8 @@ class HostSpan:
         launch = self.launch
         mix = (launch.param, launch.grad, launch.amsgrad)
         update, sqrt = (compiled_adam_step(mix, flags), torch.sqrt) if compiled else (adam_step, exact_sqrt)
-        p, g, m, v = (operands[key][part] for key in ("param", "grad", "exp_avg", "exp_avg_sq"))
-        v_max = operands["max_exp_avg_sq"][part] if launch.amsgrad else None
+        p, g, m, v = (operands[key] for key in ("param", "grad", "exp_avg", "exp_avg_sq"))
+        v_max = operands.get("max_exp_avg_sq")
         update(p, g, m, v, v_max, scalars, *flags, sqrt)
 
     def _by_recipe(

@@ -189,16 +189,19 @@ def build(
                 arena.homes.setdefault(param, Home()),
             )
             arena.check(param, name, dict.get(state, param, {}), row.entries)
+            _place(row, param, grad, buffers, staging[param.device])
             rows.append(row)
     # A parameter that is listed twice has one state, with what either of its groups asks for.
     live = [(param, grad) for param, grad in zip(params, grads, strict=True) if grad is not None]
-    arena.adopt(state, {live[row.index][0]: row.entries for row in sorted(rows, key=lambda row: row.options.amsgrad)})
+    # What is staged together lies together.
+    order = sorted(rows, key=lambda row: (row.options.amsgrad, not row.staged))
+    arena.adopt(state, {live[row.index][0]: row.entries for row in order})
 
     sections: dict[Any, Section] = {}
     launches: dict[Any, Launch] = {}
     for row, wave in zip(rows, waves(rows), strict=True):
         grad = live[row.index][1]
-        _place(row, live[row.index][0], grad, buffers, staging[row.param.device])
+        row.slots |= {key: row.home.slots[key] for key in row.entries}
         compute = torch.float64 if row.param.dtype == torch.float64 else torch.float32
         key = (wave, row.param.device, compute)
         section = sections.setdefault(key, Section(row.param.device, compute))
@@ -223,22 +226,22 @@ def same_order(p: Tensor, grad: Tensor) -> bool:
 
 
 def _place(row: Row, param: Tensor, grad: Tensor, buffers: FlatBuffers | None, staging: Staging) -> None:
-    """Say where the row's operands lie."""
+    """Say where the row's parameter and gradient lie, or that copies are to be stepped."""
     p, numel = row.param, row.param.numel()
-    row.slots = {key: row.home.slots[key] for key in row.entries}
     place = buffers.place(param, grad) if buffers else None
     if place:
-        row.slots |= {"param": place.param, "grad": place.grad}
+        row.slots = {"param": place.param, "grad": place.grad}
         return
     # Under a recipe every parameter has random bits of its own: stepping several as one would gain nothing.
     together = numel <= staging.small and row.options.recipe.weights is None
     row.staged = together or not same_order(p, grad)
     if not row.staged:
-        row.slots |= {"param": Slot(flat(p), 0, numel), "grad": None}
+        row.slots = {"param": Slot(flat(p), 0, numel), "grad": None}
 
 
 def _stage(launch: Launch, staging: Staging, device: torch.device) -> None:
-    """Give staged rows their places in scratch buffers, page by page."""
+    """Give staged rows places in scratch buffers, page by page, and put them first, to be updated as one."""
+    launch.rows.sort(key=lambda row: not row.staged)
     pages: list[list[Row]] = []
     room = 0
     for row in launch.rows:

@@ -6,7 +6,7 @@ from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 from training import gradient, parameters, results, same_bits
 
-from fused_adam import FusedAdamW, device
+from fused_adam import FusedAdamW, device, host
 from fused_adam_kernels import table
 from fused_adam_kernels.launch import Launcher
 
@@ -186,3 +186,17 @@ def test_a_compiled_training_step(backend):
         runs.append(results(optimizer))
     assert same_bits(*runs)
     assert frames[1] > 0 and len(set(frames[1:])) == 1  # nothing is compiled anew when the learning rate changes
+
+
+@pytest.mark.parametrize("backend", ["reference", "compiled"])
+def test_small_tensors_among_large_ones_are_updated_as_one_on_the_host(backend, monkeypatch):
+    """As in a transformer: biases and norms stand between matrices, where a call each costs more than their elements."""
+    updated = []
+    update = host.HostSpan.update
+    monkeypatch.setattr(
+        host.HostSpan, "update", lambda self, *args: (updated.append(self.numel), update(self, *args))[1]
+    )
+    optimizer = FusedAdamW(parameters(torch.float32, [(7,), (20000,), (5, 3), (20000,), (40,)]), backend=backend)
+    set_gradients(optimizer, 0)
+    optimizer.step()
+    assert sorted(updated) == [32 + 32 + 40, 20000, 20000]
