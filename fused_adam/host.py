@@ -5,13 +5,15 @@ from __future__ import annotations
 import functools
 import types
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from fused_adam_kernels import table
 
-from .arena import Slot, flat, padded, real
+from .arena import SLOT, Slot, flat, padded, real
 from .codecs import random_words
 from .norm import square_sum
 from .plan import Launch, Row, Section, Span, same_order
@@ -20,19 +22,26 @@ from .reference import CHUNK, adam_step, exact_sqrt, recipe_step
 from .scalars import LAST_STEP, Guard, Hyper, scalars
 
 Step = Callable[..., None]
+OPERANDS = ("param", "grad", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")  # of `adam_step`, in its order
 _flatten_dense_tensors: Callable[[Sequence[Tensor]], Tensor] = torch._utils._flatten_dense_tensors
 
 
 @functools.cache
 def compiled_adam_step(*variant: object) -> Step:
-    """`adam_step` through torch.compile, once per variant (dtypes and flags).
+    """`adam_step` on whole slots through torch.compile, once per variant (dtypes and flags).
 
     Inductor's square root is correctly rounded, and its C++ is compiled without fused multiply-adds. Each variant
     has a code object of its own, because dynamo compiles one object eight times at most.
     """
-    code = adam_step.__code__.replace(co_name=f"adam_step_{abs(hash(variant))}")
-    function = types.FunctionType(code, adam_step.__globals__)
+    code = _step_slots.__code__.replace(co_name=f"adam_step_{abs(hash(variant))}")
+    function = types.FunctionType(code, _step_slots.__globals__)
     return torch.compile(function, fullgraph=True, dynamic=True)
+
+
+def _step_slots(p: Tensor, *rest: Any) -> None:
+    # Else the compiler asks in every iteration whether it is the last: a fifth of the time.
+    torch._check(p.numel() % SLOT == 0)  # type: ignore[no-untyped-call]
+    adam_step(p, *rest)
 
 
 class HostRunner:
@@ -44,8 +53,8 @@ class HostRunner:
         self.rows = section.rows
         self.grads: Sequence[Tensor] = ()
         self.spans = [HostSpan(launch, span) for launch in section.launches for span in launch.spans]
-        # Compiled code keeps its intermediates in registers; a GPU has no cache worth staying in.
-        self.chunk = CHUNK if section.device.type == "cpu" and not self.compiled else 1 << 62  # multiples of SLOT
+        # A GPU has no cache worth staying in.
+        self.chunk = CHUNK if section.device.type == "cpu" else 1 << 62  # multiples of SLOT
         owners: dict[int, list[Row]] = {}
         for row in section.rows:
             owners.setdefault(id(row.home.counters), []).append(row)
@@ -116,17 +125,16 @@ class HostSpan:
         self.launch = launch
         # Storages of their own: compiled code must not take two slices of one segment for aliases.
         self.operands = {
-            key: Slot(slot.segment, slot.start, self._length(key)).flat()
+            key: Slot(slot.segment, slot.start, self._length(key, slot)).flat()
             for key, slot in self.row.slots.items()
             if slot
         }
         self.stage = Stage(span.rows, self.operands) if self.row.stage else None
 
-    def _length(self, key: str) -> int:
-        """Elements to view: of a recipe's own entries the slot's whole length, so that its last group is full."""
-        if self.launch.recipe.weights is None or key in ("param", "grad"):
-            return self.numel
-        return padded(self.numel) // (GROUP if key in GROUPED else 1)
+    def _length(self, key: str, slot: Slot) -> int:
+        """Elements to view: whole slots, so that groups and vectors are full, but of the user's memory what is his."""
+        whole = padded(self.numel) // (GROUP if key in GROUPED else 1)
+        return min(whole, slot.segment.numel() - slot.start)
 
     def update(
         self,
@@ -143,30 +151,36 @@ class HostSpan:
             self.stage.copy_in(grads)
         elif "grad" not in operands:
             operands = operands | {"grad": flat(real(grads[self.row.index]))}
-        for start in range(0, self.numel, chunk):
-            if self.launch.recipe.weights is not None:
-                self._by_recipe(operands, start, min(chunk, self.numel - start), scalars, flags, step)
-            elif self.numel <= chunk:
-                self._plain(operands, scalars, flags, compiled)
-            else:
-                part = {key: tensor[start : start + chunk] for key, tensor in operands.items()}
-                self._plain(part, scalars, flags, compiled)
+        if compiled:
+            self._compiled(operands, scalars, flags)
+        else:
+            for start in range(0, self.numel, chunk):
+                end = min(start + chunk, self.numel)
+                if self.launch.recipe.weights is None:
+                    part = {key: tensor[start:end] for key, tensor in operands.items()}
+                    plain: Step = adam_step
+                    plain(*map(part.get, OPERANDS), scalars, *flags, exact_sqrt)
+                else:
+                    self._by_recipe(operands, start, end - start, scalars, flags, step)
         if self.stage:
             self.stage.copy_out()
 
-    def _plain(
-        self,
-        operands: dict[str, Tensor],
-        scalars: Tensor,
-        flags: tuple[bool, bool, bool],
-        compiled: bool,
-    ) -> None:
+    def _compiled(self, operands: dict[str, Tensor], scalars: Tensor, flags: tuple[bool, bool, bool]) -> None:
         launch = self.launch
-        mix = (launch.param, launch.grad, launch.amsgrad)
-        update, sqrt = (compiled_adam_step(mix, flags), torch.sqrt) if compiled else (adam_step, exact_sqrt)
-        p, g, m, v = (operands[key] for key in ("param", "grad", "exp_avg", "exp_avg_sq"))
-        v_max = operands.get("max_exp_avg_sq")
-        update(p, g, m, v, v_max, scalars, *flags, sqrt)
+        run = compiled_adam_step((launch.param, launch.grad, launch.amsgrad), flags)
+        end, body = padded(self.numel), self.numel // SLOT * SLOT
+        if all(x.numel() == end for x in operands.values()):
+            run(*map(operands.get, OPERANDS), scalars, *flags, torch.sqrt)
+            return
+        if body:
+            part = {key: x[:body] for key, x in operands.items()}
+            run(*map(part.get, OPERANDS), scalars, *flags, torch.sqrt)
+        # The user's memory ends within a slot.
+        part = {
+            key: x[body:] if x.numel() == end else pad(x[body:], (0, end - x.numel())) for key, x in operands.items()
+        }
+        run(*map(part.get, OPERANDS), scalars, *flags, torch.sqrt)
+        operands["param"][body:].copy_(part["param"][: len(operands["param"]) - body])
 
     def _by_recipe(
         self,
@@ -186,7 +200,7 @@ class HostSpan:
             # Behind its end the last group is zeros. The user's memory ends there; ours may hold what a NaN left.
             for key in memory.keys() - GROUPED:
                 if key in ("param", "grad"):
-                    memory[key] = torch.nn.functional.pad(operands[key][start:end], (0, padded(numel) - numel))
+                    memory[key] = pad(operands[key][start:end], (0, padded(numel) - numel))
                 else:
                     memory[key][numel:] = 0
         options = self.row.options

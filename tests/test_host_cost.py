@@ -190,7 +190,7 @@ def test_a_compiled_training_step(backend):
 
 @pytest.mark.parametrize("backend", ["reference", "compiled"])
 def test_small_tensors_among_large_ones_are_updated_as_one_on_the_host(backend, monkeypatch):
-    """As in a transformer: biases and norms stand between matrices, where a call each costs more than their elements."""
+    """As in a transformer: biases and norms stand between matrices: a call each costs more than what they hold."""
     updated = []
     update = host.HostSpan.update
     monkeypatch.setattr(

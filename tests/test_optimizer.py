@@ -87,6 +87,21 @@ def test_parameters_without_gradients_are_skipped(backend):
     close(a, b)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_steps_large_parameters_that_end_within_a_slot(dtype):
+    """They are not copied, and compiled code takes whole slots only: the rest goes through a copy."""
+    arena = torch.full((20037,), 7.0, dtype=dtype)
+    runs = []
+    for backend in ("compiled", "reference"):
+        memory = arena.clone()
+        param = memory[16:-16].copy_(values((20005,), 0, dtype)).requires_grad_()
+        optimizer = FusedAdamW([param], lr=0.1, amsgrad=True, backend=backend)
+        train(optimizer, 3)
+        assert (memory[:16] == 7).all() and (memory[-16:] == 7).all()
+        runs.append(results(optimizer))
+    assert same_bits(*runs)
+
+
 def test_step_without_any_gradient_does_nothing():
     a, _ = pair()
     before = results(a)
