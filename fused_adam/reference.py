@@ -50,19 +50,20 @@ def adam_update(
     Returns the new p, m, v, v_max; changes nothing.
     """
     step_size, rbc2, w1, w2, b2, eps, coupled, decay, grad_multiplier, *_ = scalars.unbind()
+    # In place where it is ours: a temporary that stays in the cache is worth more than one that is new.
     g = g * grad_multiplier
     # A decay of zero is absent, not multiplied: 0 * inf would turn an infinite p into NaN.
     if coupled_decay:
-        g = g + coupled * p
-    m = m + w1 * (g - m)
-    v = b2 * v + (w2 * g) * g
+        g.add_(coupled * p)
+    m = (g - m).mul_(w1).add_(m)
+    v = (w2 * g).mul_(g).add_(b2 * v)
     if v_max is not None:
         v_max = torch.maximum(v_max, v)
     x = v if v_max is None else v_max
-    u = (step_size * m) / (sqrt(x) * rbc2 + eps)
+    u = (step_size * m).div_(sqrt(x).mul_(rbc2).add_(eps))
     # p rounds once for decay and update together: a tiny decay is not lost.
     if decoupled_decay:
-        u = decay * p + u
+        u.add_(decay * p)
     return p - u, m, v, v_max
 
 
