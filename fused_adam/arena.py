@@ -63,7 +63,9 @@ class Slot:
 
         A plain view would make `torch.save` write the whole segment, and safetensors refuse it.
         """
-        return torch.utils.dlpack.from_dlpack(self.segment[self.start : self.start + self.numel])
+        # Through a capsule: `Tensor.__dlpack__` refuses a GPU that is not the current one.
+        capsule = torch._C._to_dlpack(self.segment[self.start : self.start + self.numel])
+        return torch.utils.dlpack.from_dlpack(capsule)
 
     def view(self, like: Tensor) -> Tensor:
         """These elements in the shape and layout of `like` (complex if it is)."""

@@ -482,3 +482,16 @@ class TestErrors:
             torch.utils.swap_tensors(p, nn.Parameter(torch.ones(p.shape)))
         train(optimizer, 2)
         assert all(r["step"] == 2 for r in results(optimizer))
+
+
+def test_state_is_made_on_a_gpu_that_is_not_the_current_one(monkeypatch):
+    """torch's `__dlpack__` raises there; the second GPU is missing here, so it raises for all."""
+
+    def refuse(self, **kwargs):
+        raise BufferError("Can't export tensors on a different CUDA device index")
+
+    monkeypatch.setattr(torch.Tensor, "__dlpack__", refuse)
+    for flatten in (False, True):
+        optimizer = FusedAdam(parameters(torch.float32), flatten=flatten)
+        train(optimizer, 1)
+        assert all(entry["step"] == 1 for entry in optimizer.state.values())
