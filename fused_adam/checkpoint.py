@@ -126,6 +126,13 @@ def _same_storage(source: Recipe, target: Recipe, param: Tensor, entry: Mapping[
     return source == target and (code is None or code.stride() == dense_layout(param)[1])
 
 
+def reorder(entry: dict[str, Any], param: Tensor, recipe: Recipe) -> None:
+    """Encode 8-bit moments anew if the parameter's elements lie in another order than they do."""
+    if not _same_storage(recipe, recipe, param, entry):
+        moments = {key: value for key, value in entry.items() if key.endswith(("_code", "_scale"))}
+        entry.update(convert(moments, param, recipe))
+
+
 def _flat(value: Tensor, param: Tensor) -> Tensor:
     """The elements in the order in which the parameter's state holds them."""
     return (

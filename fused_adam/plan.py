@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .arena import Arena, Entries, Home, Slot, State, dense_layout, flat, is_dense, padded, real
+from .checkpoint import reorder
 from .flatten import FlatBuffers
 from .precision import Recipe, parse
 
@@ -193,6 +194,8 @@ def build(
             rows.append(row)
     # A parameter that is listed twice has one state, with what either of its groups asks for.
     live = [(param, grad) for param, grad in zip(params, grads, strict=True) if grad is not None]
+    for row in rows:
+        reorder(dict.get(state, live[row.index][0], {}), live[row.index][0], row.options.recipe)
     # What is staged together lies together.
     order = sorted(rows, key=lambda row: (row.options.amsgrad, not row.staged))
     arena.adopt(state, {live[row.index][0]: row.entries for row in order})

@@ -25,7 +25,7 @@ ALLOWED = {
     "fused_adam.scalars": set(),
     "fused_adam.norm": {"fused_adam_kernels.table"},
     "fused_adam.flatten": {"fused_adam.arena"},
-    "fused_adam.plan": {"fused_adam.arena", "fused_adam.flatten", "fused_adam.precision"},
+    "fused_adam.plan": {"fused_adam.arena", "fused_adam.checkpoint", "fused_adam.flatten", "fused_adam.precision"},
     "fused_adam.checkpoint": {"fused_adam.arena", "fused_adam.codecs", "fused_adam.precision"},
     "fused_adam.watch": {"fused_adam.flatten"},
     "fused_adam.host": {

@@ -320,6 +320,27 @@ def test_swapped_data_is_noticed(backend, flatten):
     torch.testing.assert_close(*old)
 
 
+@pytest.mark.parametrize("precision", [None, "native-bf16", "native-int8"])
+@pytest.mark.parametrize("flatten", FLATTEN)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_model_that_changes_its_memory_format_takes_its_state_along(backend, flatten, precision):
+    """Moments keep to the elements they belong to, whose order in memory is another one now."""
+    model = nn.Conv2d(3, 4, 5)
+    optimizer = FusedAdam(model.parameters(), lr=0.1, backend=backend, flatten=flatten, precision=precision)
+    train(optimizer, 2)
+    for memory_format in (torch.channels_last, torch.contiguous_format):
+        model.to(memory_format=memory_format)
+        optimizer.zero_grad(set_to_none=True)
+        expected = FusedAdam([p.detach().clone().requires_grad_() for p in model.parameters()], precision=precision)
+        expected.load_state_dict(optimizer.state_dict())
+        train(optimizer, 2, first=2)
+        train(expected, 2, first=2)
+        assert same_bits(results(optimizer), results(expected))
+        weight = optimizer.state[model.weight]
+        moment = weight.get("exp_avg", weight.get("exp_avg_code"))
+        assert moment.is_contiguous(memory_format=memory_format)
+
+
 @pytest.mark.parametrize("flatten", FLATTEN)
 def test_swapped_tensors_are_noticed(flatten):
     a, b = pair(flatten=flatten)
