@@ -4,7 +4,7 @@ BIN := .venv/bin
 
 TRITONS := 3.6.0 3.9.0
 
-.PHONY: demo bench test test-long test-triton lint types wheel clean
+.PHONY: demo bench test test-long test-triton test-integrations lint types wheel clean
 
 demo: .venv/installed
 	$(BIN)/python -m bench demo
@@ -27,6 +27,10 @@ test-triton: $(TRITONS:%=.venv-triton-%/installed)
 	-W "ignore:Conversion of an array with ndim:DeprecationWarning" \
 	tests/test_codegen.py tests/test_inspect.py tests/test_launch.py tests/test_kernel.py tests/test_hash.py::test_short_hash_on_the_kernel \
 	|| exit 1; done
+
+# DDP, ZeRO and FSDP1 in several processes.
+test-integrations: .venv/installed
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests/integrations
 
 lint: .venv/installed
 	$(BIN)/ruff check .
