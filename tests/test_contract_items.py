@@ -549,7 +549,7 @@ class TestDifferences:
     def test_c6_there_is_no_functional_form(self):
         import fused_adam
 
-        assert fused_adam.__all__ == ["FusedAdam", "FusedAdamW", "__version__", "step_in_backward"]
+        assert fused_adam.__all__ == ["FusedAdam", "FusedAdamW", "__version__", "param_groups", "step_in_backward"]
 
     def test_c2_fused_takes_complex_parameters(self):
         complex_ = p(2, dtype=torch.complex64)
