@@ -127,15 +127,20 @@ def check(param: Tensor, grad: Tensor, name: str) -> None:
 def waves(rows: Sequence[Row]) -> list[int]:
     """For each row, how many rows before it overlap it in memory: such rows are stepped in order, as torch does.
 
-    Marks them, too: a parameter that is listed twice counts two steps where its neighbours count one.
+    Marks them, too: a parameter that is listed twice counts two steps where its neighbours count one. (Also an empty
+    one, which has no memory to overlap in.)
     """
     ends: list[tuple[int, int, int]] = []
+    empty: dict[int, int] = {}  # listings so far
+    wave = [0] * len(rows)
     for i, row in enumerate(rows):
         p = row.param
         reach = 1 + sum((size - 1) * stride for size, stride in zip(p.shape, p.stride(), strict=True))
         if p.numel():
             ends.append((p.data_ptr(), p.data_ptr() + reach * p.element_size(), i))
-    wave = [0] * len(rows)
+        else:
+            wave[i] = empty.get(id(row.home), 0)
+            empty[id(row.home)] = wave[i] + 1
     cluster: list[int] = []
     cluster_end = 0
     for start, end, i in sorted(ends):

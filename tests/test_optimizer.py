@@ -247,6 +247,20 @@ def test_a_parameter_listed_twice_is_stepped_twice(backend):
     torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("shape", [(0,), (2, 0)])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_empty_parameter_listed_twice_counts_two_steps(backend, shape):
+    """As in torch; two empty parameters that are not the same one count a step each."""
+    counts = []
+    for optimizer_class, options in ((FusedAdam, {"backend": backend}), (torch.optim.Adam, {})):
+        p, other = nn.Parameter(torch.ones(shape)), nn.Parameter(torch.ones(shape))
+        with pytest.warns(UserWarning, match="duplicate parameters"):
+            optimizer = optimizer_class([p, other, p], **options)
+        train(optimizer, 3)
+        counts.append([float(optimizer.state[q]["step"]) for q in (p, other)])
+    assert counts == [[6, 3], [6, 3]]
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_parameters_that_overlap_are_stepped_in_order(backend):
     runs = []
