@@ -144,7 +144,7 @@ class Home:
     views: dict[str, Tensor] = field(default_factory=dict)
     counters: Counters | None = None
     counter: int = 0
-    strides: tuple[int, ...] = ()  # the order of elements that the slots are in
+    layout: object = None  # the device that the slots are on, and the order of elements they are in
     # Counters of equal age have equal values: the value itself, or a token given to those that moved on together.
     age: object = 0.0
 
@@ -229,9 +229,9 @@ class Arena:
         for param, entries in wanted.items():
             entry = dict.setdefault(state, param, {})
             home = self.homes.setdefault(param, Home())
-            strides = dense_layout(param)[1]
-            if home.strides != strides:  # another memory format: by value into slots of that order
-                home.strides = strides
+            layout = (param.device, dense_layout(param)[1])
+            if home.layout != layout:  # the parameter moved, or has another memory format: by value into other slots
+                home.layout = layout
                 home.views = {key: view for key, view in home.views.items() if key == "step"}
             for key, (dtype, _) in entries.items():
                 if not home.holds(key, entry.get(key), dtype):

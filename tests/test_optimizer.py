@@ -355,6 +355,41 @@ def test_a_model_that_changes_its_memory_format_takes_its_state_along(backend, f
         assert moment.is_contiguous(memory_format=memory_format)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_state_that_lies_on_another_device_moves_to_the_parameters(backend):
+    """As after `model.to(device)`; there is one device here, so the state is said to lie elsewhere."""
+    optimizer, plain = (FusedAdam(parameters(torch.float32, [(5,), (3, 4)]), backend=backend) for _ in range(2))
+    train(optimizer, 2)
+    params = optimizer.param_groups[0]["params"]
+    before = [optimizer.state[p]["exp_avg"] for p in params]
+    for p in params:
+        home = optimizer._engine.arena.homes[p]
+        home.layout = (torch.device("meta"), home.layout[1])
+        p.data = p.data.clone()
+    train(optimizer, 2, first=2)
+    train(plain, 4)
+    assert same_bits(results(optimizer), results(plain))
+    assert all(
+        optimizer.state[p]["exp_avg"].data_ptr() != old.data_ptr() for p, old in zip(params, before, strict=True)
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("flatten", FLATTEN)
+def test_a_model_that_moves_to_the_gpu_takes_its_state_along(flatten):
+    models = [nn.Linear(5, 3), nn.Linear(5, 3)]
+    models[1].load_state_dict(models[0].state_dict())
+    optimizers = [FusedAdam(model.parameters(), flatten=flatten) for model in models]
+    for optimizer in optimizers:
+        train(optimizer, 2)
+    models[0].to("cuda")
+    optimizers[0].zero_grad()
+    for optimizer in optimizers:
+        train(optimizer, 2, first=2)
+    assert all(value.is_cuda for entry in optimizers[0].state.values() for value in entry.values())
+    assert same_bits(*map(results, optimizers))
+
+
 @pytest.mark.parametrize("flatten", FLATTEN)
 def test_swapped_tensors_are_noticed(flatten):
     a, b = pair(flatten=flatten)
