@@ -207,6 +207,8 @@ def export_fp32(groups: Sequence[dict[str, Any]], state_dict: dict[str, Any]) ->
     params = [param for group in groups for param in group["params"]]
     for number, name, param in zip(numbers, names, params, strict=True):
         entry = state_dict["state"].get(number, {})
+        # Offloaded state is on the host.
+        entry = {key: value.to(param.device) if key in ENTRIES else value for key, value in entry.items()}
         values = decode(entry, param)
         weight = values.pop("master_weight", None)
         if weight is None:

@@ -15,6 +15,7 @@ from fused_adam_kernels import table
 
 from . import backend as backends
 from . import checkpoint
+from . import offload as offloading
 from .arena import State
 from .engine import Engine, lasting
 from .flatten import FlatBuffers
@@ -136,6 +137,7 @@ class FusedAdam(torch.optim.Adam):
         self.state = State(self.state)
         self._engine = Engine(self._backend, self._max_grad_norm, self._skip_nonfinite)
         self._release: Any = None  # the handle of `step_in_backward`, while it steps
+        self._origins: offloading.Origins | None = None  # while offloaded: where state came from
 
     def _move_to_buffers(self) -> None:
         # A copy does so at its first use: while it is unpickled, its storages have the unpickler for an owner.
@@ -216,6 +218,7 @@ class FusedAdam(torch.optim.Adam):
             )
             return result
         self._accelerator_graph_capture_health_check()
+        self._check_at_home()
         if self._release is not None:
             self._end_round(closure)
         loss = None
@@ -241,7 +244,12 @@ class FusedAdam(torch.optim.Adam):
 
     def _step_only(self, positions: tuple[int, ...]) -> None:
         """Step these parameters alone, by their positions among all: each has a gradient."""
+        self._check_at_home()
         self._engine.step(self.param_groups, self.state, Guard(), positions)  # type: ignore[arg-type]
+
+    def _check_at_home(self) -> None:
+        if self._origins is not None:
+            raise RuntimeError("this optimizer's state is offloaded to the host: call reload() before a step")
 
     def _guard(self) -> Guard:
         return Guard(getattr(self, "found_inf", None), getattr(self, "grad_scale", None))
@@ -274,6 +282,52 @@ class FusedAdam(torch.optim.Adam):
         if self._engine.flat is not None:
             self._engine.flat.zero_grad()
 
+    @torch._disable_dynamo  # type: ignore[attr-defined]
+    def offload(self) -> None:
+        """Move moments, master weights, remainders, codes and scales to pinned host memory, until `reload()`.
+
+        For phases that need the device's memory for something else: generation in RL, evaluation. One copy per
+        segment (up to 1 GiB, or one parameter that is larger), not one per parameter; afterwards the memory is torch's
+        allocator's to give (`torch.cuda.empty_cache()` gives it to other processes). Step counters (4 bytes per
+        parameter) and parameters stay. Entries of `state` are host tensors then, so `state_dict()`, `export_fp32()`,
+        `load_state_dict()` and `add_param_group()` work; a step raises. Copies of the optimizer (deepcopy, pickle) are
+        not offloaded: their first step takes state to the device. State of parameters on the CPU stays where it is.
+
+        Does nothing for state that is offloaded already. CUDA graphs that were captured before hold addresses of the
+        old memory: capture them anew after `reload()` and a step, and never replay the old ones.
+
+        Raises RuntimeError while a CUDA graph is being captured, and with `differentiable=True`.
+        """
+        self._check_may_move("offload")
+        origins: offloading.Origins = {} if self._origins is None else self._origins
+        with lasting():
+            offloading.to_host(self._engine.arena, self.state, origins)  # type: ignore[arg-type]
+        self._origins = origins
+        self._engine.forget()  # plans hold on to the memory that they step
+
+    @torch._disable_dynamo  # type: ignore[attr-defined]
+    def reload(self) -> None:
+        """Move state back after `offload()`: steps have the bits that they would have had without.
+
+        Copies do not wait for the device: they come before what is launched next on the current stream. Does nothing
+        if state is not offloaded.
+
+        Raises RuntimeError while a CUDA graph is being captured.
+        """
+        self._check_may_move("reload")
+        if self._origins is not None:
+            with lasting():
+                offloading.to_devices(self._engine.arena, self.state, self._origins)  # type: ignore[arg-type]
+            self._origins = None
+
+    def _check_may_move(self, name: str) -> None:
+        if backends.is_capturing():
+            raise RuntimeError(f"{name}() cannot be captured in a CUDA graph: call it before or after the capture")
+        if self.defaults["differentiable"]:
+            raise RuntimeError(
+                f"{name}() does not go with differentiable=True, whose state is part of autograd's graph"
+            )
+
     def export_fp32(self) -> dict[str, Any]:
         """Weights and moments as float32, whatever the precision: a copy, on the parameters' devices.
 
@@ -299,6 +353,8 @@ class FusedAdam(torch.optim.Adam):
         state: Any = self.state
         with lasting():
             groups = checkpoint.load(self.param_groups, self._engine.arena, state, state_dict)
+            if self._origins is not None:  # what was not there before was made on the device
+                offloading.to_host(self._engine.arena, state, self._origins)
         self.__setstate__({"state": state, "param_groups": groups})
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)

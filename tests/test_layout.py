@@ -46,8 +46,10 @@ ALLOWED = {
     },
     "fused_adam.optimizer": {
         *("fused_adam.arena", "fused_adam.backend", "fused_adam.checkpoint", "fused_adam.engine"),
-        *("fused_adam.flatten", "fused_adam.precision", "fused_adam.scalars", "fused_adam_kernels.table"),
+        *("fused_adam.flatten", "fused_adam.offload", "fused_adam.precision", "fused_adam.scalars"),
+        "fused_adam_kernels.table",
     },
+    "fused_adam.offload": {"fused_adam.arena", "fused_adam.precision"},
     "fused_adam_kernels": set(),
     "fused_adam_kernels.table": set(),
     "fused_adam_kernels.math": set(),
