@@ -90,8 +90,9 @@ class FlatBuffers:
         self._attach(param, place)
 
     def _attach(self, param: Tensor, place: Place) -> None:
-        # A frozen parameter has no gradient, so that it is not stepped.
-        if param.requires_grad and param.grad is None and place.holds(param):
+        # A frozen parameter has no gradient, so that it is not stepped; one of another dtype cannot lie in the buffer.
+        fits = param.grad_dtype in (None, param.dtype)
+        if fits and param.requires_grad and param.grad is None and place.holds(param):
             param.grad = place.grad_view
 
     def place(self, param: Tensor, grad: Tensor) -> Place | None:
