@@ -6,7 +6,7 @@ import contextlib
 import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import chain, compress, count, repeat
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from . import plan
 from .arena import Arena, State, grow_older
 from .flatten import FlatBuffers
 from .scalars import Guard, hyper
-from .watch import Watch
+from .watch import Watch, reader
 
 # Plans are kept for the patterns of gradients that come back (experts, frozen layers): so many rows per parameter.
 ROWS_KEPT = 8
@@ -66,11 +66,11 @@ class Engine:
 
     Args:
         backend: as the optimizer's.
-        max_grad_norm, skip_nonfinite: as the optimizer's.
+        max_grad_norm, skip_nonfinite, grad_attribute: as the optimizer's.
     """
 
-    def __init__(self, backend: str, max_grad_norm: float | None, skip_nonfinite: bool) -> None:
-        self.backend = backend
+    def __init__(self, backend: str, max_grad_norm: float | None, skip_nonfinite: bool, grad_attribute: str) -> None:
+        self.backend, self.read = backend, reader(grad_attribute)
         self.max_grad_norm, self.skip_nonfinite = max_grad_norm, skip_nonfinite
         self.guards = max_grad_norm is not None or skip_nonfinite
         self.arena = Arena()
@@ -147,11 +147,10 @@ class Engine:
             self.usual = kept
         return kept, found
 
-    @staticmethod
-    def _key(params: list[Tensor], only: tuple[int, ...] | None) -> tuple[bool, tuple[int, ...]]:
+    def _key(self, params: list[Tensor], only: tuple[int, ...] | None) -> tuple[bool, tuple[int, ...]]:
         if only is not None:
             return True, only
-        return False, tuple([i for i, param in enumerate(params) if param.grad is not None])
+        return False, tuple(compress(count(), map(operator.is_not, self.read(params), repeat(None))))
 
     def _fit(self, kept: Plan, state: State) -> Found | None:
         if kept.generation != self.generation:
@@ -178,7 +177,7 @@ class Engine:
         params = self.params
         key = self._key(params, only)
         chosen = set(key[1])
-        grads = [param.grad if i in chosen else None for i, param in enumerate(params)]
+        grads = [grad if i in chosen else None for i, grad in enumerate(self.read(params))]
         live, found = [], []
         for param, grad in zip(params, grads, strict=True):
             if grad is not None:
@@ -203,7 +202,13 @@ class Engine:
             live,
             [row for section in sections for row in section.rows],
             [backends.bind(devices[section.device], section) for section in sections],
-            Watch(live, found, [] if only is not None else [p for p in params if p.grad is None], self.flat),
+            Watch(
+                live,
+                found,
+                [] if only is not None else [p for p, grad in zip(params, grads, strict=True) if grad is None],
+                self.flat,
+                self.read,
+            ),
             [span for s in sections for launch in s.launches for span in launch.spans if len(span.rows) > 1],
             [param for param in live if not param.is_inference()],
             self.generation,

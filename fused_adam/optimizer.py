@@ -22,6 +22,8 @@ from .flatten import FlatBuffers
 from .precision import check_seed, parse
 from .scalars import Guard
 
+GRAD_ATTRIBUTES = ("grad", "main_grad", "decoupled_grad")
+
 
 def _check_guards(max_grad_norm: object, skip_nonfinite: object, differentiable: bool) -> None:
     """Raise unless the arguments that look at all gradients are what they may be."""
@@ -32,6 +34,14 @@ def _check_guards(max_grad_norm: object, skip_nonfinite: object, differentiable:
         raise TypeError(f"skip_nonfinite={skip_nonfinite!r} must be True or False")
     if differentiable and (max_grad_norm is not None or skip_nonfinite):
         raise ValueError("max_grad_norm and skip_nonfinite do not go with differentiable=True, which is torch's step")
+
+
+def _check_grad_attribute(name: object, flatten: bool, differentiable: bool) -> None:
+    if name not in GRAD_ATTRIBUTES:
+        raise ValueError(f"grad_attribute={name!r} is not known; allowed: {', '.join(map(repr, GRAD_ATTRIBUTES))}")
+    for other, value in (("flatten", flatten), ("differentiable", differentiable)):
+        if value and name != "grad":
+            raise ValueError(f"grad_attribute={name!r} does not go with {other}=True, which uses `grad`")
 
 
 class FusedAdam(torch.optim.Adam):
@@ -63,6 +73,10 @@ class FusedAdam(torch.optim.Adam):
             without writing them and without waiting for the device. The norm is `optimizer.grad_norm`.
         skip_nonfinite: a step with a NaN or Inf in any gradient changes nothing, decided on the device;
             `optimizer.skipped_steps` counts them.
+        grad_attribute: where a parameter's gradient is: "grad", "main_grad" (Megatron's gradient buffers) or
+            "decoupled_grad" (TransformerEngine's and Megatron-FSDP's). With the latter two, steps, clipping and
+            `skip_nonfinite` read that attribute, of any floating dtype, and not `grad`; None or no attribute is no
+            gradient. Scale it yourself: torch's GradScaler looks at `grad` alone, and such a step raises.
         backend: "auto" (triton on GPUs, reference on CPU), "triton", "reference" or "compiled" (the reference
             through torch.compile: CPU only, needs a C++ compiler). All give the same bits.
 
@@ -95,6 +109,7 @@ class FusedAdam(torch.optim.Adam):
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
         flatten: bool = False,
+        grad_attribute: str = "grad",
         backend: str = "auto",
         seed: int = 0,
     ) -> None:
@@ -106,10 +121,11 @@ class FusedAdam(torch.optim.Adam):
                 "flatten=True does not go with differentiable=True: gradients would be overwritten in place"
             )
         _check_guards(max_grad_norm, skip_nonfinite, differentiable)
+        _check_grad_attribute(grad_attribute, flatten, differentiable)
         parse(precision)
         check_seed(seed)
         self._backend, self._flatten = backend, flatten
-        self._precision, self._seed = precision, seed
+        self._precision, self._seed, self._grad_attribute = precision, seed, grad_attribute
         self._max_grad_norm, self._skip_nonfinite = max_grad_norm, skip_nonfinite
         # Named, not super(): in FusedAdamW the next class is torch's AdamW, which has another signature.
         torch.optim.Adam.__init__(
@@ -135,7 +151,7 @@ class FusedAdam(torch.optim.Adam):
     def _set_up(self) -> None:
         """What is derived, and made anew after pickle and deepcopy."""
         self.state = State(self.state)
-        self._engine = Engine(self._backend, self._max_grad_norm, self._skip_nonfinite)
+        self._engine = Engine(self._backend, self._max_grad_norm, self._skip_nonfinite, self._grad_attribute)
         self._release: Any = None  # the handle of `step_in_backward`, while it steps
         self._origins: offloading.Origins | None = None  # while offloaded: where state came from
 
@@ -152,11 +168,14 @@ class FusedAdam(torch.optim.Adam):
     def _step_supports_amp_scaling(self) -> bool:
         """Whether GradScaler leaves unscaling and the overflow decision to `step`, without waiting for the device.
 
-        As in torch, with `fused=True`; and with `max_grad_norm` or `skip_nonfinite`. Derived, so that it survives
+        As in torch, with `fused=True`; and with `max_grad_norm` or `skip_nonfinite`; and with a `grad_attribute` whose
+        gradients it would not unscale, so that the step can say so. Derived, so that it survives
         pickle, deepcopy and loaded checkpoints. Not always True, because Lightning refuses its own clipping for
         optimizers that carry it.
         """
-        return self._engine.guards or bool(self.defaults["fused"]) or any(group["fused"] for group in self.param_groups)
+        if self._engine.guards or self._grad_attribute != "grad":
+            return True
+        return bool(self.defaults["fused"]) or any(group["fused"] for group in self.param_groups)
 
     @_step_supports_amp_scaling.setter
     def _step_supports_amp_scaling(self, value: bool) -> None:
@@ -252,7 +271,13 @@ class FusedAdam(torch.optim.Adam):
             raise RuntimeError("this optimizer's state is offloaded to the host: call reload() before a step")
 
     def _guard(self) -> Guard:
-        return Guard(getattr(self, "found_inf", None), getattr(self, "grad_scale", None))
+        guard = Guard(getattr(self, "found_inf", None), getattr(self, "grad_scale", None))
+        if self._grad_attribute != "grad" and (guard.found_inf is not None or guard.grad_scale is not None):
+            raise RuntimeError(
+                f"a GradScaler does not go with grad_attribute={self._grad_attribute!r}: it looks for overflows in "
+                "`grad` alone; unscale gradients yourself, and pass skip_nonfinite=True to skip steps that overflowed"
+            )
+        return guard
 
     @property
     def grad_norm(self) -> Tensor | None:
@@ -273,7 +298,11 @@ class FusedAdam(torch.optim.Adam):
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Reset all gradients; those in flat buffers (`flatten=True`) are zeroed whatever `set_to_none` says."""
+        """Reset all gradients; those in flat buffers (`flatten=True`) are zeroed whatever `set_to_none` says.
+
+        With a `grad_attribute`, its gradients too: "decoupled_grad" as `set_to_none` says, "main_grad" always to zero
+        and in place, because it is a view of a buffer that backward adds to.
+        """
         self._move_to_buffers()
         if self._engine.flat is not None:
             for param in self._engine.flat.places:
@@ -281,6 +310,19 @@ class FusedAdam(torch.optim.Adam):
         super().zero_grad(set_to_none)
         if self._engine.flat is not None:
             self._engine.flat.zero_grad()
+        if self._grad_attribute != "grad":
+            self._zero_elsewhere(set_to_none and self._grad_attribute != "main_grad")
+
+    def _zero_elsewhere(self, set_to_none: bool) -> None:
+        params = self._params()
+        found = [
+            (param, grad) for param, grad in zip(params, self._engine.read(params), strict=True) if grad is not None
+        ]
+        if set_to_none:
+            for param, _ in found:
+                setattr(param, self._grad_attribute, None)
+        elif found:
+            torch._foreach_zero_([grad for _, grad in found])
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def offload(self) -> None:
@@ -360,7 +402,7 @@ class FusedAdam(torch.optim.Adam):
             post_hook(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_backend", "_flatten", "_max_grad_norm", "_precision", "_seed", "_skip_nonfinite")
+        own = ("_backend", "_flatten", "_grad_attribute", "_max_grad_norm", "_precision", "_seed", "_skip_nonfinite")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -394,6 +436,7 @@ class FusedAdamW(FusedAdam, torch.optim.AdamW):
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
         flatten: bool = False,
+        grad_attribute: str = "grad",
         backend: str = "auto",
         seed: int = 0,
     ) -> None:
@@ -414,6 +457,7 @@ class FusedAdamW(FusedAdam, torch.optim.AdamW):
             max_grad_norm=max_grad_norm,
             skip_nonfinite=skip_nonfinite,
             flatten=flatten,
+            grad_attribute=grad_attribute,
             backend=backend,
             seed=seed,
         )

@@ -33,8 +33,8 @@ def step_in_backward(
 
     Raises:
         TypeError, ValueError: an argument is not what it must be, or the optimizer has an option that looks at all
-            gradients before the first update (max_grad_norm, skip_nonfinite), keeps them (flatten=True), or steps
-            through autograd (differentiable=True).
+            gradients before the first update (max_grad_norm, skip_nonfinite), keeps them (flatten=True), has them
+            elsewhere (grad_attribute), or steps through autograd (differentiable=True).
         RuntimeError: training runs in several processes, whose gradients are not averaged yet when they arrive here.
             Later, from backward: a parameter got a second gradient before `optimizer.step()`. From `step()`: a
             closure, or a GradScaler, which would know of an overflow only after the updates.
@@ -47,6 +47,10 @@ def step_in_backward(
         "max_grad_norm": (optimizer._max_grad_norm, "the norm needs all gradients before the first update"),
         "skip_nonfinite": (optimizer._skip_nonfinite, "it needs all gradients before the first update"),
         "flatten": (optimizer._flatten, "its gradients stay where they are"),
+        "grad_attribute": (
+            optimizer._grad_attribute if optimizer._grad_attribute != "grad" else None,
+            "backward tells when `grad` is whole",
+        ),
         "differentiable": (optimizer.defaults["differentiable"], "autograd would need the gradients again"),
     }
     for name, (value, reason) in reasons.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -24,6 +25,18 @@ def layouts(tensors: Sequence[Tensor]) -> list[Any]:
     return [
         t is not None and (type(t), t.dtype, t.device, t.shape, t.stride(), t.is_conj(), t.is_neg()) for t in tensors
     ]
+
+
+def read_grad(params: Sequence[Tensor]) -> list[Tensor | None]:
+    """The gradients, where torch has them."""
+    return [param.grad for param in params]
+
+
+def reader(attribute: str) -> Callable[[Sequence[Tensor]], list[Tensor | None]]:
+    """How gradients are read, of many parameters at once: every step does so."""
+    if attribute == "grad":
+        return read_grad
+    return lambda params: [getattr(param, attribute, None) for param in params]
 
 
 class Layouts:
@@ -52,12 +65,18 @@ class Watch:
         live: the parameters that the plan steps, in order, and their gradients.
         idle: those that must have no gradient.
         buffers: flat parameters and gradients, if there are any.
+        read: how gradients are read.
     """
 
     def __init__(
-        self, live: Sequence[Tensor], grads: Sequence[Tensor], idle: Sequence[Tensor], buffers: FlatBuffers | None
+        self,
+        live: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        idle: Sequence[Tensor],
+        buffers: FlatBuffers | None,
+        read: Callable[[Sequence[Tensor]], list[Tensor | None]],
     ) -> None:
-        self.live, self.idle = list(live), list(idle)
+        self.live, self.idle, self.read = list(live), list(idle), read
         self.addresses = list(map(data_ptr, live))
         slots = buffers.grad_addresses if buffers else {}
         self.slots = [slots.get(param, 0) for param in live]
@@ -73,9 +92,9 @@ class Watch:
 
         Gradients may have moved; parameters, layouts, and who has a gradient may not have changed.
         """
-        if any(param.grad is not None for param in self.idle):
+        if any(map(operator.is_not, self.read(self.idle), repeat(None))):
             return None
-        grads: list[Any] = [param.grad for param in self.live]
+        grads: list[Any] = self.read(self.live)
         if self.views and not all(map(operator.is_, grads, self.views)):
             return None
         if not self.layouts.hold(self.live if self.views else [*self.live, *grads]):
