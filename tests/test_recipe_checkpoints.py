@@ -156,7 +156,7 @@ def close(got, want, states, weight_bits=24):
             else:  # half the distance of two codes, which is widest at the top: 1 - (126 / 127)^2, 1 - (254 / 255)^4
                 assert (error <= y[key].abs().max() * 0.008 + (0 if key == "exp_avg" else 1e-12)).all()
                 assert key == "exp_avg" or (x[key][y[key] > 0] > 0).all()
-        assert ((x["weight"] - y["weight"]).abs() <= y["weight"].abs() * 2.0 ** (1 - weight_bits)).all()
+        assert ((x["weight"] - y["weight"]).abs() <= y["weight"].abs() * 2.0**-weight_bits).all()
 
 
 BITS = {"master32": 24, "split32": 24, "split24": 16, "sr": 8, "native": 8}
