@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .distributed import group_elements, like, local, part_of
 from .precision import ENTRIES, GROUP, GROUPED
 
 Entries = dict[str, tuple[torch.dtype, torch.Size]]  # of one parameter's state, by name: dtype and shape
@@ -151,7 +152,16 @@ class Home:
     def holds(self, key: str, value: Any, dtype: torch.dtype) -> bool:
         """Whether `value` is the tensor we put there, still over our memory and of the dtype wanted."""
         view = self.views.get(key)
-        return value is view and view is not None and view.dtype == dtype and view.data_ptr() == self.slots[key].address
+        if view is None or value is not view or view.dtype != dtype:
+            return False
+        return local(view).data_ptr() == self.slots[key].address
+
+    def fill(self, key: str, value: Tensor) -> None:
+        """Copy what is here of a value into the entry's memory."""
+        view = local(self.views[key])
+        if key in GROUPED:
+            view = view.view(-1)[: len(value)]
+        view.copy_(value)
 
     def holds_step(self, value: Any, device: torch.device) -> bool:
         """The same for the step counter."""
@@ -185,6 +195,8 @@ class Arena:
         """Raise ValueError if the entry's tensors cannot be the state of this parameter."""
         for key, (dtype, shape) in wanted.items():
             value = entry.get(key)
+            if isinstance(value, Tensor):
+                value = part_of(param, key, value)
             if value is not None and (not isinstance(value, Tensor) or value.shape != shape):
                 got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"{type(value).__name__}"
                 raise ValueError(f"state {key!r} of {name} has {got}, but must be a tensor of shape {tuple(shape)}")
@@ -229,7 +241,7 @@ class Arena:
         for param, entries in wanted.items():
             entry = dict.setdefault(state, param, {})
             home = self.homes.setdefault(param, Home())
-            layout = (param.device, dense_layout(param)[1])
+            layout = (local(param).device, dense_layout(local(param))[1])
             if home.layout != layout:  # the parameter moved, or has another memory format: by value into other slots
                 home.layout = layout
                 home.views = {key: view for key, view in home.views.items() if key == "step"}
@@ -244,7 +256,7 @@ class Arena:
         for device, owners in steps.items():
             self._make_counters(state, owners, device)
         for (key, dtype, device), owners in missing.items():
-            numels = [real(param).numel() for param in owners]
+            numels = [group_elements(param) if key in GROUPED else real(local(param)).numel() for param in owners]
             group = GROUP if key in GROUPED else 1
             slots = (slot for segment in segments(numels, dtype.to_real(), device, group) for slot in segment)
             for param, slot in zip(owners, slots, strict=True):
@@ -269,14 +281,14 @@ class Arena:
         self.counters = [c for c in self.counters if id(c) in used]
 
     def _move_in(self, entry: dict[str, Any], param: Tensor, key: str, slot: Slot) -> None:
-        view = slot.flat() if key in GROUPED else slot.view(param)
+        home, part = self.homes[param], local(param).detach()
+        view = slot.flat() if key in GROUPED else slot.view(part)
+        home.slots[key], home.views[key] = slot, like(param, key, view)
         if entry.get(key) is not None:
-            view.copy_(entry[key])
+            home.fill(key, part_of(param, key, entry[key]))
         elif key == "master_weight":
-            view.copy_(param.detach())
-        home = self.homes[param]
-        home.slots[key], home.views[key] = slot, view
-        entry[key] = view
+            home.fill(key, part)
+        entry[key] = home.views[key]
 
     def counters_unchanged(self) -> bool:
         """Whether nobody but us has written to a step counter since the last step."""

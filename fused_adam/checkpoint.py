@@ -12,6 +12,7 @@ from torch import Tensor
 
 from . import codecs
 from .arena import Arena, Entries, State, dense_layout, is_dense, padded
+from .distributed import like, local, part_of
 from .precision import ENTRIES, GROUP, WEIGHTS, Recipe, check_seed, parse
 
 
@@ -88,9 +89,9 @@ def load(
             # What is there must fit; half an entry is filled up at the next step, as it always was.
             # What a recipe stores does not depend on which of its dtypes a parameter has.
             dtype = param.dtype if source.weights is None else WEIGHTS[source.weights][0][0]
-            wanted = source.state(dtype, param.shape, amsgrad=True)
+            wanted = source.state(dtype, local(param).shape, amsgrad=True)
             arena.check(param, f"parameter {number}", entry, wanted)
-            entries[param] = dict(entry)
+            entries[param] = _parts(entry, param)
         else:
             others[number] = deepcopy(entry)
 
@@ -100,9 +101,10 @@ def load(
     wanted_entries: dict[Tensor, Entries] = {}
     for param, entry in entries.items():
         source, target = recipes[param]
-        wanted = target.state(param.dtype, param.shape, amsgrad="max_exp_avg_sq" in entry)
-        if not _same_storage(source, target, param, entry):
-            entry = convert(entry, param, target)
+        part = local(param).detach()
+        wanted = target.state(part.dtype, part.shape, amsgrad="max_exp_avg_sq" in entry)
+        if not _same_storage(source, target, part, entry):
+            entry = convert(entry, part, target)
         _settle(arena, state, param, entry, wanted)
         if entry:
             wanted_entries[param] = {key: kind for key, kind in wanted.items() if key in entry}
@@ -120,6 +122,14 @@ def _merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     return {**new, **kept, "params": old["params"]}
 
 
+def _parts(entry: Mapping[str, Any], param: Tensor) -> dict[str, Any]:
+    """The entry with what is here of its tensors, where the parameter is a DTensor."""
+    return {
+        key: part_of(param, key, value) if key in ENTRIES and isinstance(value, Tensor) else value
+        for key, value in entry.items()
+    }
+
+
 def _same_storage(source: Recipe, target: Recipe, param: Tensor, entry: Mapping[str, Any]) -> bool:
     """Whether what was saved can be copied as it is: also the order of its elements, where groups rest on it."""
     code = entry.get("exp_avg_code")
@@ -128,9 +138,10 @@ def _same_storage(source: Recipe, target: Recipe, param: Tensor, entry: Mapping[
 
 def reorder(entry: dict[str, Any], param: Tensor, recipe: Recipe) -> None:
     """Encode 8-bit moments anew if the parameter's elements lie in another order than they do."""
-    if not _same_storage(recipe, recipe, param, entry):
+    part = local(param).detach()
+    if "exp_avg_code" in entry and not _same_storage(recipe, recipe, part, _parts(entry, param)):
         moments = {key: value for key, value in entry.items() if key.endswith(("_code", "_scale"))}
-        entry.update(convert(moments, param, recipe))
+        entry.update(convert(_parts(moments, param), part, recipe))
 
 
 def _flat(value: Tensor, param: Tensor) -> Tensor:
@@ -207,19 +218,22 @@ def export_fp32(groups: Sequence[dict[str, Any]], state_dict: dict[str, Any]) ->
     names = [name for group in groups for name in group.get("param_names", group["params"])]
     params = [param for group in groups for param in group["params"]]
     for number, name, param in zip(numbers, names, params, strict=True):
-        entry = state_dict["state"].get(number, {})
         # Offloaded state is on the host.
-        entry = {key: value.to(param.device) if key in ENTRIES else value for key, value in entry.items()}
-        values = decode(entry, param)
+        entry = {
+            key: value.to(param.device) if key in ENTRIES else value
+            for key, value in _parts(state_dict["state"].get(number, {}), param).items()
+        }
+        part = local(param).detach()
+        values = decode(entry, part)
         weight = values.pop("master_weight", None)
         if weight is None:
-            weight = _widened(param.detach())
+            weight = _widened(part)
         elif "master_weight" in entry:  # as the next step will see it
-            weight = codecs.load_weight("master32", param.detach(), weight)
-        weights[name if isinstance(name, str) else number] = weight.clone()
+            weight = codecs.load_weight("master32", part, weight)
+        weights[name if isinstance(name, str) else number] = like(param, "param", weight.clone())
         if entry:
             kept = {key: value for key, value in entry.items() if key not in ENTRIES}
-            state[number] = {**kept, **{key: value.clone() for key, value in values.items()}}
+            state[number] = {**kept, **{key: like(param, key, value.clone()) for key, value in values.items()}}
     exported = [
         {key: value for key, value in group.items() if key not in ("precision", "seed")}
         for group in state_dict["param_groups"]
@@ -237,7 +251,8 @@ def _settle(arena: Arena, state: State, param: Tensor, entry: dict[str, Any], wa
             own[key] = value
         elif key in wanted:
             if home and view is not None and home.holds(key, view, wanted[key][0]):
-                value = view.copy_(value)
+                home.fill(key, value)
+                value = view
             own[key] = value
         else:  # not ours: kept as torch keeps it, but never aliased
             own[key] = value.to(device=param.device, copy=True) if isinstance(value, Tensor) else deepcopy(value)

@@ -32,19 +32,25 @@ def philox(seed: int, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor) -> tuple[T
     return c0, c1, c2, c3
 
 
-def random_words(seed: int, first: int, step: int, ordinal: int, numel: int, device: torch.device) -> Tensor:
+def random_words(
+    seed: int, first: int, step: int, ordinal: int, numel: int, device: torch.device, origin: int = 0
+) -> Tensor:
     """The random words of `numel` elements of one parameter at one step: one draw serves four.
 
     Args:
         seed: any 64 bits.
-        first: the first element, counted in the full parameter; need not be a multiple of 4.
+        first: the first element, counted from `origin`; neither need be a multiple of 4.
         step, ordinal: the parameter's step counter and its place in the optimizer, below 2^32.
+        origin: where in the full parameter this part of it begins. The first 2^34 elements have the same words however
+            it is cut; later ones may share theirs with elements 2^34 before.
 
     Returns int32, shape (numel,): a uint32's bits. `weight_noise` and `state_noise` take their halves.
     """
+    first += origin & 3
     quad = torch.arange(first // 4, (first + numel + 3) // 4, device=device)
+    c0, c1 = (quad & WORD) + (origin >> 2 & WORD) & WORD, (quad >> 32) + (origin >> 34) & WORD
     c2, c3 = torch.full_like(quad, step), torch.full_like(quad, ordinal)
-    words = torch.stack(philox(seed, quad & WORD, quad >> 32, c2, c3), 1).view(-1)
+    words = torch.stack(philox(seed, c0, c1, c2, c3), 1).view(-1)
     return words[first % 4 : first % 4 + numel].to(torch.int32)
 
 

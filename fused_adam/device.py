@@ -132,6 +132,7 @@ class DeviceRunner:
         columns[table.NUMEL] = span.numel if span else 0
         columns[table.GRAD_NUMEL] = row.param.numel()
         columns[table.SEED], columns[table.ORDINAL] = row.options.seed, row.ordinal
+        columns[table.ORIGIN] = row.origin if row.options.recipe.random else 0
         return columns
 
     def _blocks(self, launch: Launch, position: dict[int, int]) -> Tensor:
@@ -221,7 +222,7 @@ class Norm:
         dtype_of = {row.index: launch.grad for launch in section.launches for row in launch.rows}
         self.places = 0  # one for every chunk, in the order of the parameters
         for i, row in enumerate(section.rows):
-            for chunk in range(-(-row.param.numel() // table.NORM_CHUNK)):
+            for chunk in range(-(-row.param.numel() // table.NORM_CHUNK) if row.counted else 0):
                 blocks.setdefault(dtype_of[row.index], []).append((i, chunk, self.places))
                 self.places += 1
         device = section.device

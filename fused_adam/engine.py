@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, compress, count, repeat
 from typing import Any
@@ -17,6 +17,7 @@ from fused_adam_kernels import table
 from . import backend as backends
 from . import plan
 from .arena import Arena, State, grow_older
+from .distributed import Ranks, gradient_parts, is_sharded
 from .flatten import FlatBuffers
 from .scalars import Guard, hyper
 from .watch import Watch, reader
@@ -76,6 +77,10 @@ class Engine:
         self.arena = Arena()
         self.flat: FlatBuffers | None = None
         self.stats: Tensor | None = None
+        self.ranks: Ranks | None = None  # where parameters are DTensors
+        self.counted: list[bool] = []
+        self.reduce_norm: Callable[[Tensor], Tensor] | None = None
+        self.moved: dict[Tensor, Tensor] = {}
         self.generation = self.moves = 0
         self.ran: Plan | None = None
         self.forget()
@@ -102,6 +107,7 @@ class Engine:
         Raises what `plan.build` raises, before anything is changed.
         """
         capturing = backends.is_capturing()
+        self.moved.clear()
         params = list(chain.from_iterable([group["params"] for group in groups]))
         options = [(group["amsgrad"], group.get("precision"), group.get("seed")) for group in groups]
         known = self._still_known(params, options) and self.arena.counters_unchanged()
@@ -119,7 +125,7 @@ class Engine:
                 self.params, self.options = params, options
                 self.arena.read_counters()
             with lasting():
-                found = self._build(groups, state, only)
+                found = self._build_with_others(groups, state, only)
         state.touched = False
         self._run(*found, [hyper(group, self.max_grad_norm, self.skip_nonfinite) for group in groups], guard, capturing)
 
@@ -169,6 +175,42 @@ class Engine:
             grow_older(row.home for row in self.ran.rows)
             self.ran = None
 
+    def _build_with_others(
+        self, groups: Sequence[dict[str, Any]], state: State, only: tuple[int, ...] | None
+    ) -> tuple[Plan, Found]:
+        """`_build`; where parameters are DTensors, the first time on all ranks or on none."""
+        if not any(map(is_sharded, self.params)):
+            self.ranks = None
+            return self._build(groups, state, only)
+        if self.ranks is None or list(map(id, self.ranks.params)) != list(map(id, self.params)):
+            ranks, failure, found = Ranks(self.params), None, None
+            try:
+                found = self._build(groups, state, only)
+            except Exception as error:
+                failure = error
+            members = [(number, group, param) for number, group in enumerate(groups) for param in group["params"]]
+            facts = [
+                {
+                    "shape": tuple(param.shape),
+                    "dtype": param.dtype,
+                    "placements": getattr(param, "placements", "none"),
+                    "gradient": grad is not None,
+                    "group": number,
+                    **{key: group.get(key) for key in ("amsgrad", "precision", "seed")},
+                    "max_grad_norm": self.max_grad_norm,
+                    "skip_nonfinite": self.skip_nonfinite,
+                }
+                for (number, group, param), grad in zip(members, self.read(self.params), strict=True)
+            ]
+            self.counted = ranks.agree(facts, failure)
+            self.ranks = ranks
+        else:
+            found = self._build(groups, state, only)
+        assert found is not None
+        for row in found[0].rows:
+            row.counted = self.counted[row.ordinal]
+        return found
+
     def _build(
         self, groups: Sequence[dict[str, Any]], state: State, only: tuple[int, ...] | None
     ) -> tuple[Plan, Found]:
@@ -183,6 +225,9 @@ class Engine:
             if grad is not None:
                 live.append(param)
                 found.append(grad)
+        found = gradient_parts(live, found, self.moved)
+        rest = iter(found)
+        grads = [None if grad is None else next(rest) for grad in grads]
         devices = {device: backends.choose(self.backend, device) for device in {param.device for param in live}}
         sections = plan.build(
             params=params,
@@ -198,17 +243,12 @@ class Engine:
             self.plans.clear()
             self.usual = None
             self.moves = self.arena.moves
+        idle = [param for param, grad in zip(params, grads, strict=True) if grad is None and only is None]
         made = Plan(
             live,
             [row for section in sections for row in section.rows],
             [backends.bind(devices[section.device], section) for section in sections],
-            Watch(
-                live,
-                found,
-                [] if only is not None else [p for p, grad in zip(params, grads, strict=True) if grad is None],
-                self.flat,
-                self.read,
-            ),
+            Watch(live, found, idle, self.flat, self.read, self.moved),
             [span for s in sections for launch in s.launches for span in launch.spans if len(span.rows) > 1],
             [param for param in live if not param.is_inference()],
             self.generation,
@@ -227,7 +267,7 @@ class Engine:
         self.ran = chosen
         for runner in chosen.runners:
             runner.begin(*found, capturing)
-        if chosen.runners and self.guards:
+        if self.guards and (chosen.runners or self.ranks):
             guard = self._checked(chosen, guard)
         for i, runner in enumerate(chosen.runners):
             # The norm is counted once.
@@ -239,10 +279,16 @@ class Engine:
     def _checked(self, chosen: Plan, guard: Guard) -> Guard:
         """Add the norm of all gradients, over all devices, and the place for what users may ask of it."""
         sums = [runner.square_sum().reshape(1) for runner in chosen.runners]
+        # A rank without gradients takes part, too.
+        sums = sums or [torch.zeros(1, dtype=torch.float64, device=self.params[0].device)]
         total = sums[0]
         for other in sums[1:]:
             # Between GPUs this does not wait; to the CPU it must, or the sum would read what has not arrived.
             total = total + other.to(total.device)
+        if self.ranks:
+            total = self.ranks.total(total)
+        if self.reduce_norm:
+            total = self.reduce_norm(total)
         if self.stats is None or self.stats.device != total.device:
             with lasting():
                 stats = torch.zeros(table.STATS, dtype=torch.float64, device=total.device)

@@ -49,7 +49,7 @@ class HostRunner:
 
     def __init__(self, section: Section, backend: str) -> None:
         self.backend, self.compiled = backend, backend == "compiled"
-        self.compute = section.compute
+        self.compute, self.device = section.compute, section.device
         self.rows = section.rows
         self.grads: Sequence[Tensor] = ()
         self.spans = [HostSpan(launch, span) for launch in section.launches for span in launch.spans]
@@ -72,7 +72,8 @@ class HostRunner:
         self.grads = grads
 
     def square_sum(self) -> Tensor:
-        return square_sum([self._flat_grad(row) for row in self.rows])
+        counted = [self._flat_grad(row) for row in self.rows if row.counted]
+        return square_sum(counted) if counted else torch.zeros((), dtype=torch.float64, device=self.device)
 
     def _flat_grad(self, row: Row) -> Tensor:
         grad = self.grads[row.index]
@@ -206,7 +207,7 @@ class HostSpan:
         options = self.row.options
         count = padded(numel) if options.recipe.random else 0
         number = int(min(step, LAST_STEP))
-        words = random_words(options.seed, start, number, self.row.ordinal, count, scalars.device)
+        words = random_words(options.seed, start, number, self.row.ordinal, count, scalars.device, self.row.origin)
         recipe_step(options.recipe, memory, scalars, *flags, words)
         if numel < padded(numel):
             operands["param"][start:end].copy_(memory["param"][:numel])

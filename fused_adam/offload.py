@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .arena import Arena, Home, Slot, State
+from .distributed import like, local
 from .precision import ENTRIES
 
 Origins = dict[Tensor, torch.device]  # segments that are on the host now -> the devices they came from
@@ -80,16 +81,16 @@ def _replace(arena: Arena, state: State, moved: dict[Tensor, Tensor]) -> None:
         entry = dict.get(state, param, {})
         for key, slot in home.slots.items():
             if key in home.views and slot.segment in moved:
-                _put(entry, home, key, Slot(moved[slot.segment], slot.start, slot.numel))
+                _put(param, entry, home, key, Slot(moved[slot.segment], slot.start, slot.numel))
     arena.moves += bool(moved)
     state.touched = True
 
 
-def _put(entry: dict[str, Any], home: Home, key: str, slot: Slot) -> None:
+def _put(param: Tensor, entry: dict[str, Any], home: Home, key: str, slot: Slot) -> None:
     """Give the parameter this slot; what somebody else has put into its entry stays."""
     before = home.views[key]
     # Shaped as before, not as the parameter is now: whether its layout has changed is for the next step to see.
-    view = slot.view(before)
+    view = like(param, key, slot.view(local(before)))
     home.slots[key], home.views[key] = slot, view
     if entry.get(key) is before:
         entry[key] = view

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from fused_adam_kernels import table
 
 from . import backend as backends
-from . import checkpoint
+from . import checkpoint, distributed
 from . import offload as offloading
 from .arena import State
 from .engine import Engine, lasting
@@ -22,6 +22,11 @@ from .flatten import FlatBuffers
 from .precision import check_seed, parse
 from .scalars import Guard
 
+# What copies and pickles keep besides torch's.
+KEPT = (
+    *("_backend", "_flatten", "_grad_attribute", "_max_grad_norm"),
+    *("_precision", "_reduce_norm", "_seed", "_skip_nonfinite"),
+)
 GRAD_ATTRIBUTES = ("grad", "main_grad", "decoupled_grad")
 
 
@@ -127,6 +132,7 @@ class FusedAdam(torch.optim.Adam):
         self._backend, self._flatten = backend, flatten
         self._precision, self._seed, self._grad_attribute = precision, seed, grad_attribute
         self._max_grad_norm, self._skip_nonfinite = max_grad_norm, skip_nonfinite
+        self._reduce_norm: Callable[[Tensor], Tensor] | None = None
         # Named, not super(): in FusedAdamW the next class is torch's AdamW, which has another signature.
         torch.optim.Adam.__init__(
             self,
@@ -152,6 +158,7 @@ class FusedAdam(torch.optim.Adam):
         """What is derived, and made anew after pickle and deepcopy."""
         self.state = State(self.state)
         self._engine = Engine(self._backend, self._max_grad_norm, self._skip_nonfinite, self._grad_attribute)
+        self._engine.reduce_norm = self._reduce_norm
         self._release: Any = None  # the handle of `step_in_backward`, while it steps
         self._origins: offloading.Origins | None = None  # while offloaded: where state came from
 
@@ -201,8 +208,9 @@ class FusedAdam(torch.optim.Adam):
             group.setdefault("precision", self._precision)
         recipe = parse(group.get("precision"))
         for param in group["params"]:
-            if is_traceable_wrapper_subclass(param):
-                raise TypeError(f"a parameter is a {type(param).__name__}, but must be a plain tensor")
+            if is_traceable_wrapper_subclass(param) and not distributed.is_sharded(param):
+                raise TypeError(f"a parameter is a {type(param).__name__}, but must be a plain tensor or a DTensor")
+            distributed.check(param)
             recipe.check(param.dtype)
         if recipe.weights is None:
             return
@@ -287,6 +295,27 @@ class FusedAdam(torch.optim.Adam):
         without `max_grad_norm` and `skip_nonfinite`.
         """
         return None if self._engine.stats is None else self._engine.stats[table.GRAD_NORM].float()
+
+    @property
+    def reduce_norm(self) -> Callable[[Tensor], Tensor] | None:
+        """Adds up what no mesh shows: pipeline stages, or experts that are not DTensors.
+
+        A function from the sum of squares of all gradients, over all ranks of the parameters' meshes, to the sum over
+        all that are clipped together: float64, shape (1,), on the device of the first parameters, as it returns it.
+        It is called in every step, on every rank, and must give the same value there:
+        `lambda total: all_reduce(total, group=pipeline) or total`. None: nothing is added.
+
+        Raises TypeError if it cannot be called, ValueError without max_grad_norm and skip_nonfinite.
+        """
+        return self._reduce_norm
+
+    @reduce_norm.setter
+    def reduce_norm(self, function: Callable[[Tensor], Tensor] | None) -> None:
+        if function is not None and not callable(function):
+            raise TypeError(f"reduce_norm={function!r} must be a function of one tensor, or None")
+        if function is not None and not self._engine.guards:
+            raise ValueError("reduce_norm is of use with max_grad_norm or skip_nonfinite, and neither is set")
+        self._reduce_norm = self._engine.reduce_norm = function
 
     @property
     def skipped_steps(self) -> Tensor | None:
@@ -402,8 +431,7 @@ class FusedAdam(torch.optim.Adam):
             post_hook(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_backend", "_flatten", "_grad_attribute", "_max_grad_norm", "_precision", "_seed", "_skip_nonfinite")
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in KEPT}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .arena import Arena, Entries, Home, Slot, State, dense_layout, flat, is_dense, padded, real
 from .checkpoint import reorder
+from .distributed import local, origin
 from .flatten import FlatBuffers
 from .precision import Recipe, parse
 
@@ -52,12 +53,14 @@ class Row:
     index: int  # among the parameters that have a gradient
     ordinal: int  # among all parameters
     group: int
-    param: Tensor  # real view of the user's parameter
+    param: Tensor  # real view of the user's parameter, or of its shard
     complex: bool
     options: Options
     entries: Entries
     home: Home
     slots: dict[str, Slot | None] = field(default_factory=dict)  # of the operands; None: the gradient, where it is
+    origin: int = 0  # of the full parameter, the element that is the first here
+    counted: bool = True  # in the norm: not what another rank counts
     overlaps: bool = False  # another parameter lies in the same memory, or it is listed twice
     staged: bool = False
     stage: tuple[Tensor, Tensor] | None = None  # the copies of parameter and gradient, in the parameter's shape
@@ -168,7 +171,7 @@ def build(
     """Decide the launches for the parameters that have gradients, and give these their state.
 
     Args:
-        params, grads: all parameters of the optimizer in order, and their gradients or None.
+        params, grads: all parameters of the optimizer in order, and what is here of their gradients or None.
         groups: for each parameter, the number of its param group.
         options: for each param group.
         arena, state: where state lives, and the mapping that users see.
@@ -182,20 +185,22 @@ def build(
     for index, (param, grad, group) in enumerate(zip(params, grads, groups, strict=True)):
         if grad is not None:
             name = f"parameter {index} (group {group})"
-            check(param, grad, name)
+            part = local(param)
+            check(part, grad, name)
             chosen = options[group]
             row = Row(
                 len(rows),
                 index,
                 group,
-                real(param.detach()),
-                param.is_complex(),
+                real(part.detach()),
+                part.is_complex(),
                 chosen,
-                chosen.recipe.state(param.dtype, param.shape, chosen.amsgrad),
+                chosen.recipe.state(part.dtype, part.shape, chosen.amsgrad),
                 arena.homes.setdefault(param, Home()),
+                origin=origin(param),
             )
             arena.check(param, name, dict.get(state, param, {}), row.entries)
-            _place(row, param, grad, buffers, staging[param.device])
+            _place(row, param, grad, buffers, staging[part.device])
             rows.append(row)
     # A parameter that is listed twice has one state, with what either of its groups asks for.
     live = [(param, grad) for param, grad in zip(params, grads, strict=True) if grad is not None]

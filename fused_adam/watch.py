@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .distributed import gradient_parts, is_sharded, parts
 from .flatten import FlatBuffers
 
 try:
@@ -62,10 +63,11 @@ class Watch:
     """All that one plan rests on, besides who the parameters are.
 
     Args:
-        live: the parameters that the plan steps, in order, and their gradients.
+        live, grads: the parameters that the plan steps, in order, and their gradients, or what is here of them.
         idle: those that must have no gradient.
         buffers: flat parameters and gradients, if there are any.
         read: how gradients are read.
+        moved: this step's gradients that lay otherwise than their DTensors, see `gradient_parts`.
     """
 
     def __init__(
@@ -75,9 +77,12 @@ class Watch:
         idle: Sequence[Tensor],
         buffers: FlatBuffers | None,
         read: Callable[[Sequence[Tensor]], list[Tensor | None]],
+        moved: dict[Tensor, Tensor],
     ) -> None:
         self.live, self.idle, self.read = list(live), list(idle), read
-        self.addresses = list(map(data_ptr, live))
+        self.sharded, self.moved = any(map(is_sharded, live)), moved
+        memory = self._memory()
+        self.addresses = list(map(data_ptr, memory))
         slots = buffers.grad_addresses if buffers else {}
         self.slots = [slots.get(param, 0) for param in live]
         self.grad_addresses = list(map(data_ptr, grads))
@@ -85,7 +90,10 @@ class Watch:
         # Gradients that are the very views we made of our buffers: their addresses say all.
         views = [buffers.places[param].grad_view for param in live if param in buffers.places] if buffers else []
         self.views = views if len(views) == len(grads) and all(map(operator.is_, views, grads)) else None
-        self.layouts = Layouts(live if self.views else [*live, *grads])
+        self.layouts = Layouts(memory if self.views else [*memory, *grads])
+
+    def _memory(self) -> list[Tensor]:
+        return parts(self.live) if self.sharded else self.live
 
     def gradients(self) -> tuple[list[Tensor], list[int]] | None:
         """This step's gradients of the live parameters and their addresses; None if the plan no longer fits.
@@ -97,9 +105,12 @@ class Watch:
         grads: list[Any] = self.read(self.live)
         if self.views and not all(map(operator.is_, grads, self.views)):
             return None
-        if not self.layouts.hold(self.live if self.views else [*self.live, *grads]):
+        memory = self._memory()
+        if self.sharded:
+            grads = gradient_parts(self.live, grads, self.moved)
+        if not self.layouts.hold(memory if self.views else [*memory, *grads]):
             return None
-        if list(map(data_ptr, self.live)) != self.addresses:
+        if list(map(data_ptr, memory)) != self.addresses:
             return None
         addresses = list(map(data_ptr, grads))
         if addresses != self.grad_addresses:

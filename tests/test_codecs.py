@@ -112,23 +112,32 @@ def test_the_users_generator_is_not_touched():
 
 
 @triton.jit
-def words_kernel(quads_ptr, singles_ptr, seed_ptr, first_ptr, step, ordinal, N: tl.constexpr):
+def words_kernel(quads_ptr, singles_ptr, seed_ptr, first_ptr, step, ordinal, origin_ptr, N: tl.constexpr):
     offs = tl.arange(0, N)
-    seed, first = tl.load(seed_ptr), tl.load(first_ptr)
-    tl.store(quads_ptr + offs, jit.random_words(seed, first, step, ordinal, N))
-    tl.store(singles_ptr + offs, jit.random_word(seed, first + offs, step, ordinal))
+    seed, first, origin = tl.load(seed_ptr), tl.load(first_ptr), tl.load(origin_ptr)
+    tl.store(quads_ptr + offs, jit.random_words(seed, first, step, ordinal, origin, N))
+    tl.store(singles_ptr + offs, jit.random_word(seed, first + offs, step, ordinal, origin))
 
 
 @adversarial
+@pytest.mark.parametrize("origin", [0, 8, 2**31 + 3, 2**34 - 4, 2**34 + 4, 7 << 40])
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize(("first", "step", "ordinal"), PLACES)
-def test_twins_draw_the_same_words(first, step, ordinal, seed, kernel_device):
+def test_twins_draw_the_same_words(first, step, ordinal, seed, origin, kernel_device):
     quads, singles = torch.zeros(2, 1024, dtype=torch.int32, device=kernel_device)
-    seed_and_first = torch.tensor([[seed], [first]], device=kernel_device)
-    words_kernel[(1,)](quads, singles, *seed_and_first, step, ordinal, N=1024)
-    expected = codecs.random_words(seed, first, step, ordinal, 1024, CPU)
-    assert same(quads, expected)
+    seed_first_origin = torch.tensor([[seed], [first], [origin]], device=kernel_device)
+    words_kernel[(1,)](quads, singles, *seed_first_origin[:2], step, ordinal, seed_first_origin[2], N=1024)
+    expected = codecs.random_words(seed, first, step, ordinal, 1024, CPU, origin)
     assert same(singles, expected)
+    if origin % 4 == 0:  # others take the tail's path
+        assert same(quads, expected)
+
+
+@pytest.mark.parametrize("cut", [1, 4, 30, 2**33 + 2])
+def test_words_are_the_same_however_a_parameter_is_cut(cut):
+    whole = codecs.random_words(5, cut, 3, 2, 100, CPU)
+    assert torch.equal(codecs.random_words(5, 0, 3, 2, 100, CPU, cut), whole)
+    assert torch.equal(codecs.random_words(5, 40, 3, 2, 60, CPU, cut), whole[40:])
 
 
 def test_torchs_default_dtype_does_not_matter():
@@ -387,7 +396,7 @@ found = {}
 for kernel, types in {
     moments_kernel: "*fp32 *fp32 *i32 *i8 *bf16 *fp32 *u8 *bf16 *fp32",
     weights_kernel: "*fp32 *i32 *bf16 *bf16 *bf16 *i16 *fp32 *bf16 *i8 *fp32",
-    words_kernel: "*i32 *i32 *i64 *i64 i32 i32",
+    words_kernel: "*i32 *i32 *i64 *i64 i32 i32 *i64",
 }.items():
     signature = dict(zip(kernel.arg_names, [*types.split(), "constexpr"]))
     source = ASTSource(kernel, signature, {(len(signature) - 1,): 128})

@@ -54,7 +54,7 @@ def aligned(address, DTYPE: tl.constexpr, HINT: tl.constexpr):
 @triton.jit
 def update_span(
     p_ptr, g_ptr, m_ptr, v_ptr, v_max_ptr, extra_ptr, m_scale_ptr, v_scale_ptr, first, limit, seed, step, ordinal,
-    step_size, rbc2, w1, w2, b2, eps, coupled, decay, grad_multiplier,
+    origin, step_size, rbc2, w1, w2, b2, eps, coupled, decay, grad_multiplier,
     BODY: tl.constexpr, N: tl.constexpr, SPAN: tl.constexpr, COMPUTE: tl.constexpr,
     WEIGHTS: tl.constexpr, STATES: tl.constexpr, AMSGRAD: tl.constexpr,
 ):  # fmt: skip
@@ -90,9 +90,9 @@ def update_span(
     )
     if WEIGHTS == "split24" or WEIGHTS == "sr" or STATES == "bf16" or STATES == "int8":
         if BODY:
-            words = random_words(seed, first, step, ordinal, N)
+            words = random_words(seed, first, step, ordinal, origin, N)
         else:
-            words = random_word(seed, offs, step, ordinal)
+            words = random_word(seed, offs, step, ordinal, origin)
     else:
         words = 0
     # A step of size zero leaves parameters as they are: p - 0 would turn -0.0 into 0.0.
@@ -164,6 +164,7 @@ def adam_kernel(
     v_scale_ptr = tl.load(row_ptr + table.EXP_AVG_SQ_SCALE).to(tl.pointer_type(tl.bfloat16))
     seed = tl.load(row_ptr + table.SEED)
     ordinal = tl.load(row_ptr + table.ORDINAL).to(tl.int32)
+    origin = tl.load(row_ptr + table.ORIGIN)
     step = tl.load(s_ptr + table.STEP_NUMBER).to(tl.int32)
 
     step_size = tl.load(s_ptr + table.STEP_SIZE)
@@ -178,13 +179,14 @@ def adam_kernel(
     COMPUTE: tl.constexpr = scalars_ptr.dtype.element_ty
 
     # Vectors take whole groups of 32 elements of aligned rows: a bound that the compiler sees is a multiple of 32.
-    misaligned = (p_addr | g_addr | m_addr | v_addr | v_max_addr | extra_addr) & 15
+    # (And rows whose random bits come in whole fours.)
+    misaligned = (p_addr | g_addr | m_addr | v_addr | v_max_addr | extra_addr) & 15 | (origin & 3)
     body_end = tl.where(misaligned == 0, n, 0) // 32 * 32
     update_span(
         aligned(p_addr, PARAM, PARAM_HINT), aligned(g_addr, GRAD, GRAD_HINT), aligned(m_addr, M, MOMENT_HINT),
         aligned(v_addr, V, MOMENT_HINT), aligned(v_max_addr, V_MAX, V_MAX_HINT), aligned(extra_addr, EXTRA, EXTRA_HINT),
         m_scale_ptr, v_scale_ptr, start, body_end, seed, step, ordinal,
-        step_size, rbc2, w1, w2, b2, eps, coupled, decay, grad_multiplier,
+        origin, step_size, rbc2, w1, w2, b2, eps, coupled, decay, grad_multiplier,
         True, BLOCK, SPAN, COMPUTE, WEIGHTS, STATES, AMSGRAD,
     )  # fmt: skip
 
@@ -195,7 +197,7 @@ def adam_kernel(
                 p_addr.to(tl.pointer_type(PARAM)), g_addr.to(tl.pointer_type(GRAD)), m_addr.to(tl.pointer_type(M)),
                 v_addr.to(tl.pointer_type(V)), v_max_addr.to(tl.pointer_type(V_MAX)),
                 extra_addr.to(tl.pointer_type(EXTRA)), m_scale_ptr, v_scale_ptr, first, end, seed, step, ordinal,
-                step_size, rbc2, w1, w2, b2, eps, coupled, decay, grad_multiplier,
+                origin, step_size, rbc2, w1, w2, b2, eps, coupled, decay, grad_multiplier,
                 False, TAIL, SPAN, COMPUTE, WEIGHTS, STATES, AMSGRAD,
             )  # fmt: skip
 

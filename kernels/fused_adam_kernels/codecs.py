@@ -40,24 +40,32 @@ def to_compute(x, COMPUTE: tl.constexpr):
 
 
 @triton.jit
-def random_word(seed, element, step, ordinal):
-    """The random uint32 of each element of one parameter at one step: Philox-4x32-10 (Salmon et al. 2011).
+def draw(seed, quad, step, ordinal, origin):
+    """Four random uint32 for each four elements of one parameter at one step: Philox-4x32-10 (Salmon et al. 2011).
 
-    seed: int64. element: int64 tensor, counted in the full parameter. step, ordinal: int32.
+    seed: int64. quad: int64 tensor, fours of elements from `origin` on. step, ordinal: int32. origin: int64, where in
+    the full parameter this part of it begins. Nothing is carried from the low word to the high one: a 64-bit sum would
+    take two more instructions per element.
     """
-    quad = element // 4
+    c0 = quad.to(tl.uint32) + (origin >> 2).to(tl.uint32)
+    c1 = (quad >> 32).to(tl.uint32) + (origin >> 34).to(tl.uint32)
     c2, c3 = tl.full(quad.shape, step, tl.uint32), tl.full(quad.shape, ordinal, tl.uint32)
-    r0, r1, r2, r3 = tl.philox(seed, quad.to(tl.uint32), (quad >> 32).to(tl.uint32), c2, c3)
+    return tl.philox(seed, c0, c1, c2, c3)
+
+
+@triton.jit
+def random_word(seed, element, step, ordinal, origin):
+    """The random uint32 of each element, an int64 tensor counted from `origin`."""
+    element = element + (origin & 3)
+    r0, r1, r2, r3 = draw(seed, element // 4, step, ordinal, origin)
     word = element % 4
     return tl.where(word < 2, tl.where(word == 0, r0, r1), tl.where(word == 2, r2, r3))
 
 
 @triton.jit
-def random_words(seed, first, step, ordinal, N: tl.constexpr):
-    """`random_word` of the N elements from `first` on, which is a multiple of 4: one draw serves four."""
-    quad = first // 4 + tl.arange(0, N // 4)
-    c2, c3 = tl.full(quad.shape, step, tl.uint32), tl.full(quad.shape, ordinal, tl.uint32)
-    r0, r1, r2, r3 = tl.philox(seed, quad.to(tl.uint32), (quad >> 32).to(tl.uint32), c2, c3)
+def random_words(seed, first, step, ordinal, origin, N: tl.constexpr):
+    """`random_word` of the N elements from `first` on; it and `origin` are multiples of 4: one draw serves four."""
+    r0, r1, r2, r3 = draw(seed, first // 4 + tl.arange(0, N // 4), step, ordinal, origin)
     return tl.reshape(tl.join(tl.join(r0, r2), tl.join(r1, r3)), [N])
 
 

@@ -2,10 +2,11 @@
 
 # rows: int64, shape (P, ROW): one row per parameter. Addresses in bytes, 0 where there is none.
 # NUMEL is what the update covers: the row's own elements, those of the neighbours it leads, or none if it is led.
-# EXTRA is the master weight or remainder. SEED and ORDINAL key the random bits: the parameter's place in the optimizer.
+# EXTRA is the master weight or remainder. SEED, ORDINAL and ORIGIN key the random bits: the parameter's place in the
+# optimizer, and the first of its elements that is here, if it is spread over processes.
 PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, MAX_EXP_AVG_SQ, EXTRA, EXP_AVG_SCALE, EXP_AVG_SQ_SCALE = range(8)
-STEP, NUMEL, GROUP, GRAD_NUMEL, SEED, ORDINAL = range(8, 14)
-ROW = 14
+STEP, NUMEL, GROUP, GRAD_NUMEL, SEED, ORDINAL, ORIGIN = range(8, 15)
+ROW = 15
 
 # blocks: int32, shape (B, 2): which row, which BLOCK-sized chunk of it.
 
