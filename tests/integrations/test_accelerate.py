@@ -26,10 +26,11 @@ def fresh_state():
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def prepared(options, optimizer_class=FusedAdamW, dtype=torch.float32, **settings):
+def prepared(options, optimizer_class=FusedAdamW, dtype=torch.float32, scaler=None, **settings):
     # A checkpoint does not have the order of other samplers over several processes.
     order = DataLoaderConfiguration(use_seedable_sampler=True)
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=PARTS, dataloader_config=order, **settings)
+    accelerator.scaler = scaler  # Accelerate itself makes one for a GPU alone
     set_seed(0)
     model = nn.Sequential(nn.Linear(6, 33), nn.GELU(), nn.Dropout(0.1), nn.Linear(33, 3)).to(dtype)
     optimizer = optimizer_class(model.parameters(), lr=LR, **options)
@@ -96,6 +97,35 @@ def test_clipping_inside_the_step_instead():
     before, never = weights(FusedAdamW, {}), weights(FusedAdamW, {}, clip=False)
     torch.testing.assert_close(inside, before, rtol=0, atol=ATOL)
     assert max((a - b).abs().max() for a, b in zip(never, before, strict=True)) > 10 * ATOL
+
+
+def trained_with(scaler, options, overflowing=1):
+    """Without a scaler the step that overflows under one is left out; returns results, and which steps were skipped."""
+    accelerator, model, optimizer, batches, _ = prepared(options, scaler=scaler)
+    model.eval()  # no dropout: what is left out draws no numbers
+    skipped = []
+    for number, batch in enumerate(batches):
+        overflows = number // PARTS == overflowing
+        if overflows and scaler is None:
+            continue
+        with accelerator.accumulate(model):
+            accelerator.backward(model(batch).square().mean() * (float("inf") if overflows else 1.0))
+            optimizer.step()
+            optimizer.zero_grad()
+        if accelerator.sync_gradients:
+            skipped.append(optimizer.step_was_skipped)
+    return results(optimizer), skipped
+
+
+# torch's own fused steps decide on the device too, so that Accelerate does not hear of it.
+@pytest.mark.parametrize(("options", "heard"), [({}, True), ({"fused": True}, False), ({"max_grad_norm": CLIP}, False)])
+@pytest.mark.parametrize("flatten", [False, True])
+def test_grad_scaler(options, heard, flatten):
+    options = {**options, "flatten": flatten}
+    scaled, skipped = trained_with(torch.amp.GradScaler("cpu", init_scale=1024.0), options)
+    expected, _ = trained_with(None, options)
+    assert same_bits(scaled, expected)
+    assert skipped == [heard and step == 1 for step in range(EPOCH // PARTS)]
 
 
 def in_two_processes(rank, options, folder):
