@@ -28,9 +28,9 @@ test-triton: $(TRITONS:%=.venv-triton-%/installed)
 	tests/test_codegen.py tests/test_inspect.py tests/test_launch.py tests/test_kernel.py tests/test_hash.py::test_short_hash_on_the_kernel \
 	|| exit 1; done
 
-# DDP, ZeRO and FSDP1 in several processes.
-test-integrations: .venv/installed
-	$(BIN)/python -m pytest -n 2 --dist loadfile tests/integrations
+# DDP, ZeRO and FSDP1 in several processes, and training frameworks: Transformers, Accelerate, Lightning, PEFT, safetensors.
+test-integrations: .venv-integrations/installed
+	.venv-integrations/bin/python -m pytest -n 2 --dist loadfile tests/integrations
 
 lint: .venv/installed
 	$(BIN)/ruff check .
@@ -48,13 +48,24 @@ wheel: .venv/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
-# Only triton is another one, and numpy: Triton 3.6's interpreter fails with 2.4, warns with 2.3. The path file lends the rest.
+# A venv that borrows the packages of .venv through a path file: torch lies on the disk once.
+define borrowing
+	$(BIN)/python -m venv $(1)
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > $(1)/lent.pth
+	mv $(1)/lent.pth $(1)/lib/python*/site-packages/
+endef
+
+# Only triton is another one, and numpy: Triton 3.6's interpreter fails with 2.4, warns with 2.3.
 .venv-triton-%/installed: .venv/installed
-	$(BIN)/python -m venv .venv-triton-$*
-	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > lent.pth
-	mv lent.pth .venv-triton-$*/lib/python*/site-packages/
+	$(call borrowing,.venv-triton-$*)
 	.venv-triton-$*/bin/python -m pip install --quiet --disable-pip-version-check --no-deps triton==$* 'numpy<2.4'
 	touch $@
 
+# pip finds torch installed, and adds the frameworks and what they need alone.
+.venv-integrations/installed: .venv/installed
+	$(call borrowing,.venv-integrations)
+	.venv-integrations/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[integrations]'
+	touch $@
+
 clean:
-	rm -rf .venv .venv-triton-* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo.png bench.png
+	rm -rf .venv .venv-triton-* .venv-integrations build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo.png bench.png

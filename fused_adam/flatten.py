@@ -26,9 +26,10 @@ def owns_its_storage(param: Tensor) -> bool:
 
 
 def is_eligible(param: Tensor) -> bool:
-    """Dense, contiguous, floating point, a plain leaf tensor, and the only owner of its whole storage."""
+    """Trained, dense, contiguous, floating point, a plain leaf tensor, and the only owner of its whole storage."""
     return (
         type(param) in (Tensor, torch.nn.Parameter)
+        and param.requires_grad  # a frozen model under adapters would be copied, and given gradients it never has
         and param.layout == torch.strided
         and param.is_floating_point()
         and param.is_contiguous()
@@ -90,7 +91,7 @@ class FlatBuffers:
         self._attach(param, place)
 
     def _attach(self, param: Tensor, place: Place) -> None:
-        # A frozen parameter has no gradient, so that it is not stepped; one of another dtype cannot lie in the buffer.
+        # One frozen since has no gradient, so that it is not stepped; one of another dtype cannot lie in the buffer.
         fits = param.grad_dtype in (None, param.dtype)
         if fits and param.requires_grad and param.grad is None and place.holds(param):
             param.grad = place.grad_view

@@ -71,8 +71,8 @@ class FusedAdam(torch.optim.Adam):
             "int8"; see the README. A param group may have its own. The parameter itself counts: the next step starts
             from what somebody wrote into it (split weights: to within half of its last place; zeros stay zeros).
         seed: of the random bits that some recipes round with; torch's generators are not touched.
-        flatten: move parameters and gradients into flat buffers at construction (those that are dense and own
-            their whole storage; others stay). `zero_grad()` then zeroes the buffers whatever `set_to_none` says,
+        flatten: move parameters and gradients into flat buffers at construction (those that are trained, dense and
+            own their whole storage; others stay). `zero_grad()` then zeroes the buffers whatever `set_to_none` says,
             so an unused parameter has a zero gradient, as with torch's `set_to_none=False`. Same bits.
         max_grad_norm: clip the gradients' global L2 norm, as `torch.nn.utils.clip_grad_norm_` before the step would,
             without writing them and without waiting for the device. The norm is `optimizer.grad_norm`.

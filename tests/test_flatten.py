@@ -104,6 +104,20 @@ def test_what_others_can_see_stays_where_it_is():
     assert torch.equal(alias, tied)
 
 
+def test_frozen_parameters_cost_no_memory():
+    """They stay where they are and have no gradient; a parameter frozen later keeps its place."""
+    adapter, later, base = nn.Linear(3, 3), nn.Linear(2, 2), nn.Linear(100, 100).requires_grad_(False)
+    pointers = [param.data_ptr() for param in base.parameters()]
+    optimizer = FusedAdam([*base.parameters(), *adapter.parameters(), *later.parameters()], flatten=True)
+    assert [param.data_ptr() for param in base.parameters()] == pointers
+    assert sum(segment.numel() for segment in optimizer._engine.flat.grad_segments) < base.weight.numel()
+    later.requires_grad_(False)
+    optimizer.zero_grad()
+    assert all(in_place(optimizer, param) for param in adapter.parameters())
+    assert all(param.grad is None for param in [*base.parameters(), *later.parameters()])
+    assert all(optimizer._engine.flat.places[param].holds(param) for param in later.parameters())
+
+
 def test_dtypes_have_buffers_of_their_own_and_tied_weights_move_once():
     shared = nn.Linear(3, 3)
     module = nn.ModuleList([shared, nn.Linear(3, 3).to(torch.bfloat16)])
