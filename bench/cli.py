@@ -73,6 +73,9 @@ def make_parsers() -> tuple[Parser, dict[str, Parser]]:
         metavar="{cold,warm}",
         help="cold: after the other optimizers' steps; warm: after one of its own (default: cold)",
     )
+    sub.add_argument(
+        "--dtensors", action="store_true", help="also FusedAdamW on DTensors, as after FSDP2's fully_shard"
+    )
 
     sub = add("memory", commands.run_memory, "measure what optimizers hold, and take for a moment, per parameter")
     add_output(sub)

@@ -153,6 +153,8 @@ def run_host(arguments: argparse.Namespace) -> int:
     seconds = arguments.seconds or (10.0 if arguments.quick else 60.0)
     warm = arguments.caches == "warm"
     counts = arguments.tensors or measure_host.COUNTS[: 3 if arguments.quick else None]
+    if arguments.dtensors:
+        entries.append(measure_host.dtensor_entry(arguments.backend or "auto"))
     with screen.progress("host") as progress:
         measure_host.measure(recorder, entries, case, counts, seconds, arguments.grads == "new", warm, progress)
     found = recorder.record()

@@ -4,7 +4,8 @@ A result: {"tensors", "optimizer", "family", "grads" ("kept" or "new"), "caches"
 "warm"), "step_us": statistic, "ns_per_parameter": float
 (of the median, the fixed part included), "speedup": ratio of torch fused's time to this one's, or null}.
 
-"FusedAdamW triton, no launch" is the whole Python of the Triton path, its kernel launches taken out.
+"FusedAdamW triton, no launch" is the whole Python of the Triton path, its kernel launches taken out. "FusedAdamW
+DTensor" steps DTensors that one process holds whole: all that a shard costs but communication.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
 from .peers import BASELINE, OURS, Case, Entry, ours
 from .record import Recorder
@@ -26,6 +28,7 @@ from .workload import Contender, contend, copy_params, make_params, one_line, re
 COUNTS = (10, 100, 1000, 5000)
 NUMEL = 4  # elements per tensor
 STUBBED = "FusedAdamW triton, no launch"
+DTENSOR = "FusedAdamW DTensor"
 WARM_UP = 3
 
 
@@ -33,6 +36,30 @@ def stub_entry() -> Entry:
     """Ours on Triton, to be stepped without launches."""
     entry = ours("triton", flatten=False)
     return Entry(STUBBED, OURS, entry.make, clips=True)
+
+
+def dtensor_entry(backend: str) -> Entry:
+    """Ours on DTensors."""
+    return replace(ours(backend, flatten=False), name=DTENSOR)
+
+
+def as_dtensors(params: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """The same parameters and gradients, cut into rows over one process, in a group that is made if there is none."""
+    from torch._C._distributed_c10d import HashStore
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Shard
+
+    if not distributed.is_initialized():
+        name = "nccl" if device.type == "cuda" else "gloo"
+        distributed.init_process_group(name, store=HashStore(), rank=0, world_size=1)
+    mesh = init_device_mesh(device.type, (1,))
+    sharded: list[Tensor] = []
+    for param in params:
+        assert param.grad is not None
+        shard = torch.nn.Parameter(DTensor.from_local(param.detach(), mesh, [Shard(0)]))
+        shard.grad = DTensor.from_local(param.grad, mesh, [Shard(0)])
+        sharded.append(shard)
+    return sharded
 
 
 class Stepper:
@@ -76,7 +103,8 @@ def make_steppers(
     steppers: dict[str, Stepper] = {}
     for entry in entries:
         try:
-            contender = contend(entry, copy_params(source), case)
+            params = copy_params(source)
+            contender = contend(entry, as_dtensors(params, case.device) if entry.name == DTENSOR else params, case)
             if isinstance(contender, str):
                 recorder.leave_out(entry.name, contender)
                 continue

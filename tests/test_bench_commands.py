@@ -166,6 +166,11 @@ def test_host(grads, caches, run, tmp_path):
     assert picture.stat().st_size > 10_000
 
 
+def test_host_on_dtensors(run):
+    code, record, _ = run("host", "--tensors", "3", *FEW, *TWO, "--dtensors")
+    assert code == 0 and "FusedAdamW DTensor" in {result["optimizer"] for result in record["results"]}
+
+
 def test_memory(run):
     """Resident pages of a few MB: coarse, but state is counted exactly."""
     code, record, out = run("memory", "--model", "gpt2/64", *FEW, *TWO, "--amsgrad")
