@@ -202,7 +202,11 @@ class Engine:
                 }
                 for (number, group, param), grad in zip(members, self.read(self.params), strict=True)
             ]
-            self.counted = ranks.agree(facts, failure)
+            try:
+                self.counted = ranks.agree(facts, failure)
+            except Exception:
+                self.forget()  # the next step has to ask again
+                raise
             self.ranks = ranks
         else:
             found = self._build(groups, state, only)
