@@ -90,8 +90,9 @@ class FlatBuffers:
         self._attach(param, place)
 
     def _attach(self, param: Tensor, place: Place) -> None:
-        # A frozen parameter has no gradient, so that it is not stepped.
-        if param.requires_grad and param.grad is None and place.holds(param):
+        # Not of a frozen parameter, which is not to be stepped, nor where gradients are of another dtype.
+        takes = param.requires_grad and getattr(param, "grad_dtype", None) in (None, param.dtype)
+        if takes and param.grad is None and place.holds(param):
             param.grad = place.grad_view
 
     def place(self, param: Tensor, grad: Tensor) -> Place | None:
