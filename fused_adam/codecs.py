@@ -42,6 +42,9 @@ def random_words(seed: int, first: int, step: int, ordinal: int, numel: int, dev
 
     Returns int32, shape (numel,): a uint32's bits. `weight_noise` and `state_noise` take their halves.
     """
+    # Of a recipe that takes none: ten rounds on nothing take 0.3 ms, longer than the rest of a small parameter's step.
+    if not numel:
+        return torch.empty(0, dtype=torch.int32, device=device)
     quad = torch.arange(first // 4, (first + numel + 3) // 4, device=device)
     c2, c3 = torch.full_like(quad, step), torch.full_like(quad, ordinal)
     words = torch.stack(philox(seed, quad & WORD, quad >> 32, c2, c3), 1).view(-1)
