@@ -36,6 +36,12 @@ def flat(tensor: Tensor) -> Tensor:
     return tensor.detach().as_strided((tensor.numel(),), (1,))
 
 
+def apart(tensor: Tensor) -> Tensor:
+    """The same memory in a storage of its own."""
+    # Through a capsule: `Tensor.__dlpack__` refuses a GPU that is not the current one.
+    return torch.utils.dlpack.from_dlpack(torch._C._to_dlpack(tensor))
+
+
 def dense_layout(tensor: Tensor) -> tuple[torch.Size, tuple[int, ...]]:
     """Size and strides `torch.zeros_like` would choose: the tensor's own if it is dense, else contiguous."""
     like = torch.empty_like(tensor, device="meta", memory_format=torch.preserve_format)
@@ -60,13 +66,11 @@ class Slot:
         return self.segment.data_ptr() + self.start * self.segment.element_size() if self.numel else 0
 
     def flat(self) -> Tensor:
-        """These elements as one dimension, in a storage of their own over the segment's memory.
+        """These elements as one dimension.
 
         A plain view would make `torch.save` write the whole segment, and safetensors refuse it.
         """
-        # Through a capsule: `Tensor.__dlpack__` refuses a GPU that is not the current one.
-        capsule = torch._C._to_dlpack(self.segment[self.start : self.start + self.numel])
-        return torch.utils.dlpack.from_dlpack(capsule)
+        return apart(self.segment[self.start : self.start + self.numel])
 
     def view(self, like: Tensor) -> Tensor:
         """These elements in the shape and layout of `like` (complex if it is)."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import codecs
-from .arena import Arena, Entries, State, dense_layout, is_dense, padded
+from .arena import Arena, Entries, State, apart, dense_layout, is_dense, padded
 from .distributed import like, local, part_of
 from .precision import ENTRIES, GROUP, WEIGHTS, Recipe, check_seed, parse
 
@@ -20,7 +20,8 @@ def export_steps(state_dict: dict[str, Any]) -> dict[str, Any]:
     """Give every entry a step tensor of its own, on the CPU unless its group is fused or capturable (torch's rule).
 
     Ours are views of one flat buffer on the device: torch.optim would advance a shared one once per parameter,
-    and wait for the device once per parameter.
+    and wait for the device once per parameter. The rest are other tensors over the same memory: torch.multiprocessing
+    moves the storages of what is sent to another process, when it gets there.
     """
     stays = {
         index: group.get("fused") or group.get("capturable")
@@ -39,9 +40,15 @@ def export_steps(state_dict: dict[str, Any]) -> dict[str, Any]:
                 if base not in copies:
                     copies[base] = base.cpu()
                 step = copies[base].view(-1)[step.storage_offset()].clone()
-            entry = {**entry, "step": step}
+            sent = {key: apart(value) for key, value in entry.items() if key in ENTRIES and _may_be_ours(value)}
+            entry = {**entry, **sent, "step": step}
         state[index] = entry
     return {**state_dict, "state": state}
+
+
+def _may_be_ours(value: object) -> bool:
+    """Not what a differentiable step or a user made that a capsule cannot hold."""
+    return type(value) is Tensor and not (value.requires_grad or value.is_meta or value.is_conj() or value.is_neg())
 
 
 def match(groups: Sequence[dict[str, Any]], saved: Sequence[Mapping[str, Any]]) -> dict[Any, Tensor]:

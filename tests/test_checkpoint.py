@@ -2,9 +2,11 @@
 
 import copy
 import io
+from multiprocessing.reduction import ForkingPickler
 
 import pytest
 import torch
+import torch.multiprocessing  # says how ForkingPickler sends tensors
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from training import parameters, results, same_bits, train
@@ -258,3 +260,26 @@ def test_channels_last_moments_load_by_value():
     [got], [want] = results(b), results(a)
     assert torch.equal(got["exp_avg"], want["exp_avg"])
     assert b.state[b.param_groups[0]["params"][0]]["exp_avg"].is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("flatten", [False, True])
+def test_a_state_dict_that_is_sent_to_another_process_leaves_ours_alone(flatten):
+    """A queue sends it from a thread, later: its storages move to shared memory, whatever was done meanwhile."""
+    optimizers = [FusedAdam(parameters(torch.float32, [(5,), (3, 4)]), flatten=flatten) for _ in range(2)]
+    train(optimizers[0], 1)
+    state_dict = optimizers[0].state_dict()
+    train(optimizers[0], 1, first=1)
+    ForkingPickler.dumps(state_dict)  # what a queue does
+    assert state_dict["state"][0]["exp_avg"].is_shared()
+    train(optimizers[0], 2, first=2)
+    train(optimizers[1], 4)
+    assert same_bits(*map(results, optimizers))
+
+
+def test_a_state_dict_holds_what_a_differentiable_step_made():
+    param = torch.nn.Parameter(torch.ones(3))
+    optimizer = FusedAdam([param.clone()], differentiable=True)
+    clone = optimizer.param_groups[0]["params"][0]
+    clone.grad = torch.ones(3, requires_grad=True) * 2
+    optimizer.step()
+    assert optimizer.state_dict()["state"][0]["exp_avg"].requires_grad

@@ -382,7 +382,7 @@ def _(cls):
     param = p(2)
     optimizer = cls([param])
     optimizer.step()
-    return optimizer.state_dict()["state"][0]["exp_avg"] is optimizer.state[param]["exp_avg"]
+    return optimizer.state_dict()["state"][0]["exp_avg"].data_ptr() == optimizer.state[param]["exp_avg"].data_ptr()
 
 
 @item("I2-fewer parameters")

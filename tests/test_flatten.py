@@ -250,3 +250,23 @@ def test_a_parameter_listed_twice_does_not_count_for_its_neighbours(flatten):
         expected.step()
     for p, q in zip(ours, theirs, strict=True):
         torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
+
+
+def test_parameters_whose_gradients_have_another_dtype_keep_them():
+    """Master gradients: no buffer of the parameter's dtype takes their place, neither at first nor at zero_grad."""
+    params = [parameters(torch.bfloat16, [(5,), (4,)]) for _ in range(2)]
+    for _, early in params:
+        early.grad_dtype = torch.float32
+    plain, flat = FusedAdam(params[0]), FusedAdam(params[1], flatten=True)
+    assert params[1][1].grad is None
+    for step in range(3):
+        for late, early in params:
+            late.grad = None
+            late.grad_dtype = torch.float32 if step else torch.bfloat16
+            late.grad = gradient(late, 0, step, late.grad_dtype)
+            early.grad = gradient(early, 1, step, torch.float32)
+        for optimizer in (plain, flat):
+            optimizer.step()
+            optimizer.zero_grad()
+        assert (params[1][0].grad is None) == (step > 0) and params[1][1].grad is None
+    assert same_bits(results(plain), results(flat))
