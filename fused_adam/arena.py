@@ -48,6 +48,12 @@ def dense_layout(tensor: Tensor) -> tuple[torch.Size, tuple[int, ...]]:
     return like.shape, like.stride()
 
 
+def _copies(value: Tensor, dtype: torch.dtype, param: Tensor) -> bool:
+    """Whether the tensor's values can be copied into state of this dtype: before anything is written."""
+    plain = value.layout == torch.strided and not value.is_quantized and (param.is_meta or not value.is_meta)
+    return plain and (dtype.is_complex or not value.is_complex())
+
+
 def is_dense(tensor: Tensor) -> bool:
     """Whether the tensor fills its memory without gaps or overlaps, in any order of dimensions."""
     return tensor.is_contiguous() or tensor.stride() == dense_layout(tensor)[1]
@@ -204,6 +210,9 @@ class Arena:
             if value is not None and (not isinstance(value, Tensor) or value.shape != shape):
                 got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"{type(value).__name__}"
                 raise ValueError(f"state {key!r} of {name} has {got}, but must be a tensor of shape {tuple(shape)}")
+            if value is not None and not _copies(value, dtype, param):
+                got = f"a {value.layout} tensor of {value.dtype} on {value.device}"
+                raise ValueError(f"state {key!r} of {name} is {got}, but must be a dense tensor with values of {dtype}")
             if value is not None and value.dtype != dtype and not (dtype.is_floating_point or dtype.is_complex):
                 # Codes and remainders are bits, which no conversion keeps.
                 raise ValueError(f"state {key!r} of {name} has dtype {value.dtype}, but its precision stores {dtype}")
@@ -216,9 +225,10 @@ class Arena:
                 "training; to change it, load the state_dict into an optimizer that has the other one"
             )
         step = entry.get("step", 0)
-        number = (
-            step.numel() == 1 and not step.is_complex() if isinstance(step, Tensor) else isinstance(step, (int, float))
-        )
+        if isinstance(step, Tensor):
+            number = step.numel() == 1 and _copies(step, torch.float32, param)
+        else:
+            number = isinstance(step, (int, float))
         if not number:
             raise ValueError(f"state 'step' of {name} is {step!r}, but must be one real number, as a tensor or plain")
         home = self.homes.get(param)
@@ -279,7 +289,7 @@ class Arena:
             home.counters, home.counter, home.age, home.views["step"] = counters, i, age, view
             rest = {key: value for key, value in entry.items() if key != "step"}
             entry.clear()
-            entry.update(step=view, **rest)  # torch's order: step first
+            entry.update({"step": view} | rest)  # torch's order: step first
         counters.version = counters.steps._version
         used = {id(home.counters) for home in self.homes.values()}
         self.counters = [c for c in self.counters if id(c) in used]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from itertools import chain
+from numbers import Real
 from typing import Any
 
 import torch
@@ -51,13 +52,47 @@ def _may_be_ours(value: object) -> bool:
     return type(value) is Tensor and not (value.requires_grad or value.is_meta or value.is_conj() or value.is_neg())
 
 
+def _check_form(state_dict: Mapping[str, Any]) -> None:
+    """Raise ValueError unless this can be an optimizer's state_dict: a model's, or a whole file's, lacks the keys."""
+    for key, kind, name in (("param_groups", (list, tuple), "a list of dicts"), ("state", Mapping, "a dict")):
+        if key not in state_dict:
+            keys = ", ".join(map(repr, list(state_dict)[:5])) or "none"
+            raise ValueError(f"state_dict has no {key!r}, as an optimizer's has (its first keys: {keys})")
+        if not isinstance(state_dict[key], kind):
+            raise ValueError(f"state_dict[{key!r}] is {type(state_dict[key]).__name__}, but must be {name}")
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, Real) or (isinstance(value, Tensor) and value.numel() == 1)
+
+
+def _check_group(index: int, group: object) -> None:
+    """Raise ValueError unless a saved param group has what a step needs and torch fills in nowhere."""
+    name = f"param_groups[{index}] of the state_dict"
+    if not isinstance(group, Mapping):
+        raise ValueError(f"{name} is {type(group).__name__}, but must be a dict")
+    for key in ("params", "lr", "betas", "eps", "weight_decay"):
+        if key not in group:
+            raise ValueError(f"{name} has no {key!r}")
+    if not isinstance(group["params"], (list, tuple)) or any(isinstance(x, (list, dict)) for x in group["params"]):
+        raise ValueError(f"'params' in {name} must be a list of numbers or names, but is {group['params']!r}")
+    betas = group["betas"]
+    if not (isinstance(betas, (list, tuple)) and len(betas) == 2 and all(map(_number, betas))):
+        raise ValueError(f"'betas' in {name} must be two numbers, but is {betas!r}")
+    for key in ("lr", "eps", "weight_decay"):
+        if not _number(group[key]):
+            raise ValueError(f"{key!r} in {name} must be a number, but is {group[key]!r}")
+
+
 def match(groups: Sequence[dict[str, Any]], saved: Sequence[Mapping[str, Any]]) -> dict[Any, Tensor]:
     """Saved parameter number -> our parameter, by position.
 
-    Raises ValueError (torch's texts) if the groups differ in number or size.
+    Raises ValueError if the groups differ in number or size (torch's texts), or lack what a step needs.
     """
     if len(groups) != len(saved):
         raise ValueError("loaded state dict has a different number of parameter groups")
+    for index, group in enumerate(saved):
+        _check_group(index, group)
     if any(len(group["params"]) != len(other["params"]) for group, other in zip(groups, saved, strict=True)):
         raise ValueError(
             "loaded state dict contains a parameter group that doesn't match the size of optimizer's group"
@@ -77,8 +112,9 @@ def load(
         arena, state: the optimizer's; state of parameters that the checkpoint lacks is dropped.
         state_dict: torch's form, in any precision; never aliased and never changed.
 
-    Raises ValueError before anything is written if groups or shapes do not match.
+    Raises ValueError before anything is written if groups or shapes do not match, or it is no optimizer's state_dict.
     """
+    _check_form(state_dict)
     saved_groups = deepcopy(state_dict["param_groups"])
     params = match(groups, saved_groups)
     merged = [_merged(old, new) for old, new in zip(groups, saved_groups, strict=True)]
@@ -92,13 +128,16 @@ def load(
     for number, entry in state_dict["state"].items():
         if number in params:
             param = params[number]
+            if not isinstance(entry, Mapping):
+                raise ValueError(f"state of parameter {number} is {type(entry).__name__}, but must be a dict")
             source = recipes[param][0]
             # What is there must fit; half an entry is filled up at the next step, as it always was.
             # What a recipe stores does not depend on which of its dtypes a parameter has.
             dtype = param.dtype if source.weights is None else WEIGHTS[source.weights][0][0]
             wanted = source.state(dtype, local(param).shape, amsgrad=True)
-            arena.check(param, f"parameter {number}", entry, wanted)
-            entries[param] = _parts(entry, param)
+            arena.check(param, f"parameter {number}", dict(entry), wanted)
+            # Here, where nothing is written yet: a user's own entry may refuse to be copied.
+            entries[param] = _parts({k: v if isinstance(v, Tensor) else deepcopy(v) for k, v in entry.items()}, param)
         else:
             others[number] = deepcopy(entry)
 
@@ -262,5 +301,5 @@ def _settle(arena: Arena, state: State, param: Tensor, entry: dict[str, Any], wa
                 value = view
             own[key] = value
         else:  # not ours: kept as torch keeps it, but never aliased
-            own[key] = value.to(device=param.device, copy=True) if isinstance(value, Tensor) else deepcopy(value)
+            own[key] = value.to(device=param.device, copy=True) if isinstance(value, Tensor) else value
     dict.__setitem__(state, param, own)

@@ -416,7 +416,7 @@ class FusedAdam(torch.optim.Adam):
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load a checkpoint of this class or of torch.optim.Adam(W), copied into our own memory.
 
-        Raises ValueError if groups or shapes do not match, before anything is changed.
+        Raises ValueError, before anything is changed, if groups or shapes do not match or it is no optimizer's dict.
         """
         state_dict = dict(state_dict)
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():

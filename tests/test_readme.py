@@ -34,7 +34,8 @@ def losses_of(block, monkeypatch):
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.splitlines()[0])
-def test_every_block_runs(block):
+def test_every_block_runs(block, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # one saves a checkpoint
     with contextlib.redirect_stdout(io.StringIO()):
         exec(compile(block, "README.md", "exec"), {})
 
