@@ -181,7 +181,10 @@ def add_optimizers(sub: Parser) -> None:
         help=f"default: all that run here; of: {', '.join(known)}",
     )
     sub.add_argument(
-        "--precision", type=list_of(str), metavar="RECIPE,...", help="precision recipes of ours, one row each"
+        "--precision",
+        type=list_of(str),
+        metavar="RECIPE,...",
+        help="precision recipes of ours, one row each; none: without",
     )
 
 

@@ -2,7 +2,8 @@
 
 A result: {"option", "dtype", "optimizer", "family", "steps", "elements", "mean_error", "max_error"}: of
 |parameter - float64 run| / |float64 run| after `steps` steps, parameters and gradients drawn around one, both exactly
-representable in the dtype, so that only the optimizer's own roundings count.
+representable in the dtype, so that only the optimizer's own roundings count. Under a precision recipe the parameter is
+all that is stored of it: master weight or remainder included.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from fused_adam import FusedAdamW
 
 from .formula import Options, adamw
 from .peers import OURS, Case, Entry
@@ -47,7 +50,10 @@ def measure_one(
     for grad in grads:
         param.grad.copy_(grad)
         contender.step()
-    error = (param.detach().double() - truth).abs() / truth.abs()
+    weight = param.detach()
+    if isinstance(contender.optimizer, FusedAdamW) and entry.quantised:
+        weight = contender.optimizer.export_fp32()["params"][0]
+    error = (weight.double() - truth).abs() / truth.abs()
     return {"mean_error": error.mean().item(), "max_error": error.max().item()}
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -74,11 +73,6 @@ def torch_arguments(options: Options) -> dict[str, Any]:
 # Ours.
 
 
-def precisions() -> bool:
-    """Whether this FusedAdamW knows precision recipes."""
-    return "precision" in inspect.signature(FusedAdamW.__init__).parameters
-
-
 def ours(backend: str, flatten: bool, precision: str | None = None) -> Entry:
     """FusedAdamW on one backend."""
     extra: dict[str, Any] = {"backend": backend, "flatten": flatten}
@@ -97,15 +91,13 @@ def ours(backend: str, flatten: bool, precision: str | None = None) -> Entry:
 def all_of_ours(
     device: torch.device, backend: str | None, flatten: bool | None, precision: Sequence[str] = ()
 ) -> list[Entry]:
-    """Every variant of ours that was asked for; None: each that is of use on this device.
+    """Every variant of ours that was asked for; None: each that is of use on this device. "none" is no recipe.
 
-    Raises ValueError if a precision is asked for and this FusedAdamW knows none, or not that one.
+    Raises ValueError if a precision is asked for that is none.
     """
     backends = [backend] if backend else ["auto", "compiled"] if device.type == "cpu" else ["auto"]
     flattens = [flatten] if flatten is not None else [False, True]
-    if precision and not precisions():
-        raise ValueError(f"--precision {','.join(precision)}: this fused_adam has no precision recipes; leave it out")
-    recipes: list[str | None] = [*precision] or [None]
+    recipes: list[str | None] = [None if name == "none" else name for name in precision] or [None]
     entries = [ours(name, flat, recipe) for recipe in recipes for name in backends for flat in flattens]
     for entry, recipe in zip(entries, [r for r in recipes for _ in range(len(entries) // len(recipes))], strict=True):
         if recipe is not None:

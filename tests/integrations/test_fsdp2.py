@@ -7,6 +7,7 @@ import torch
 from ranks import run_ranks
 from shards import whole, whole_results
 from test_ddp import LR, STEPS, alone, loss_of, network
+from test_sharded import train
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -27,13 +28,6 @@ def sharded(world, dtype=torch.float32):
     model = network(dtype)
     fully_shard(model, mesh=init_device_mesh("cpu", (world,)))
     return model
-
-
-def train(model, optimizer, rank, first, last):
-    for step in range(first, last):
-        optimizer.zero_grad()
-        loss_of(model, rank, step).backward()
-        optimizer.step()
 
 
 def with_fsdp2(rank, dtype, options):
