@@ -1,13 +1,14 @@
 """`accuracy`: how far optimizers are from a float64 run of the same formula, per option and dtype.
 
 A result: {"option", "dtype", "optimizer", "family", "steps", "elements", "mean_error", "max_error"}: of
-|parameter - float64 run| / |float64 run| after `steps` steps, parameters and gradients drawn around one, both exactly
-representable in the dtype, so that only the optimizer's own roundings count. Under a precision recipe the parameter is
-all that is stored of it: master weight or remainder included.
+|parameter - float64 run| / |float64 run| after `steps` steps, null if it overflowed. Parameters and gradients are drawn
+around one and exactly representable in the dtype, so that only the optimizer's own roundings count. Under a precision
+recipe the parameter is all that is stored of it, master weight or remainder included.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -54,7 +55,8 @@ def measure_one(
     if isinstance(contender.optimizer, FusedAdamW) and entry.quantised:
         weight = contender.optimizer.export_fp32()["params"][0]
     error = (weight.double() - truth).abs() / truth.abs()
-    return {"mean_error": error.mean().item(), "max_error": error.max().item()}
+    errors = {"mean_error": error.mean().item(), "max_error": error.max().item()}
+    return {name: value if math.isfinite(value) else None for name, value in errors.items()}
 
 
 def measure(

@@ -146,7 +146,8 @@ def accuracy_tables(record: Record) -> list[Table]:
     for dtype in unique(record["results"], "dtype"):
         results = [result for result in record["results"] if result["dtype"] == dtype]
         options = unique(results, "option")
-        cells = {(result["optimizer"], result["option"]): f"{result['mean_error']:.2e}" for result in results}
+        errors = {(result["optimizer"], result["option"]): result["mean_error"] for result in results}
+        cells = {key: "overflow" if error is None else f"{error:.2e}" for key, error in errors.items()}
         rows = [
             [name, *(cells.get((name, option), "-") for option in options)] for name in unique(results, "optimizer")
         ]

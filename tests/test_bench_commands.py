@@ -210,6 +210,16 @@ def test_accuracy_of_recipes(run, monkeypatch):
     assert errors["FusedAdamW reference split32", "lr 1e-3"] < 20 * torch.finfo(torch.float32).eps / 2
 
 
+def test_an_overflow_is_recorded(run, monkeypatch):
+    """In torch's loops eps is a float16, which 1e-8 is not, and small second moments are not either: they divide by 0."""
+    monkeypatch.setattr(measure_accuracy.measure, "__defaults__", (500,))
+    arguments = ["--dtype", "float16", "--peers", "torch-single", "--steps", "50"]
+    code, record, out = run("accuracy", *FEW, *arguments)
+    assert code == 0 and "overflow" in out
+    found = {r["mean_error"] is None for r in record["results"] if r["optimizer"] == "torch single"}
+    assert found == {True}
+
+
 def test_env(run):
     code, record, out = run("env", "--device", "cpu")
     assert code == 0 and {"torch fused", "FusedAdamW"} <= set(by_name(record))
