@@ -211,7 +211,7 @@ def test_accuracy_of_recipes(run, monkeypatch):
 
 
 def test_an_overflow_is_recorded(run, monkeypatch):
-    """In torch's loops eps is a float16, which 1e-8 is not, and small second moments are not either: they divide by 0."""
+    """In float16 1e-8 is zero, as are small second moments: torch divides by them."""
     monkeypatch.setattr(measure_accuracy.measure, "__defaults__", (500,))
     arguments = ["--dtype", "float16", "--peers", "torch-single", "--steps", "50"]
     code, record, out = run("accuracy", *FEW, *arguments)
