@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fused_adam_kernels import table
 
+from . import arguments, checkpoint, distributed
 from . import backend as backends
-from . import checkpoint, distributed
 from . import offload as offloading
 from .arena import State
 from .engine import Engine, lasting
@@ -27,26 +27,6 @@ KEPT = (
     *("_backend", "_flatten", "_grad_attribute", "_max_grad_norm"),
     *("_precision", "_reduce_norm", "_seed", "_skip_nonfinite"),
 )
-GRAD_ATTRIBUTES = ("grad", "main_grad", "decoupled_grad")
-
-
-def _check_guards(max_grad_norm: object, skip_nonfinite: object, differentiable: bool) -> None:
-    """Raise unless the arguments that look at all gradients are what they may be."""
-    number = isinstance(max_grad_norm, (int, float)) and not isinstance(max_grad_norm, bool)
-    if max_grad_norm is not None and not (number and max_grad_norm > 0):  # type: ignore[operator]
-        raise ValueError(f"max_grad_norm={max_grad_norm!r} must be a number above 0, or None for no clipping")
-    if not isinstance(skip_nonfinite, bool):
-        raise TypeError(f"skip_nonfinite={skip_nonfinite!r} must be True or False")
-    if differentiable and (max_grad_norm is not None or skip_nonfinite):
-        raise ValueError("max_grad_norm and skip_nonfinite do not go with differentiable=True, which is torch's step")
-
-
-def _check_grad_attribute(name: object, flatten: bool, differentiable: bool) -> None:
-    if name not in GRAD_ATTRIBUTES:
-        raise ValueError(f"grad_attribute={name!r} is not known; allowed: {', '.join(map(repr, GRAD_ATTRIBUTES))}")
-    for other, value in (("flatten", flatten), ("differentiable", differentiable)):
-        if value and name != "grad":
-            raise ValueError(f"grad_attribute={name!r} does not go with {other}=True, which uses `grad`")
 
 
 class FusedAdam(torch.optim.Adam):
@@ -119,14 +99,9 @@ class FusedAdam(torch.optim.Adam):
         seed: int = 0,
     ) -> None:
         backends.check_name(backend)
-        if not isinstance(flatten, bool):
-            raise TypeError(f"flatten={flatten!r} must be True or False")
-        if flatten and differentiable:
-            raise ValueError(
-                "flatten=True does not go with differentiable=True: gradients would be overwritten in place"
-            )
-        _check_guards(max_grad_norm, skip_nonfinite, differentiable)
-        _check_grad_attribute(grad_attribute, flatten, differentiable)
+        arguments.check_flatten(flatten, differentiable)
+        arguments.check_guards(max_grad_norm, skip_nonfinite, differentiable)
+        arguments.check_grad_attribute(grad_attribute, flatten, differentiable)
         parse(precision)
         check_seed(seed)
         self._backend, self._flatten = backend, flatten
@@ -311,10 +286,7 @@ class FusedAdam(torch.optim.Adam):
 
     @reduce_norm.setter
     def reduce_norm(self, function: Callable[[Tensor], Tensor] | None) -> None:
-        if function is not None and not callable(function):
-            raise TypeError(f"reduce_norm={function!r} must be a function of one tensor, or None")
-        if function is not None and not self._engine.guards:
-            raise ValueError("reduce_norm is of use with max_grad_norm or skip_nonfinite, and neither is set")
+        arguments.check_reduce_norm(function, self._engine.guards)
         self._reduce_norm = self._engine.reduce_norm = function
 
     @property

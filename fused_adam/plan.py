@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .arena import Arena, Entries, Home, Slot, State, dense_layout, flat, is_dense, padded, real
-from .checkpoint import reorder
+from .convert import reorder
 from .distributed import local, origin
 from .flatten import FlatBuffers
 from .precision import Recipe, parse

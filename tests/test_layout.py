@@ -15,6 +15,7 @@ MODULES = sorted(
 # Module -> what it may import of this project. Imports run one way; a new module has to find its place here.
 ALLOWED = {
     "fused_adam": {"fused_adam.groups", "fused_adam.optimizer", "fused_adam.release", "fused_adam.version"},
+    "fused_adam.arguments": set(),
     "fused_adam.groups": set(),
     "fused_adam.release": {"fused_adam.optimizer"},
     "fused_adam.version": set(),
@@ -27,10 +28,14 @@ ALLOWED = {
     "fused_adam.flatten": {"fused_adam.arena"},
     "fused_adam.distributed": {"fused_adam.norm", "fused_adam.precision"},
     "fused_adam.plan": {
-        *("fused_adam.arena", "fused_adam.checkpoint", "fused_adam.distributed", "fused_adam.flatten"),
+        *("fused_adam.arena", "fused_adam.convert", "fused_adam.distributed", "fused_adam.flatten"),
         "fused_adam.precision",
     },
     "fused_adam.checkpoint": {
+        *("fused_adam.arena", "fused_adam.codecs", "fused_adam.convert", "fused_adam.distributed"),
+        "fused_adam.precision",
+    },
+    "fused_adam.convert": {
         *("fused_adam.arena", "fused_adam.codecs", "fused_adam.distributed", "fused_adam.precision"),
     },
     "fused_adam.watch": {"fused_adam.distributed", "fused_adam.flatten"},
@@ -51,7 +56,8 @@ ALLOWED = {
         *("fused_adam.plan", "fused_adam.scalars", "fused_adam.watch", "fused_adam_kernels.table"),
     },
     "fused_adam.optimizer": {
-        *("fused_adam.arena", "fused_adam.backend", "fused_adam.checkpoint", "fused_adam.distributed"),
+        *("fused_adam.arena", "fused_adam.arguments", "fused_adam.backend", "fused_adam.checkpoint"),
+        "fused_adam.distributed",
         *("fused_adam.engine", "fused_adam.flatten", "fused_adam.offload", "fused_adam.precision"),
         *("fused_adam.scalars", "fused_adam_kernels.table"),
     },
