@@ -135,16 +135,13 @@ def _of_groups(param: DTensor) -> tuple[tuple[Any, ...], torch.Size]:
     """Placements and shape of scales: as of the whole parameter where shards are whole groups, else a row per shard."""
     from torch.distributed.tensor import Replicate, Shard
 
-    mesh, whole = param.device_mesh, -(-param.numel() // GROUP)
-    cut = [i for i, placement in enumerate(param.placements) if placement.is_shard()]
-    if not cut:
-        return param.placements, torch.Size([whole])
-    most = _largest_shard(param)
-    if len(cut) == 1 and param.placements[cut[0]].is_shard(0):
-        # Chunks of groups must be chunks of rows on every rank.
-        if most % GROUP == 0 and -(-whole // mesh.size(cut[0])) == most // GROUP:
-            return param.placements, torch.Size([whole])
+    mesh, whole, most = param.device_mesh, -(-param.numel() // GROUP), _largest_shard(param)
+    cut = [i for i, placement in enumerate(param.placements) if placement.is_shard() and mesh.size(i) > 1]
     placements = tuple(Shard(cut.index(i)) if i in cut else Replicate() for i in range(mesh.ndim))
+    # Chunks of groups must be chunks of rows on every rank.
+    rows = len(cut) == 1 and param.placements[cut[0]].is_shard(0)
+    if not cut or (rows and most % GROUP == 0 and -(-whole // mesh.size(cut[0])) == most // GROUP):
+        return placements, torch.Size([whole])
     return placements, torch.Size([*[mesh.size(i) for i in cut], -(-most // GROUP)])
 
 

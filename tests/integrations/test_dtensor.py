@@ -91,6 +91,12 @@ def test_8_bit_states_have_them_where_shards_are_whole_groups(dtype, options, wo
     assert all(same_bits(found, expected) for found, _ in ranks)
 
 
+def test_8_bit_states_have_them_where_one_process_holds_all():
+    options = {"precision": "split24-int8"}
+    [(found, _)] = run_ranks(1, in_rows, 1, torch.bfloat16, options, SHAPES)
+    assert same_bits(found, results(alone(torch.bfloat16, options)))
+
+
 def hashed(rank, world, steps, arguments):
     """tests/test_hash.py over parameters that are cut."""
     only = arguments.pop("only", None)
