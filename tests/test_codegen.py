@@ -133,6 +133,22 @@ def test_what_full_blocks_run_is_counted_without_the_tail(reports):
         assert report["instructions"] / 8 - report["per_element"] > least  # 1024 elements over 128 threads
 
 
+MAXIMA = """
+import json, re
+from fused_adam_kernels.inspect import TARGETS, VARIANTS, compiled
+print(json.dumps([
+    re.findall(r"max\\S*\\.f32", compiled(VARIANTS[name], TARGETS["sm_90"]).asm["ptx"])
+    for name in ("fp32-amsgrad", "bf16-amsgrad")
+]))
+"""
+
+
+def test_the_maximum_of_amsgrad_keeps_a_nan():
+    """The interpreter keeps it whatever the kernel says."""
+    for found in outside_the_interpreter("-c", MAXIMA):
+        assert set(found) == {"max.NaN.f32"}
+
+
 ADDRESSES = """
 import json, re
 from fused_adam_kernels.inspect import TARGETS, VARIANTS, compiled

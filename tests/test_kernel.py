@@ -136,7 +136,7 @@ def test_learning_rate_zero_leaves_parameters_bit_for_bit(backend, kernel_device
     start = torch.tensor([-0.0, 0.0, float("inf"), float("-inf"), 1e-45, 1.5])
     param = torch.nn.Parameter(start.to(kernel_device))
     optimizer = FusedAdamW([param], lr=0.0, weight_decay=0.1, backend=backend)
-    param.grad = torch.ones(6, device=kernel_device)
+    param.grad = torch.tensor([-1.0, 1.0] * 3, device=kernel_device)  # -0.0 less an update of -0.0 would be 0.0
     optimizer.step()
     assert torch.equal(param.detach().cpu().view(torch.int32), start.view(torch.int32))
     assert (optimizer.state[param]["exp_avg"] != 0).all()
