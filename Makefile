@@ -4,7 +4,7 @@ BIN := .venv/bin
 
 TRITONS := 3.6.0 3.9.0
 
-.PHONY: demo bench test test-long test-triton test-integrations lint types wheel clean
+.PHONY: demo bench test test-long mutants test-triton test-integrations lint types wheel clean
 
 demo: .venv/installed
 	$(BIN)/python -m bench demo
@@ -20,6 +20,10 @@ test: .venv/installed
 # What takes minutes: long trainings and exhaustive sweeps, which `make test` leaves out.
 test-long: .venv/installed
 	$(BIN)/python -m pytest -m long
+
+# Small faults, one at a time, in a copy: do the tests notice each? (About 15 minutes on 2 cores.)
+mutants: .venv/installed
+	$(BIN)/python tests/mutants.py
 
 # Code generation, kernels and their hash under other Tritons: GPU machines carry other versions than CI.
 test-triton: $(TRITONS:%=.venv-triton-%/installed)

@@ -101,6 +101,17 @@ def test_loading_does_not_alias_the_checkpoint():
         assert all(torch.equal(checkpoint["state"][index][key], value) for key, value in entry.items())
 
 
+def test_loading_does_not_alias_the_groups_of_the_checkpoint():
+    checkpoint = FusedAdam(parameters(torch.float32, SHAPES), lr=torch.tensor(0.1)).state_dict()
+    checkpoint["param_groups"][0]["mine"] = [1]
+    optimizer = FusedAdam(parameters(torch.float32, SHAPES))
+    optimizer.load_state_dict(checkpoint)
+    [group] = optimizer.param_groups
+    group["lr"].fill_(5.0)
+    group["mine"].append(2)
+    assert checkpoint["param_groups"][0]["lr"] == torch.tensor(0.1) and checkpoint["param_groups"][0]["mine"] == [1]
+
+
 class Allocations(TorchDispatchMode):
     """Bytes of every storage that operations make while it is on."""
 

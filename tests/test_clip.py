@@ -50,6 +50,17 @@ def test_equal_to_clip_grad_norm_before_the_step(backend, flatten, max_norm):
             torch.testing.assert_close(got[key], want[key], rtol=1e-6, atol=1e-7)
 
 
+@every_backend
+def test_gradients_as_small_as_what_is_added_to_the_norm(backend):
+    """torch divides by the norm plus 1e-6, here a fifth more than the norm."""
+    options = {"scale": 1e-6, "shapes": [(5,), (3, 4)]}
+    ours, _ = run(1, **options, backend=backend, max_grad_norm=1e-7)
+    theirs, _ = run(1, **options, before_step=lambda o: nn.utils.clip_grad_norm_(o.param_groups[0]["params"], 1e-7))
+    for got, want in zip(results(ours), results(theirs), strict=True):
+        for key in got:
+            torch.testing.assert_close(got[key], want[key], rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_same_bits_everywhere(dtype):
     """Norm, coefficient and results do not depend on backend, flatten, or what a gradient's layout makes of a row."""
@@ -81,7 +92,9 @@ def test_the_kernels_sum_has_the_bits_of_the_reference(kernel_device):
 
 def test_order_of_the_sum_is_the_documented_one():
     """Lanes one after the other within a chunk, then by halving; chunks likewise. Written as plain loops."""
-    grad = values((CHUNK + 5 * LANES + 7,), 3, torch.float32)
+    assert (LANES, CHUNK) == (1024, 65536)
+    # In float32 squares are exact and sums nearly so: any order would give the same.
+    grad = values((CHUNK + 5 * LANES + 7,), 6, torch.float64)
 
     def halve(x):
         while len(x) > 1:
@@ -189,6 +202,19 @@ def test_norm_spans_groups_dtypes_and_missing_gradients():
     expected = torch.cat([p.grad.double() for p in params]).norm()
     torch.testing.assert_close(optimizer.grad_norm, expected.float(), rtol=1e-6, atol=0)
     assert unused[0] not in optimizer.state
+
+
+@pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
+@every_backend
+def test_a_skipped_step_of_mixed_dtypes_counts_once(backend):
+    """float64 parameters are stepped by launches of their own."""
+    params = [parameters(dtype, [(30,)])[0] for dtype in (torch.float32, torch.bfloat16, torch.float64)]
+    optimizer = FusedAdam(params, skip_nonfinite=True, backend=backend)
+    for bad in (1.0, float("nan"), float("inf"), 1.0):
+        for p in params:
+            p.grad = torch.full_like(p, bad)
+        optimizer.step()
+    assert optimizer.skipped_steps == 2 and {r["step"].item() for r in results(optimizer)} == {2}
 
 
 def test_layouts_of_gradients_do_not_change_the_norms_bits():

@@ -126,12 +126,15 @@ def test_dtypes_have_buffers_of_their_own_and_tied_weights_move_once():
     assert len(optimizer._engine.flat.places) == 4
 
 
-@pytest.mark.parametrize("leave", ["none", "another", "data", "frozen", "unfrozen"])
-def test_leaving_the_buffer_is_served(leave):
+@pytest.mark.parametrize("beside", [False, True], ids=["all in buffers", "one beside"])
+@pytest.mark.parametrize("leave", ["none", "another", "later", "turned", "data", "frozen", "unfrozen"])
+def test_leaving_the_buffer_is_served(leave, beside):
     """Whatever the user does to one parameter, the results are those without buffers."""
     runs = []
     for flatten in (False, True):
-        params = parameters(torch.float32, [(5,), (6,), (7,)])
+        params = parameters(torch.float32, [(5,), (6, 6), (7,)])
+        if beside:
+            params.append(values((4, 2), 9, torch.float32)[:, 0].requires_grad_())
         if leave == "unfrozen":
             params[1].requires_grad_(False)
         optimizer = FusedAdamW(params, flatten=flatten)
@@ -144,8 +147,10 @@ def test_leaving_the_buffer_is_served(leave):
                     (p * values(p.shape, 10 * step + index, torch.float32)).sum().backward()
             if leave == "none" and step >= 3:
                 params[1].grad = None
-            if leave == "another":
-                params[1].grad = params[1].grad.clone()
+            if leave == "another" or (leave == "later" and step >= 3):
+                params[1].grad = params[1].grad * 2  # which the buffer does not hold
+            if leave == "turned" and step >= 3:
+                params[1].grad = params[1].grad.t()  # at the same address
             if leave == "data" and step == 2:
                 params[1].data = params[1].data.clone()
             optimizer.step()

@@ -134,7 +134,7 @@ def test_non_finite_values_spread_as_in_torch(backend, kernel_device):
 @pytest.mark.parametrize("backend", ["triton", "reference"])
 def test_learning_rate_zero_leaves_parameters_bit_for_bit(backend, kernel_device):
     start = torch.tensor([-0.0, 0.0, float("inf"), float("-inf"), 1e-45, 1.5])
-    param = torch.nn.Parameter(start.to(kernel_device))
+    param = torch.nn.Parameter(start.clone().to(kernel_device))
     optimizer = FusedAdamW([param], lr=0.0, weight_decay=0.1, backend=backend)
     param.grad = torch.tensor([-1.0, 1.0] * 3, device=kernel_device)  # -0.0 less an update of -0.0 would be 0.0
     optimizer.step()
@@ -143,18 +143,19 @@ def test_learning_rate_zero_leaves_parameters_bit_for_bit(backend, kernel_device
     assert optimizer.state[param]["step"] == 1
 
 
-def test_step_counters_beyond_what_float32_counts(kernel_device):
-    """A float32 counter stops at 2^24, as torch's does; bias correction stays what it was there."""
+@pytest.mark.parametrize("start", [2**24 - 1, 2**26])
+def test_step_counters_beyond_what_float32_counts(start, kernel_device):
+    """A float32 counter stops at 2^24, as torch's does, or where it was set; bias correction stays as at 2^24."""
     rows = []
     for backend, device in (("triton", kernel_device), ("reference", "cpu")):
         param = torch.nn.Parameter(torch.ones(3, device=device))
         optimizer = FusedAdam([param], betas=(0.9, 0.9999999), backend=backend)
         param.grad = torch.ones(3, device=device)
         optimizer.step()
-        optimizer.state[param]["step"].fill_(2**24 - 1)
+        optimizer.state[param]["step"].fill_(start)
         for _ in range(3):
             optimizer.step()
-        assert optimizer.state[param]["step"] == 2**24
+        assert optimizer.state[param]["step"] == max(start, 2**24)
         rows.append(results(optimizer))
     assert same_bits(*rows)
 

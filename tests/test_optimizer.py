@@ -276,6 +276,27 @@ def test_parameters_that_overlap_are_stepped_in_order(backend):
     torch.testing.assert_close(*runs, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_parameter_within_another_hides_no_overlap(backend):
+    """The last lies within the first and ends before the second begins, which overlaps the first alone.
+
+    What runs together on a GPU is never two that overlap: on a CPU one comes after the other anyway.
+    """
+    runs = []
+    for cls, extra in ((FusedAdam, {"backend": backend}), (torch.optim.Adam, {})):
+        base = values((60,), 0, torch.float32)
+        params = [x.requires_grad_() for x in (base[:50], base[30:], base[10:20])]
+        optimizer = cls(params, lr=0.1, weight_decay=0.1, **extra)
+        for step in range(3):
+            for index, p in enumerate(params):
+                p.grad = gradient(p, index, step)
+            optimizer.step()
+        if cls is FusedAdam:
+            assert [[row.index for row in runner.rows] for runner in optimizer._engine.usual.runners] == [[0], [1], [2]]
+        runs.append(base.detach().clone())
+    torch.testing.assert_close(*runs, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("how", ["replaced", "data", "filled", "removed", "cleared", "step", "step number"])
 def test_state_changed_by_the_user_is_honoured(how):
     a, b = pair()

@@ -7,6 +7,7 @@ import re
 
 import pytest
 import torch
+from named import missing, named
 from test_hash import HASH
 from torch import nn
 
@@ -69,3 +70,10 @@ def test_recipes_cost_what_the_table_says(line):
 
 def test_the_published_hash_is_the_tested_one():
     assert HASH in README
+
+
+def test_every_guarantee_names_tests_that_exist():
+    section = re.search(r"## Guarantees\n(.*?)\n## ", README, re.S)[1]
+    lines = re.findall(r"\n- (.*?)(?=\n- |\n\nNot guaranteed)", section, re.S)
+    assert len(lines) == 10 and all(named(line) for line in lines)
+    assert missing(README) == []

@@ -525,6 +525,18 @@ def test_a_nan_spoils_its_own_group_and_can_be_undone(precision, backend):
     assert same_bits(results(optimizer), results(clean))
 
 
+@every_backend
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+def test_master_weights_begin_as_the_parameters(dtype, backend):
+    """Also where the first step is of size zero, as torch.distributed.checkpoint takes one to have some state."""
+    p = nn.Parameter(torch.tensor([1.5, -0.0, 3.0, 0.0], dtype=dtype))
+    optimizer = FusedAdamW([p], lr=0.0, precision="master32", backend=backend)
+    p.grad = torch.tensor([1.0, -1.0, -1.0, 1.0], dtype=dtype)
+    optimizer.step()
+    master = optimizer.state[p]["master_weight"]
+    assert torch.equal(master.view(torch.int32), p.detach().float().view(torch.int32))
+
+
 # Bad input ----------------------------------------------------------------------------------------------------------
 
 

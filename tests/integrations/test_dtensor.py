@@ -79,6 +79,16 @@ def test_shards_have_the_bits_of_one_process(dtype, options, world):
             torch.testing.assert_close(grad_norm, expected.grad_norm, rtol=2e-7, atol=0)
 
 
+@pytest.mark.parametrize("precision", ["sr-bf16", "split24-int8"])
+def test_the_kernel_on_shards(precision):
+    """In the interpreter; some shards do not begin at a multiple of 4 elements, as draws of random bits do."""
+    shapes = [(33, 6), (3,), (17, 7)] if precision == "sr-bf16" else WHOLE_GROUPS
+    options = {"precision": precision, "seed": 3, "max_grad_norm": 0.5}
+    ranks = run_ranks(2, in_rows, 2, torch.bfloat16, {**options, "backend": "triton"}, shapes)
+    expected = results(alone(torch.bfloat16, options, shapes))
+    assert all(same_bits(found, expected) for found, _ in ranks)
+
+
 @pytest.mark.parametrize("world", [2, 4])
 @pytest.mark.parametrize(
     ("dtype", "options"),
