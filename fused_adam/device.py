@@ -150,9 +150,8 @@ class DeviceRunner:
             # Compared whole: one list comparison costs less than picking out the gradients of this section.
             key = addresses if self.moving else ()
             self.device_rows = self.row_table.get(key, lambda: self._with_grads(addresses), capturing)
-            params, stage_params, grad_indexes, stage_grads = self.staged
-            if params:
-                copy_all(stage_params, params)
+            *_, grad_indexes, stage_grads = self.staged
+            if stage_grads:
                 copy_all(stage_grads, [real(grads[i]) for i in grad_indexes])
 
     def _with_grads(self, addresses: Sequence[int]) -> Tensor:
@@ -172,6 +171,9 @@ class DeviceRunner:
     def run(self, hyper: Hyper, guard: Guard) -> None:
         with self._on_device():
             found_inf, grad_scale = self._float(guard.found_inf, self.zero), self._float(guard.grad_scale, self.one)
+            params, stage_params, *_ = self.staged
+            if params:  # not in `begin`: a section before this one may write the same memory
+                copy_all(stage_params, params)
             square_sum = self.no_sum
             if guard.square_sum is not None:
                 square_sum = guard.square_sum.to(self.device, non_blocking=True)
@@ -183,7 +185,6 @@ class DeviceRunner:
             )
             for update, blocks in self.updates:
                 update(len(blocks), self.device_rows, blocks, self.scalars)
-            params, stage_params, *_ = self.staged
             if params:
                 copy_all(params, stage_params)
 

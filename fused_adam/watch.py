@@ -22,9 +22,10 @@ data_ptr = torch.Tensor.data_ptr
 
 
 def layouts(tensors: Sequence[Tensor]) -> list[Any]:
-    """Type, dtype, device, sizes, strides, conjugate and negative bits of each tensor, to be compared."""
+    """Type, dtype, layout, device, sizes, strides, conjugate and negative bits of each tensor, to be compared."""
     return [
-        t is not None and (type(t), t.dtype, t.device, t.shape, t.stride(), t.is_conj(), t.is_neg()) for t in tensors
+        t is not None and (type(t), t.dtype, t.layout, t.device, t.shape, t.stride(), t.is_conj(), t.is_neg())
+        for t in tensors
     ]
 
 

@@ -227,12 +227,12 @@ class Optimizers(Lockstep):
         for i, (w, old) in enumerate(zip(self.model.weights, map(Weights.copy, saved["weights"]), strict=True)):
             if (old.dtype, old.precision) != (w.dtype, w.precision):
                 old.stored_anew(w.dtype, w.precision)
-            elif kinds[i] == saved["kinds"][i] and not w.dtype == FP16:
+            elif kinds[i] == saved["kinds"][i] and not old.pending:
                 assert self.sides[0].snapshot(i) == saved["bits"][i], f"parameter {i} was saved with other bits"
             else:
                 old.recoded()
             w.p.set(old.p.value, old.p.error)
-            w.m, w.v, w.v_max, w.steps = old.m, old.v, old.v_max, old.steps
+            w.m, w.v, w.v_max, w.steps, w.pending = old.m, old.v, old.v_max, old.steps, old.pending
         self.model.groups = copy.deepcopy(saved["groups"])
         self._near()
         self._compare()

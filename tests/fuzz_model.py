@@ -179,7 +179,8 @@ class Weights:
         """
         self.begin(o)
         self.decode()
-        self.steps, self.pending = self.steps + 1, False
+        self.steps += 1
+        self.pending = self.pending and self.v_max is not None and not o["amsgrad"]
         p, m, v, v_max, t = self.p, self.m, self.v, self.v_max, self.steps
         assert m is not None and v is not None
         lr, (beta1, beta2), eps, decay = float(o["lr"]), map(float, o["betas"]), o["eps"], o["weight_decay"]

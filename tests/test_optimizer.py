@@ -231,8 +231,9 @@ def test_autograd_notices_that_a_step_changed_a_saved_tensor():
             loss.backward()
 
 
+@pytest.mark.parametrize("expanded", [False, True])  # such a gradient is stepped through copies
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_parameter_listed_twice_is_stepped_twice(backend):
+def test_a_parameter_listed_twice_is_stepped_twice(backend, expanded):
     a = parameters(torch.float32, [(5,)])[0]
     with pytest.warns(UserWarning, match="duplicate"):
         twice = FusedAdam([a, a], backend=backend)
@@ -240,7 +241,8 @@ def test_a_parameter_listed_twice_is_stepped_twice(backend):
     with pytest.warns(UserWarning, match="duplicate"):
         theirs = torch.optim.Adam([b, b])
     for step in range(3):
-        a.grad, b.grad = gradient(a, 0, step), gradient(b, 0, step)
+        grad = gradient(a, 0, step)
+        a.grad = b.grad = grad[:1].expand(5) if expanded else grad
         twice.step()
         theirs.step()
     assert twice.state[a]["step"] == 6
@@ -261,8 +263,9 @@ def test_an_empty_parameter_listed_twice_counts_two_steps(backend, shape):
     assert counts == [[6, 3], [6, 3]]
 
 
+@pytest.mark.parametrize("expanded", [False, True])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_parameters_that_overlap_are_stepped_in_order(backend):
+def test_parameters_that_overlap_are_stepped_in_order(backend, expanded):
     runs = []
     for cls, extra in ((FusedAdam, {"backend": backend}), (torch.optim.Adam, {})):
         base = values((12,), 0, torch.float32)
@@ -270,7 +273,8 @@ def test_parameters_that_overlap_are_stepped_in_order(backend):
         optimizer = cls(params, lr=0.1, weight_decay=0.1, **extra)
         for step in range(3):
             for index, p in enumerate(params):
-                p.grad = gradient(p, index, step)
+                grad = gradient(p, index, step)
+                p.grad = grad[:1].expand(p.shape) if expanded else grad
             optimizer.step()
         runs.append(base.detach().clone())
     torch.testing.assert_close(*runs, rtol=1e-6, atol=1e-6)

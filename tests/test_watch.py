@@ -129,3 +129,15 @@ def test_memory_for_kept_plans_is_bounded():
         step(optimizer, number, skip=[i for i in range(6) if number + 1 >> i & 1])
     kept = [len(plan.rows) for plan in optimizer._engine.plans.values()]
     assert 1 < len(kept) and sum(kept) <= ROWS_KEPT * 6
+
+
+def test_a_sparse_gradient_after_an_expanded_one_is_refused_by_its_name():
+    param = parameters(torch.float32, [(5,)])[0]
+    optimizer = FusedAdam([param])
+    param.grad = torch.ones(1).expand(5)
+    optimizer.step()
+    before = results(optimizer)
+    param.grad = torch.zeros(5).to_sparse()
+    with pytest.raises(RuntimeError, match="does not support sparse gradients"):
+        optimizer.step()
+    assert same_bits(results(optimizer), before)
