@@ -32,7 +32,7 @@ test-triton: $(TRITONS:%=.venv-triton-%/installed)
 	tests/test_codegen.py tests/test_inspect.py tests/test_launch.py tests/test_kernel.py tests/test_hash.py::test_short_hash_on_the_kernel \
 	|| exit 1; done
 
-# DDP, ZeRO and FSDP1 in several processes, and training frameworks: Transformers, Accelerate, Lightning, PEFT, safetensors.
+# DDP, FSDP1 and 2, DTensors and ZeRO in several processes, and training frameworks: Transformers, Accelerate, Lightning, PEFT, safetensors.
 test-integrations: .venv-integrations/installed
 	.venv-integrations/bin/python -m pytest -n 2 --dist loadfile tests/integrations
 

@@ -38,7 +38,8 @@ class FusedAdam(torch.optim.Adam):
 
     Args:
         params: parameters, named parameters or param groups, as for `torch.optim.Adam`. Dtypes float32, bfloat16,
-            float16, float64 and complex ones of these; devices and dtypes may be mixed in one group.
+            float16, float64 and complex ones of these; devices and dtypes may be mixed in one group. DTensors (FSDP2,
+            tensor parallelism) are stepped shard by shard, with the bits of one process.
         lr, betas, eps, weight_decay, amsgrad, maximize, decoupled_weight_decay: as in `torch.optim.Adam`.
         foreach, fused: accepted and checked as in torch; they choose no code path. With `fused=True` a GradScaler
             hands its scale and overflow flag over to the step, as in torch.
