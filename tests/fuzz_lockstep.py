@@ -57,7 +57,7 @@ class Lockstep(RuleBasedStateMachine):
     steps_done = 0  # of all lives
     twins = st.sampled_from(["flatten", "forgetful"])
     longest = 20  # steps at a time
-    precisions = PRECISIONS
+    precisions, dtypes = PRECISIONS, DTYPES
 
     @initialize(
         twin=st.runner().flatmap(lambda self: self.twins),
@@ -96,7 +96,7 @@ class Lockstep(RuleBasedStateMachine):
         rng = np.random.default_rng(seed)
         numbers_of_new = []
         for shape, kind, layout, scale in members:
-            dtype = DTYPES[precision][kind % len(DTYPES[precision])]
+            dtype = self.dtypes[precision][kind % len(self.dtypes[precision])]
             shared = self._shareable(precision) if layout == "shared" else None
             if shared:
                 dtype = self.sides[0].params[shared[0]].dtype
