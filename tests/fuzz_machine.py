@@ -44,15 +44,9 @@ class Optimizers(Lockstep):
             side.params[i].requires_grad_(i not in self.frozen)
             side.params[i].grad = None
 
-    @rule(key=st.sampled_from(["lr", "lr", *VALUES]), which=INDEXES, group=INDEXES)
+    @rule(key=st.sampled_from(list(VALUES)), which=INDEXES, group=INDEXES)
     def change_a_value(self, key, which, group):
-        group %= len(self.model.groups)
-        value = VALUES[key][which % len(VALUES[key])]
-        for side in self.sides:
-            side.optimizer.param_groups[group][key] = torch.tensor(0.003) if value == "tensor" else value
-        self.model.groups[group][0][key] = float(torch.tensor(0.003)) if value == "tensor" else value
-
-    # Steps ----------------------------------------------------------------------------------------------------------
+        self.set_value(group % len(self.model.groups), key, VALUES[key][which % len(VALUES[key])])
 
     @rule(set_to_none=st.booleans())
     def zero_grad(self, set_to_none):

@@ -191,5 +191,5 @@ FAULTS = [
 def test_faults_are_found(fault, monkeypatch):
     fault(monkeypatch)
     with pytest.raises(AssertionError) as found:
-        run(Optimizers, 200, derandomize=True, phases=[Phase.generate], report_multiple_bugs=False)
+        run(Optimizers, 500, derandomize=True, phases=[Phase.generate], report_multiple_bugs=False)
     print(fault.__name__, str(found.value)[:100])
