@@ -57,7 +57,7 @@ class Lockstep(RuleBasedStateMachine):
     steps_done = 0  # of all lives
     twins = st.sampled_from(["flatten", "forgetful"])
     longest = 20  # steps at a time
-    precisions = PRECISIONS
+    precisions, dtypes = PRECISIONS, DTYPES
 
     @initialize(
         twin=st.runner().flatmap(lambda self: self.twins),
@@ -96,7 +96,7 @@ class Lockstep(RuleBasedStateMachine):
         rng = np.random.default_rng(seed)
         numbers_of_new = []
         for shape, kind, layout, scale in members:
-            dtype = DTYPES[precision][kind % len(DTYPES[precision])]
+            dtype = self.dtypes[precision][kind % len(self.dtypes[precision])]
             shared = self._shareable(precision) if layout == "shared" else None
             if shared:
                 dtype = self.sides[0].params[shared[0]].dtype
@@ -147,10 +147,18 @@ class Lockstep(RuleBasedStateMachine):
     @rule(
         count=st.runner().flatmap(lambda self: st.integers(1, self.longest)),
         kind=st.sampled_from(GRADS[:-1]),
+        lr=st.sampled_from([1e-3, 5e-2, None]),
         seed=SEEDS,
     )
-    def step_all(self, count, kind, seed):
+    def step_all(self, count, kind, lr, seed):
+        for group in range(len(self.model.groups) if lr else 0):
+            self.set_value(group, "lr", lr)
         self.step(count, [kind], seed, "")
+
+    def set_value(self, group, key, value):
+        for side in self.sides:
+            side.optimizer.param_groups[group][key] = torch.tensor(0.003) if value == "tensor" else value
+        self.model.groups[group][0][key] = float(torch.tensor(0.003)) if value == "tensor" else value
 
     @rule(count=st.runner().flatmap(lambda self: st.integers(1, self.longest)), seed=SEEDS)
     def keep_gradients(self, count, seed):

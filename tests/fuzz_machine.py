@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from fuzz_lockstep import (
     BF16,
-    DTYPES,
     FP16,
     FP32,
     FP64,
@@ -45,15 +44,9 @@ class Optimizers(Lockstep):
             side.params[i].requires_grad_(i not in self.frozen)
             side.params[i].grad = None
 
-    @rule(key=st.sampled_from(["lr", "lr", *VALUES]), which=INDEXES, group=INDEXES)
+    @rule(key=st.sampled_from(list(VALUES)), which=INDEXES, group=INDEXES)
     def change_a_value(self, key, which, group):
-        group %= len(self.model.groups)
-        value = VALUES[key][which % len(VALUES[key])]
-        for side in self.sides:
-            side.optimizer.param_groups[group][key] = torch.tensor(0.003) if value == "tensor" else value
-        self.model.groups[group][0][key] = float(torch.tensor(0.003)) if value == "tensor" else value
-
-    # Steps ----------------------------------------------------------------------------------------------------------
+        self.set_value(group % len(self.model.groups), key, VALUES[key][which % len(VALUES[key])])
 
     @rule(set_to_none=st.booleans())
     def zero_grad(self, set_to_none):
@@ -147,7 +140,7 @@ class Optimizers(Lockstep):
     @rule(dtype=st.sampled_from([FP32, BF16, FP64]))
     def change_dtype(self, dtype):
         chosen = [i for i, p in enumerate(self.sides[0].params) if not p.is_complex()]
-        if any(dtype not in DTYPES[self.model.weights[i].precision] for i in chosen):
+        if any(dtype not in self.dtypes[self.model.weights[i].precision] for i in chosen):
             return
         for side in self.sides:
             for i in chosen:
@@ -178,7 +171,9 @@ class Optimizers(Lockstep):
         for _, members in self.model.groups:
             old = self.model.weights[members[0]].precision
             dtypes = {self.sides[0].params[i].dtype for i in members}
-            allowed = [p for p in DTYPES if dtypes <= set(DTYPES[p]) and not (p and any(map(self._shares, members)))]
+            allowed = [
+                p for p in self.dtypes if dtypes <= set(self.dtypes[p]) and not (p and any(map(self._shares, members)))
+            ]
             precisions.append(old if keep or not allowed else allowed[choice % len(allowed)])
         for side, arguments in zip(self.sides, self._arguments(flatten), strict=True):
             side.rebuild(arguments, precisions)

@@ -8,6 +8,7 @@ import random
 import time
 
 import hypothesis
+import hypothesis.strategies as st
 import pytest
 import torch
 from fuzz_machine import Optimizers
@@ -43,6 +44,33 @@ def test_a_hundred_thousand_steps(capsys):
             seed += 1
         print(f"{machine.steps_done} steps in {seed - first} times 100 lives, {time.time() - start:.0f} s", flush=True)
     assert machine.steps_done >= wanted
+
+
+class OnTheKernel(Optimizers):
+    """The second runs in Triton's interpreter: a thousand times slower."""
+
+    twins = st.just("triton")
+    longest = 2
+
+
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in the interpreter: of overflows, inf - inf, x / 0
+def test_lives_on_the_kernel():
+    run(OnTheKernel, 100, derandomize=True)
+    assert OnTheKernel.steps_done >= 300
+
+
+class Compiled(Optimizers):
+    """The second runs through torch.compile, which takes seconds for every mix of dtypes and flags: few."""
+
+    twins = st.just("compiled")
+    precisions, dtypes = st.none(), {None: (torch.float32,)}
+
+
+@pytest.mark.long
+def test_compiled_lives():
+    run(Compiled, 100, derandomize=True)
+    assert Compiled.steps_done >= 1000
 
 
 # It can fail: faults that it must find ------------------------------------------------------------------------------
@@ -163,5 +191,5 @@ FAULTS = [
 def test_faults_are_found(fault, monkeypatch):
     fault(monkeypatch)
     with pytest.raises(AssertionError) as found:
-        run(Optimizers, 200, derandomize=True, phases=[Phase.generate], report_multiple_bugs=False)
+        run(Optimizers, 500, derandomize=True, phases=[Phase.generate], report_multiple_bugs=False)
     print(fault.__name__, str(found.value)[:100])
