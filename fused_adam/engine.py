@@ -17,7 +17,7 @@ from fused_adam_kernels import table
 from . import backend as backends
 from . import plan
 from .arena import Arena, State, grow_older
-from .distributed import Ranks, gradient_parts, is_sharded
+from .distributed import Ranks, Shards, is_sharded
 from .flatten import FlatBuffers
 from .scalars import Guard, hyper
 from .watch import Watch, reader
@@ -229,9 +229,10 @@ class Engine:
             if grad is not None:
                 live.append(param)
                 found.append(grad)
-        found = gradient_parts(live, found, self.moved)
-        rest = iter(found)
-        grads = [None if grad is None else next(rest) for grad in grads]
+        if any(map(is_sharded, live)):
+            found = Shards(live).gradient_parts(found, self.moved)
+            rest = iter(found)
+            grads = [None if grad is None else next(rest) for grad in grads]
         devices = {device: backends.choose(self.backend, device) for device in {param.device for param in live}}
         sections = plan.build(
             params=params,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .distributed import gradient_parts, is_sharded, parts
+from .distributed import Shards, is_sharded
 from .flatten import FlatBuffers
 
 try:
@@ -68,7 +68,7 @@ class Watch:
         idle: those that must have no gradient.
         buffers: flat parameters and gradients, if there are any.
         read: how gradients are read.
-        moved: this step's gradients that lay otherwise than their DTensors, see `gradient_parts`.
+        moved: this step's gradients that lay otherwise than their DTensors, see `Shards.gradient_parts`.
     """
 
     def __init__(
@@ -81,8 +81,8 @@ class Watch:
         moved: dict[Tensor, Tensor],
     ) -> None:
         self.live, self.idle, self.read = list(live), list(idle), read
-        self.sharded, self.moved = any(map(is_sharded, live)), moved
-        memory = self._memory()
+        self.shards, self.moved = Shards(live) if any(map(is_sharded, live)) else None, moved
+        memory = self.shards.parts() if self.shards else self.live
         self.addresses = list(map(data_ptr, memory))
         slots = buffers.grad_addresses if buffers else {}
         self.slots = [slots.get(param, 0) for param in live]
@@ -92,9 +92,6 @@ class Watch:
         views = [buffers.places[param].grad_view for param in live if param in buffers.places] if buffers else []
         self.views = views if len(views) == len(grads) and all(map(operator.is_, views, grads)) else None
         self.layouts = Layouts(memory if self.views else [*memory, *grads])
-
-    def _memory(self) -> list[Tensor]:
-        return parts(self.live) if self.sharded else self.live
 
     def gradients(self) -> tuple[list[Tensor], list[int]] | None:
         """This step's gradients of the live parameters and their addresses; None if the plan no longer fits.
@@ -106,9 +103,9 @@ class Watch:
         grads: list[Any] = self.read(self.live)
         if self.views and not all(map(operator.is_, grads, self.views)):
             return None
-        memory = self._memory()
-        if self.sharded:
-            grads = gradient_parts(self.live, grads, self.moved)
+        memory = self.live
+        if self.shards:
+            memory, grads = self.shards.parts(), self.shards.gradient_parts(grads, self.moved)
         if not self.layouts.hold(memory if self.views else [*memory, *grads]):
             return None
         if list(map(data_ptr, memory)) != self.addresses:
