@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import torch
+from torch import Tensor
+
 GRAD_ATTRIBUTES = ("grad", "main_grad", "decoupled_grad")
 
 
@@ -39,3 +42,15 @@ def check_reduce_norm(function: object, guards: bool) -> None:
         raise TypeError(f"reduce_norm={function!r} must be a function of one tensor, or None")
     if function is not None and not guards:
         raise ValueError("reduce_norm is of use with max_grad_norm or skip_nonfinite, and neither is set")
+
+
+def check_norm(total: object, device: torch.device) -> Tensor:
+    """What reduce_norm returned; raises TypeError or ValueError unless it is what it was given. Reads no value."""
+    if not isinstance(total, Tensor):
+        raise TypeError(f"reduce_norm returned {total!r}, but must return a tensor")
+    if (total.dtype, total.shape, total.device) != (torch.float64, (1,), device):
+        raise ValueError(
+            f"reduce_norm returned a tensor of {total.dtype} and shape {tuple(total.shape)} on {total.device}, "
+            f"but must return one of torch.float64 and shape (1,) on {device}"
+        )
+    return total

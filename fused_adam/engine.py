@@ -14,8 +14,8 @@ from torch import Tensor
 
 from fused_adam_kernels import table
 
+from . import arguments, plan
 from . import backend as backends
-from . import plan
 from .arena import Arena, State, grow_older
 from .distributed import Ranks, Shards, is_sharded
 from .flatten import FlatBuffers
@@ -293,7 +293,7 @@ class Engine:
         if self.ranks:
             total = self.ranks.total(total)
         if self.reduce_norm:
-            total = self.reduce_norm(total)
+            total = arguments.check_norm(self.reduce_norm(total), total.device)
         if self.stats is None or self.stats.device != total.device:
             with lasting():
                 stats = torch.zeros(table.STATS, dtype=torch.float64, device=total.device)

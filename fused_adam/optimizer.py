@@ -281,7 +281,8 @@ class FusedAdam(torch.optim.Adam):
         It is called in every step, on every rank, and must give the same value there:
         `lambda total: all_reduce(total, group=pipeline) or total`. None: nothing is added.
 
-        Raises TypeError if it cannot be called, ValueError without max_grad_norm and skip_nonfinite.
+        Raises TypeError if it cannot be called, ValueError without max_grad_norm and skip_nonfinite; so does a step,
+        before anything is changed, if it returns another kind of tensor.
         """
         return self._reduce_norm
 

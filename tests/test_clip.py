@@ -253,3 +253,44 @@ def test_copies_keep_the_arguments_and_nothing_public_is_added():
 def test_bad_arguments_are_named(arguments, error, message):
     with pytest.raises(error, match=message):
         FusedAdam([torch.zeros(1)], **arguments)
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_reduce_norm_decides_what_is_clipped(backend):
+    """As if three other processes held as much: the norm is twice what is here. Copies keep the function."""
+    plain, reduced = (FusedAdamW(parameters(torch.float32), max_grad_norm=0.5, backend=backend) for _ in range(2))
+    reduced.reduce_norm = lambda total: 4 * total
+    copied = copy.deepcopy(reduced)
+    for optimizer in (plain, reduced, copied):
+        for group in optimizer.param_groups:
+            for index, param in enumerate(group["params"]):
+                param.grad = gradient(param, index, 0)
+        optimizer.step()
+    assert reduced.grad_norm == 2 * plain.grad_norm
+    assert same_bits(results(reduced), results(copied)) and not same_bits(results(reduced), results(plain))
+
+
+@pytest.mark.parametrize(
+    ("function", "error", "message"),
+    [
+        (lambda total: None, TypeError, "reduce_norm returned None, but must return a tensor"),
+        (lambda total: total.float(), ValueError, r"returned a tensor of torch.float32 and shape \(1,\) on cpu"),
+        (lambda total: total.sum(), ValueError, r"of torch.float64 and shape \(\) on cpu, but must return one of"),
+    ],
+)
+def test_what_reduce_norm_returns_is_checked_before_anything_is_changed(function, error, message):
+    optimizer, expected = (FusedAdamW(parameters(torch.float32), max_grad_norm=0.5) for _ in range(2))
+    for each in (optimizer, expected):
+        for index, param in enumerate(each.param_groups[0]["params"]):
+            param.grad = gradient(param, index, 0)
+    optimizer.step()
+    before = results(optimizer)
+    optimizer.reduce_norm = function
+    with pytest.raises(error, match=message):
+        optimizer.step()
+    assert same_bits(results(optimizer), before)
+    optimizer.reduce_norm = None
+    optimizer.step()
+    expected.step()
+    expected.step()
+    assert same_bits(results(optimizer), results(expected))

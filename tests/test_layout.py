@@ -52,6 +52,7 @@ ALLOWED = {
         *("fused_adam.device", "fused_adam.host", "fused_adam.plan", "fused_adam.reference", "fused_adam.scalars"),
     },
     "fused_adam.engine": {
+        "fused_adam.arguments",
         *("fused_adam.arena", "fused_adam.backend", "fused_adam.distributed", "fused_adam.flatten"),
         *("fused_adam.plan", "fused_adam.scalars", "fused_adam.watch", "fused_adam_kernels.table"),
     },
