@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -190,6 +191,10 @@ def _cut(param: DTensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return start, shape
 
 
+def _digest(value: object) -> bytes:
+    return hashlib.sha256(repr(value).encode()).digest()[:8]
+
+
 class Ranks:
     """The processes that step the shards of one optimizer together: those of the mesh that holds all of its meshes.
 
@@ -216,41 +221,50 @@ class Ranks:
             self.group = distributed.new_group(sorted(ranks), use_local_synchronization=True)
         self.rank = distributed.get_rank(self.group)
 
-    def agree(self, facts: Sequence[dict[str, object]], failure: Exception | None) -> list[bool]:
-        """Compare with the other ranks what is true of each parameter; returns which parameters are counted here.
+    def compare(self, facts: Sequence[dict[str, object]]) -> list[bool]:
+        """Compare what is true of each parameter; returns which of them are counted here.
 
         What several ranks hold alike (replicas, plain parameters) is counted by the first of them.
 
         Args:
             facts: per parameter, what must be the same everywhere, by name.
-            failure: what keeps this rank from stepping, if something does.
 
-        Raises RuntimeError on every rank if one cannot step, ValueError if ranks differ.
+        Raises ValueError on every rank if ranks differ.
         """
-        own = [
-            ({name: repr(value) for name, value in fact.items()}, _cut(param) if is_sharded(param) else None)
-            for fact, param in zip(facts, self.params, strict=True)
-        ]
-        everyone: list[Any] = [None] * self.size
-        distributed.all_gather_object(everyone, (failure and f"{type(failure).__name__}: {failure}", own), self.group)
-        if failure is not None:
-            raise failure
-        for rank, (text, _) in enumerate(everyone):
-            if text:
-                raise RuntimeError(f"no rank steps, because rank {rank} of the optimizer's {self.size} cannot: {text}")
-        first = everyone[0][1]
-        for rank, (_, other) in enumerate(everyone):
+        places = [_digest(_cut(param) if is_sharded(param) else None) for param in self.params]
+        # 16 bytes per parameter: facts as they are would be hundreds of megabytes from a thousand ranks.
+        everyone = self._gather((list(map(_digest, facts)), places))
+        first = everyone[0][0]
+        for rank, (other, _) in enumerate(everyone):
             if len(other) != len(first):
                 raise ValueError(f"ranks differ: rank 0 has {len(first)} parameters, and rank {rank} has {len(other)}")
-            for i, ((fact, _), (its, _)) in enumerate(zip(first, other, strict=True)):
-                differing = [
-                    f"{name} {fact[name]} on rank 0, {its[name]} on rank {rank}"
-                    for name in fact
-                    if fact[name] != its[name]
-                ]
-                if differing:
-                    raise ValueError(f"ranks differ: parameter {i} has {' and '.join(differing)}")
-        return [all(other[i][1] != place for _, other in everyone[: self.rank]) for i, (_, place) in enumerate(own)]
+            if other != first:
+                i = next(i for i, pair in enumerate(zip(first, other, strict=True)) if pair[0] != pair[1])
+                told = self._gather({name: repr(value) for name, value in facts[i].items()})
+                differing = [name for name in facts[i] if told[0][name] != told[rank][name]]
+                texts = [f"{name} {told[0][name]} on rank 0, {told[rank][name]} on rank {rank}" for name in differing]
+                raise ValueError(f"ranks differ: parameter {i} has {' and '.join(texts)}")
+        return [all(other[i] != place for _, other in everyone[: self.rank]) for i, place in enumerate(places)]
+
+    def together(self, failure: Exception | None) -> None:
+        """Let every rank go on, or none.
+
+        Args:
+            failure: what keeps this rank from stepping, if something does: raised here, and told to the others.
+
+        Raises RuntimeError if another rank cannot.
+        """
+        everyone = self._gather(failure and f"{type(failure).__name__}: {failure}")
+        if failure is not None:
+            raise failure
+        for rank, text in enumerate(everyone):
+            if text:
+                raise RuntimeError(f"no rank steps, because rank {rank} of the optimizer's {self.size} cannot: {text}")
+
+    def _gather(self, value: object) -> list[Any]:
+        everyone: list[Any] = [None] * self.size
+        distributed.all_gather_object(everyone, value, self.group)
+        return everyone
 
     def total(self, square_sum: Tensor) -> Tensor:
         """The sum over all ranks, in an order that only their number decides; float64, shape (1,), not waited for."""

@@ -184,26 +184,13 @@ class Engine:
             return self._build(groups, state, only)
         if self.ranks is None or list(map(id, self.ranks.params)) != list(map(id, self.params)):
             ranks, failure, found = Ranks(self.params), None, None
+            self.counted = ranks.compare(self._facts(groups))
             try:
                 found = self._build(groups, state, only)
             except Exception as error:
                 failure = error
-            members = [(number, group, param) for number, group in enumerate(groups) for param in group["params"]]
-            facts = [
-                {
-                    "shape": tuple(param.shape),
-                    "dtype": param.dtype,
-                    "placements": getattr(param, "placements", "none"),
-                    "gradient": grad is not None,
-                    "group": number,
-                    **{key: group.get(key) for key in ("amsgrad", "precision", "seed")},
-                    "max_grad_norm": self.max_grad_norm,
-                    "skip_nonfinite": self.skip_nonfinite,
-                }
-                for (number, group, param), grad in zip(members, self.read(self.params), strict=True)
-            ]
             try:
-                self.counted = ranks.agree(facts, failure)
+                ranks.together(failure)
             except Exception:
                 self.forget()  # the next step has to ask again
                 raise
@@ -214,6 +201,23 @@ class Engine:
         for row in found[0].rows:
             row.counted = self.counted[row.ordinal]
         return found
+
+    def _facts(self, groups: Sequence[dict[str, Any]]) -> list[dict[str, object]]:
+        """What every rank must have alike, per parameter."""
+        members = [(number, group, param) for number, group in enumerate(groups) for param in group["params"]]
+        return [
+            {
+                "shape": tuple(param.shape),
+                "dtype": param.dtype,
+                "placements": getattr(param, "placements", "none"),
+                "gradient": grad is not None,
+                "group": number,
+                **{key: group.get(key) for key in ("amsgrad", "precision", "seed")},
+                "max_grad_norm": self.max_grad_norm,
+                "skip_nonfinite": self.skip_nonfinite,
+            }
+            for (number, group, param), grad in zip(members, self.read(self.params), strict=True)
+        ]
 
     def _build(
         self, groups: Sequence[dict[str, Any]], state: State, only: tuple[int, ...] | None
