@@ -72,7 +72,7 @@ class Slot:
         return self.segment.data_ptr() + self.start * self.segment.element_size() if self.numel else 0
 
     def flat(self) -> Tensor:
-        """These elements as one dimension.
+        """These elements as one dimension, in a storage of their own over the segment's memory.
 
         A plain view would make `torch.save` write the whole segment, and safetensors refuse it.
         """

@@ -107,7 +107,7 @@ class Engine:
         Raises what `plan.build` raises, before anything is changed.
         """
         capturing = backends.is_capturing()
-        self.moved.clear()
+        self.moved.clear()  # of a step that failed
         params = list(chain.from_iterable([group["params"] for group in groups]))
         options = [(group["amsgrad"], group.get("precision"), group.get("seed")) for group in groups]
         known = self._still_known(params, options) and self.arena.counters_unchanged()
@@ -281,6 +281,7 @@ class Engine:
         for i, runner in enumerate(chosen.runners):
             # The norm is counted once.
             runner.run(values, guard if i == 0 else replace(guard, stats=None))
+        self.moved.clear()
         self.arena.note_counters()
         # Kernels write through addresses, which autograd does not see.
         torch.autograd.graph.increment_version(chosen.written)

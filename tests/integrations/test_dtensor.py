@@ -278,6 +278,7 @@ def partial_gradient(rank):
         before = params[0].grad
         optimizer.step()
         assert params[0].grad is before and before.placements[0].is_partial()
+        assert not optimizer._engine.moved  # the sums are let go
     return whole_results(optimizer)
 
 
