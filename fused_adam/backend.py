@@ -18,12 +18,13 @@ from .scalars import Guard, Hyper
 
 BACKENDS = ("auto", "triton", "reference", "compiled")
 TRITON_DEVICES = ("cuda", "xpu")  # ROCm devices are called cuda
-HAS_GRAPHS = bool(torch.version.cuda or torch.version.hip)
 
 
 def is_capturing() -> bool:
     """Whether the current stream is being captured in a CUDA graph."""
-    return HAS_GRAPHS and torch.cuda.is_current_stream_capturing()
+    # Only a process that has used CUDA can be capturing. The question alone raises on a machine without a GPU:
+    # torch's CUDA build, which `pip install torch` brings to every Linux machine, asks a driver that is not there.
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 class Runner(Protocol):

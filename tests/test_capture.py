@@ -247,3 +247,19 @@ class TestRefused:
             torch.accelerator, "current_stream", lambda: type("", (), {"is_capturing": lambda _: True})()
         )
         self.refused(graph, optimizer, "Attempting CUDA graph capture of step.. for an instance of FusedAdamW")
+
+
+def no_driver():
+    raise RuntimeError("CUDA driver version is insufficient for CUDA runtime version")
+
+
+def test_a_step_on_the_host_asks_no_cuda_driver(monkeypatch):
+    """torch's CUDA build on a machine without a driver: the question alone raises there."""
+    if torch.cuda.is_initialized():
+        pytest.skip("this process uses a GPU")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", no_driver)
+    optimizer = optimizer_on("cpu")
+    eager(optimizer, range(2))
+    optimizer.offload()
+    optimizer.reload()
+    assert all(entry["step"] == 2 for entry in optimizer.state.values())
