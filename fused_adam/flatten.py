@@ -15,13 +15,14 @@ from .arena import Slot, segments
 def owns_its_storage(param: Tensor) -> bool:
     """Whether nobody else can see this parameter's memory, so that moving it moves it for everybody.
 
-    The storage has two holders when the parameter is alone: the parameter and the handle we ask through.
+    The storage has two holders when the parameter is alone: the parameter and the handle we ask through. Whether
+    another process has it, too, only storages on the CPU know: those on a GPU always answer that they are shared.
     """
     storage = param.untyped_storage()
     return (
         storage.nbytes() == param.numel() * param.element_size()
         and torch._C._storage_Use_Count(storage._cdata) == 2
-        and not storage.is_shared()
+        and not (param.device.type == "cpu" and storage.is_shared())
     )
 
 

@@ -47,6 +47,15 @@ def test_moves_parameters_and_gradients_into_two_buffers():
     assert distances == {0, 128, 256, 384}  # slots of 32 float32 elements
 
 
+@pytest.mark.gpu
+def test_moves_every_parameter_on_a_gpu():
+    """There a storage says of itself that other processes share it, always."""
+    module = model().to("cuda")
+    optimizer = FusedAdamW(module.parameters(), flatten=True)
+    assert len(optimizer._engine.flat.places) == len(list(module.parameters())) == 4
+    assert all(in_place(optimizer, p) for p in module.parameters())
+
+
 @pytest.mark.parametrize("set_to_none", [False, True])
 def test_training_gives_the_same_bits_as_without(set_to_none):
     plain, flat = model(), model()
