@@ -207,7 +207,8 @@ class HostSpan:
         options = self.row.options
         count = padded(numel) if options.recipe.random else 0
         number = int(min(step, LAST_STEP))
-        words = random_words(options.seed, start, number, self.row.ordinal, count, scalars.device, self.row.origin)
+        device = memory["param"].device  # the scalars are on the host
+        words = random_words(options.seed, start, number, self.row.ordinal, count, device, self.row.origin)
         recipe_step(options.recipe, memory, scalars, *flags, words)
         if numel < padded(numel):
             operands["param"][start:end].copy_(memory["param"][:numel])

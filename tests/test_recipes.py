@@ -25,8 +25,8 @@ def dtype_of(precision):
     return FP32 if precision.startswith("native") else BF16
 
 
-def parameters(dtype, shapes=SMALL, seed=0):
-    return [nn.Parameter(values(shape, seed + i, dtype)) for i, shape in enumerate(shapes)]
+def parameters(dtype, shapes=SMALL, seed=0, device="cpu"):
+    return [nn.Parameter(values(shape, seed + i, dtype).to(device)) for i, shape in enumerate(shapes)]
 
 
 def members(optimizer):
@@ -47,9 +47,9 @@ def train(optimizer, steps, first=0, dtype=None, scale=1.0):
         optimizer.step()
 
 
-def trained(precision, steps=2, shapes=SMALL, dtype=None, first=0, grad_dtype=None, scale=1.0, **options):
+def trained(precision, steps=2, shapes=SMALL, dtype=None, first=0, grad_dtype=None, scale=1.0, device="cpu", **options):
     options = {"lr": 1e-2, "weight_decay": 0.1, "precision": precision, **options}
-    optimizer = FusedAdamW(parameters(dtype or dtype_of(precision), shapes), **options)
+    optimizer = FusedAdamW(parameters(dtype or dtype_of(precision), shapes, device=device), **options)
     train(optimizer, steps, first, grad_dtype, scale)
     return optimizer
 
@@ -74,6 +74,16 @@ def test_the_kernel_equals_the_reference(precision, dtype, amsgrad, gradients):
         wanted = parse(precision).state(dtype, p.shape, amsgrad)
         entry = {key: (value.dtype, value.shape) for key, value in a.state[p].items() if key != "step"}
         assert entry == wanted and p.dtype == dtype
+
+
+@pytest.mark.gpu
+@every_backend
+@pytest.mark.parametrize(("precision", "dtype"), CASES, ids=lambda x: str(x).removeprefix("torch."))
+def test_a_gpu_gives_the_bits_of_the_cpu(precision, dtype, backend):
+    """The reference too, whose random words are drawn on the parameter's device."""
+    options = {"dtype": dtype, "max_grad_norm": 0.5, "amsgrad": True}
+    a, b = trained(precision, **options), trained(precision, device="cuda", backend=backend, **options)
+    assert same_bits(results(a), results(b))
 
 
 @pytest.mark.parametrize("precision", ["split32-bf16", "split24-int8"])
