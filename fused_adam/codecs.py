@@ -50,7 +50,7 @@ def random_words(
     if not numel:
         return torch.empty(0, dtype=torch.int32, device=device)
     first += origin & 3
-    quad = torch.arange(first // 4, (first + numel + 3) // 4, device=device)
+    quad = torch.arange(first // 4, (first + numel + 3) // 4, dtype=torch.int64, device=device)
     c0, c1 = (quad & WORD) + (origin >> 2 & WORD) & WORD, (quad >> 32) + (origin >> 34) & WORD
     c2, c3 = torch.full_like(quad, step), torch.full_like(quad, ordinal)
     words = torch.stack(philox(seed, c0, c1, c2, c3), 1).view(-1)
@@ -146,7 +146,8 @@ def encode_m(m: Tensor) -> tuple[Tensor, Tensor]:
     """float32, shape (N,) with N a multiple of 32 -> int8 codes, to nearest, and bfloat16 scales."""
     magnitude = m.abs()
     scale = group_scale(magnitude)
-    largest = torch.tensor(SIGNED_STEPS, dtype=torch.float32)  # a number / tensor would be a reciprocal, rounded twice
+    # A number divided by a tensor would be a reciprocal, rounded twice.
+    largest = torch.tensor(SIGNED_STEPS, dtype=torch.float32, device="cpu")
     x = magnitude * spread(largest / scale.to(torch.float32))
     x = torch.where(x < largest, x, largest)  # a NaN too: poisoned groups have codes, and a scale that shows
     c = x.sqrt().floor()  # a guess: right or one too low
@@ -171,7 +172,7 @@ def encode_v(v: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         noise: int32, uniform in [0, 2^16).
     """
     scale = group_scale(v)
-    x = v * spread(torch.tensor(UNSIGNED_STEPS, dtype=torch.float32) / scale.to(torch.float32))
+    x = v * spread(torch.tensor(UNSIGNED_STEPS, dtype=torch.float32, device="cpu") / scale.to(torch.float32))
     chance = (noise.to(torch.float32) + 0.5) / 65536.0
     # A guess, right or one too low, of the code. x goes above code c if it is more than `chance` of the way up from it:
     # on the scale of codes that point is at c + chance or up to 0.24 further on, so any guess within 0.25 will do.

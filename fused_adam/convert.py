@@ -81,7 +81,7 @@ def convert(entry: Mapping[str, Any], param: Tensor, target: Recipe) -> dict[str
     values = decode(entry, param)
     out = {key: value for key, value in entry.items() if key not in ENTRIES}
     # Half of what is rounded away: 16 bits of a second moment's chance, 8 of a weight.
-    half = torch.full((padded(param.numel()),), 0x80000080 - (1 << 32), dtype=torch.int32)
+    half = torch.full((padded(param.numel()),), 0x80000080 - (1 << 32), dtype=torch.int32, device="cpu")
     for key in ("exp_avg", "exp_avg_sq"):
         if key in values and target.states == "int8":
             flat = torch.nn.functional.pad(_flat(values[key], param), (0, -param.numel() % GROUP))

@@ -35,6 +35,11 @@ COLUMNS = {
 }
 
 
+def on_host(values: Sequence[Any], dtype: torch.dtype) -> Tensor:
+    """Numbers as a tensor there, whatever the user's default device and dtype."""
+    return torch.tensor(values, dtype=dtype, device="cpu")
+
+
 def send(host: Tensor, device: torch.device) -> Tensor:
     """The same values on the device, copied in the order of the current stream. `host` is pinned if it is a GPU."""
     return host.to(device, non_blocking=True)
@@ -55,7 +60,7 @@ class Upload:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.key: object = None
-        self.tensor = torch.empty(0)
+        self.tensor = torch.empty(0, device=device)
         self.spare: Tensor | None = None
         self.captured: list[Tensor] = []  # what graphs read, for as long as this lives
 
@@ -93,7 +98,7 @@ class DeviceRunner:
         self.device = section.device
         self.rows = section.rows
         self.leaders = {span.first.index: span for launch in section.launches for span in launch.spans}
-        self.host_rows = torch.tensor([self._row(row) for row in self.rows], dtype=torch.int64)
+        self.host_rows = on_host([self._row(row) for row in self.rows], torch.int64)
         # Gradients that are used where they are: their rows, and their places among all gradients.
         self.moving = [(i, row.index) for i, row in enumerate(self.rows) if row.slots.get("grad", 0) is None]
         self.row_table, self.hyper_table = Upload(self.device), Upload(self.device)
@@ -137,11 +142,11 @@ class DeviceRunner:
 
     def _blocks(self, launch: Launch, position: dict[int, int]) -> Tensor:
         counts = [-(-span.numel // adam.BLOCK) for span in launch.spans]
-        chunks, total = torch.tensor(counts), sum(counts)
-        leaders = torch.tensor([position[span.first.index] for span in launch.spans])
+        chunks, total = on_host(counts, torch.int64), sum(counts)
+        leaders = on_host([position[span.first.index] for span in launch.spans], torch.int64)
         row = torch.repeat_interleave(leaders, chunks, output_size=total)
         first = torch.repeat_interleave(chunks.cumsum(0) - chunks, chunks, output_size=total)
-        chunk = torch.arange(total) - first
+        chunk = torch.arange(total, device="cpu") - first
         return upload(torch.stack([row, chunk], dim=1).to(torch.int32), self.device)
 
     def begin(self, grads: Sequence[Tensor], addresses: Sequence[int], capturing: bool) -> None:
@@ -158,7 +163,8 @@ class DeviceRunner:
         rows = self.host_rows.clone()
         if self.moving:
             places, indexes = zip(*self.moving, strict=True)
-            rows[torch.tensor(places), table.GRAD] = torch.tensor([addresses[index] for index in indexes])
+            moved = on_host([addresses[index] for index in indexes], torch.int64)
+            rows[on_host(places, torch.int64), table.GRAD] = moved
         return rows
 
     def square_sum(self) -> Tensor:
@@ -196,12 +202,17 @@ class DeviceRunner:
         key = [[x if x.__class__ is float else self._number(x) for x in values] for values in hyper]
         known = self.hyper_table.get(
             key,
-            lambda: torch.tensor([[0.0 if x is None else x for x in row] for row in key], dtype=torch.float64),
+            lambda: on_host([[0.0 if x is None else x for x in row] for row in key], torch.float64),
             self.capturing,
         )
-        unread = [(i, j, x) for i, row in enumerate(hyper) for j, x in enumerate(row) if key[i][j] is None]
+        unread = [
+            (i, j, x)
+            for i, row in enumerate(hyper)
+            for j, x in enumerate(row)
+            if key[i][j] is None and isinstance(x, Tensor)
+        ]
         if unread:
-            copy_all([known[i, j] for i, j, _ in unread], [torch.as_tensor(x).reshape(()) for *_, x in unread])
+            copy_all([known[i, j] for i, j, _ in unread], [x.reshape(()) for *_, x in unread])
         return known
 
     def _number(self, value: float | Tensor) -> float | None:
@@ -228,7 +239,7 @@ class Norm:
                 self.places += 1
         device = section.device
         self.launches = [
-            (norm.square_sum(dtype), upload(torch.tensor(b, dtype=torch.int32), device)) for dtype, b in blocks.items()
+            (norm.square_sum(dtype), upload(on_host(b, torch.int32), device)) for dtype, b in blocks.items()
         ]
         self.add_up = norm.total()
         self.partials = torch.empty(self.places, dtype=torch.float64, device=device)

@@ -59,7 +59,7 @@ class HostRunner:
         for row in section.rows:
             owners.setdefault(id(row.home.counters), []).append(row)
         self.counters = [
-            (rows[0].home.counters, torch.tensor([row.home.counter for row in rows], device=section.device))
+            (rows[0].home.counters, _indexes([row.home.counter for row in rows]).to(section.device))
             for rows in owners.values()
         ]
         # Where each span's step count stands among them: which counters, which of the rows that share these.
@@ -96,7 +96,7 @@ class HostRunner:
         for span, (i, j) in zip(self.spans, self.places, strict=True):
             group, step = key = (span.row.group, steps[i][j])
             if key not in known:
-                values = torch.tensor(scalars(step, hyper[group], seen), dtype=self.compute)
+                values = torch.tensor(scalars(step, hyper[group], seen), dtype=self.compute, device="cpu")
                 known[key] = (values, flags(values.tolist()))
             span.update(*known[key], grads, self.chunk, self.compiled, step)
 
@@ -109,6 +109,11 @@ class HostRunner:
             counters.steps[index] = values
             counts.append(values.tolist())
         return counts
+
+
+def _indexes(numbers: Sequence[int]) -> Tensor:
+    """int64, on the host whatever the user's default device."""
+    return torch.tensor(numbers, dtype=torch.int64, device="cpu")
 
 
 def flags(numbers: Sequence[float]) -> tuple[bool, bool, bool]:
@@ -235,10 +240,10 @@ class Stage:
             self.flat_params = [flat(param) for param in self.params]
             self.one_dimensional = all(param.ndim == 1 for param in self.params)
             start = self.views[0].storage_offset()
-            starts = torch.tensor([view.storage_offset() - start for view in self.views])
-            lengths = torch.tensor(numels)
+            starts = _indexes([int(view.storage_offset() - start) for view in self.views])
+            lengths = _indexes(numels)
             first = lengths.cumsum(0) - lengths
-            positions = torch.arange(sum(numels)) + torch.repeat_interleave(starts - first, lengths)
+            positions = torch.arange(sum(numels), device="cpu") + torch.repeat_interleave(starts - first, lengths)
             self.positions = positions.to(self.params[0].device)
 
     def copy_in(self, grads: Sequence[Tensor]) -> None:
