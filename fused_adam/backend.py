@@ -24,7 +24,8 @@ def is_capturing() -> bool:
     """Whether the current stream is being captured in a CUDA graph."""
     # Only a process that has used CUDA can be capturing. The question alone raises on a machine without a GPU:
     # torch's CUDA build, which `pip install torch` brings to every Linux machine, asks a driver that is not there.
-    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+    initialized: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return initialized and torch.cuda.is_current_stream_capturing()
 
 
 class Runner(Protocol):
