@@ -282,7 +282,7 @@ class Arena:
         ages = [float(entry.get("step", 0)) for entry in entries]
         counters = Counters(torch.zeros(len(ages), dtype=torch.float32, device=device))
         if any(ages):
-            counters.steps.copy_(torch.tensor(ages))
+            counters.steps.copy_(torch.tensor(ages, dtype=torch.float32, device="cpu"))
         self.counters.append(counters)
         for i, (param, entry, age) in enumerate(zip(params, entries, ages, strict=True)):
             view, home = counters.steps[i], self.homes[param]
