@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+import weakref
+from collections.abc import Collection, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .distributed import group_elements, like, local, part_of
+from .distributed import group_elements, like, local, local_as_stored, part_of
 from .precision import ENTRIES, GROUP, GROUPED
 
 Entries = dict[str, tuple[torch.dtype, torch.Size]]  # of one parameter's state, by name: dtype and shape
+State = MutableMapping[Any, Any]  # `optimizer.state`: parameter -> its entry, a dict
 
 # Slots start on multiples of this many elements: a whole 128-byte line of float32, a whole 32-byte sector of any dtype,
 # and the same distance in elements for all of them, so that neighbours in one buffer are neighbours in every buffer.
 SLOT = 32
+# AMSGrad and precision may be switched on later: the maximum begins at 0, the weight as a copy of its parameter.
+BEGINS_LATER = ("max_exp_avg_sq", "master_weight", "remainder")
 SEGMENT_BYTES = 1 << 30
 
 
@@ -105,79 +109,88 @@ def segments(numels: Sequence[int], dtype: torch.dtype, device: torch.device, gr
             starts, end = [], 0
 
 
-class State(defaultdict[Any, Any]):
-    """`optimizer.state`: parameter -> its entry, noting every access, so that a step scans nothing.
+class StateRef(weakref.ref[Tensor]):
+    """A tensor that stands in `optimizer.state`, not kept alive: when its last holder lets go of it, so does its slot.
 
-    Whoever holds the mapping may replace entries; the next step then verifies them once. The entries inside
-    are plain dicts: another class there would make `torch.load(weights_only=True)` refuse the checkpoint.
-    The optimizer itself reads it through `dict`'s own methods, which note nothing.
+    Frameworks move state to the host by replacing entry after entry (`entry[key] = entry[key].to("cpu")`). The memory
+    it leaves has to be free at once, not at the next step.
     """
 
-    def __init__(self, entries: Any = ()) -> None:
-        super().__init__(dict, entries)
-        self.touched = True
+    __slots__ = ("home", "key")
 
-    def __reduce__(self) -> Any:
-        return State, (), None, None, iter(dict.items(self))
+    def __new__(cls, tensor: Tensor, home: Home, key: str) -> StateRef:
+        return super().__new__(cls, tensor, _let_slot_go)
 
-
-def _noting(name: str) -> Any:
-    method = getattr(defaultdict, name)
-
-    def noted(self: State, *args: Any, **kwargs: Any) -> Any:
-        self.touched = True
-        return method(self, *args, **kwargs)
-
-    noted.__name__ = name
-    return noted
+    def __init__(self, tensor: Tensor, home: Home, key: str) -> None:
+        super().__init__(tensor, _let_slot_go)
+        self.home, self.key = weakref.ref(home), key
 
 
-for _name in (
-    *("__getitem__", "__setitem__", "__delitem__", "__iter__", "__ior__", "get", "pop", "popitem"),
-    *("setdefault", "update", "clear", "keys", "values", "items"),
-):
-    setattr(State, _name, _noting(_name))
+def _let_slot_go(ref: Any) -> None:
+    home = ref.home()
+    if home is not None and home.refs.get(ref.key) is ref:
+        del home.refs[ref.key]
+        home.slots.pop(ref.key, None)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Counters:
-    """Step counters of one device: float32, shape (C,). Entries of `state` are views, so they share its version."""
+    """Step counters of one device: float32, shape (C,).
+
+    Ours are one buffer for many parameters: entries of `state` are views, so they share its version. A counter that
+    the user put into `state` is a buffer of one.
+    """
 
     steps: Tensor
     version: int = -1  # of `steps`, after our own last write
+    ours: bool = True
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class Home:
-    """Where one parameter's state lives: its slots, the tensors put into `state`, its step counter."""
+    """Where one parameter's state lives: its slots, the tensors that stand in `state`, its step counter.
+
+    A slot is in an arena's segment, or is a whole tensor that the user put into `state`.
+    """
 
     slots: dict[str, Slot] = field(default_factory=dict)
-    views: dict[str, Tensor] = field(default_factory=dict)
+    refs: dict[str, StateRef] = field(default_factory=dict)
     counters: Counters | None = None
     counter: int = 0
+    stored: Collection[str] = ()  # the names of what the last step stored, besides the step counter
     layout: object = None  # the device that the slots are on, and the order of elements they are in
     # Counters of equal age have equal values: the value itself, or a token given to those that moved on together.
     age: object = 0.0
 
+    def view(self, key: str) -> Tensor | None:
+        """The tensor that was put into `state`, if anybody still has it."""
+        ref = self.refs.get(key)
+        return None if ref is None else ref()
+
+    def put(self, key: str, view: Tensor) -> None:
+        self.refs[key] = StateRef(view, self, key)
+
     def holds(self, key: str, value: Any, dtype: torch.dtype) -> bool:
-        """Whether `value` is the tensor we put there, still over our memory and of the dtype wanted."""
-        view = self.views.get(key)
-        if view is None or value is not view or view.dtype != dtype:
+        """Whether `value` is the tensor that we step on, still over the same memory and of the dtype wanted."""
+        if value is None or value is not self.view(key) or value.dtype != dtype:
             return False
-        return local(view).data_ptr() == self.slots[key].address
+        return local(value).data_ptr() == self.slots[key].address
 
     def fill(self, key: str, value: Tensor) -> None:
         """Copy what is here of a value into the entry's memory."""
-        view = local(self.views[key])
+        view = self.view(key)
+        assert view is not None
+        part = local(view)
         if key in GROUPED:
-            view = view.view(-1)[: len(value)]
-        view.copy_(value)
+            part = part.view(-1)[: len(value)]
+        part.copy_(value)
 
     def holds_step(self, value: Any, device: torch.device) -> bool:
         """The same for the step counter."""
         return (
             self.counters is not None
-            and value is self.views["step"]
+            and value is not None
+            and value is self.view("step")
             and value.device == device
             and value.data_ptr() == self.step_address
         )
@@ -188,21 +201,68 @@ class Home:
         return self.counters.steps.data_ptr() + 4 * self.counter
 
 
+def _lies_as_stored(param: Tensor, key: str, value: Any, dtype: torch.dtype) -> Tensor | None:
+    """What is here of a state tensor, if it can be stepped on where it is: dtype, device and layout as we make them."""
+    part = local_as_stored(param, key, value)
+    mine = local(param)
+    if part is None or not _is_writable(part) or part.dtype != dtype or part.device != mine.device:
+        return None
+    if key == "step":
+        fits = part.numel() == 1
+    elif key in GROUPED:
+        fits = part.is_contiguous() and part.numel() == -(-group_elements(param) // GROUP)
+    else:
+        fits = part.shape == mine.shape and part.stride() == dense_layout(mine)[1]
+    return part if fits else None
+
+
+def _is_writable(value: object) -> bool:
+    """Whether kernels and plain torch may write to the tensor's memory in place."""
+    return (
+        type(value) in (Tensor, torch.nn.Parameter)
+        and value.layout == torch.strided  # type: ignore[attr-defined]
+        and not (value.is_conj() or value.is_neg() or value.is_inference())  # type: ignore[attr-defined]
+    )
+
+
 class Arena:
-    """The flat state of one optimizer: what each parameter needs is made here, or adopted from its entry."""
+    """The flat state of one optimizer.
+
+    Holds the memory that it made, as long as an entry of `state` uses it. What the user put into `state` is stepped on
+    where it is, if that is how we would have stored it; anything else is copied into memory of ours.
+    """
 
     def __init__(self) -> None:
         self.homes: dict[Tensor, Home] = {}
-        self.counters: list[Counters] = []
+        self.counters: list[Counters] = []  # ours
         self.moves = 0  # how often state that was here has moved: tables made before are stale
+        # Whether what stands in `state` was just unpickled: nobody put it there, so it moves into segments.
+        self.unpickled = False
 
     def keep(self, params: Sequence[Tensor]) -> None:
         """Let go of parameters that the optimizer no longer has."""
         known = set(map(id, params))
         self.homes = {param: home for param, home in self.homes.items() if id(param) in known}
 
-    def check(self, param: Tensor, name: str, entry: dict[str, Any], wanted: Entries) -> None:
-        """Raise ValueError if the entry's tensors cannot be the state of this parameter."""
+    def check(
+        self, param: Tensor, name: str, entry: Mapping[str, Any], wanted: Entries, stored: Collection[str] = ()
+    ) -> None:
+        """Raise ValueError if the entry is not the whole state of this parameter, stored as `wanted`.
+
+        What can begin later may be missing, if it is not among the names that are `stored` already.
+        """
+        if not entry:
+            return  # made at the first step
+        lacks = [
+            key
+            for key in ("step", *wanted)
+            if entry.get(key) is None and (key in stored or key not in BEGINS_LATER)
+        ]
+        if lacks:
+            raise ValueError(
+                f"state of {name} has {', '.join(map(repr, entry))}, but lacks {', '.join(map(repr, lacks))}: it is not "
+                "the whole state of an Adam; an entry that is deleted or empty starts anew"
+            )
         for key, (dtype, shape) in wanted.items():
             value = entry.get(key)
             if isinstance(value, Tensor):
@@ -216,56 +276,67 @@ class Arena:
             if value is not None and value.dtype != dtype and not (dtype.is_floating_point or dtype.is_complex):
                 # Codes and remainders are bits, which no conversion keeps.
                 raise ValueError(f"state {key!r} of {name} has dtype {value.dtype}, but its precision stores {dtype}")
-            if key in GROUPED and (value is None) != (entry.get(key.replace("scale", "code")) is None):
-                raise ValueError(f"state {key!r} of {name} must be there if and only if its codes are")
         foreign = [key for key in ENTRIES if key in entry and key not in wanted and key != "max_exp_avg_sq"]
         if foreign:
-            raise ValueError(
-                f"state of {name} has {foreign[0]!r}, which its precision does not store: a recipe is chosen before "
-                "training; to change it, load the state_dict into an optimizer that has the other one"
-            )
-        step = entry.get("step", 0)
+            raise ValueError(f"state of {name} has {foreign[0]!r}, which its precision does not store")
+        step = entry["step"]
         if isinstance(step, Tensor):
             number = step.numel() == 1 and _copies(step, torch.float32, param)
         else:
-            number = isinstance(step, (int, float))
+            number = isinstance(step, Real)
         if not number:
             raise ValueError(f"state 'step' of {name} is {step!r}, but must be one real number, as a tensor or plain")
         home = self.homes.get(param)
-        if home and home.holds_step(step, param.device):
+        if home and home.holds_step(step, local(param).device):
             step = home.age if isinstance(home.age, float) else 0  # ours: read when somebody else has written to it
         # Reading a counter of another device would wait for it.
         if not (isinstance(step, Tensor) and step.device.type != "cpu") and not 0 <= float(step) < float("inf"):
             raise ValueError(f"state 'step' of {name} is {float(step)}, but must be a finite number >= 0")
 
-    def adopt(self, state: State, wanted: dict[Tensor, Entries]) -> None:
-        """Give every parameter its state: zeros where there is none, a copy where another tensor stands.
+    def adopt(self, state: State, wanted: Mapping[Tensor, Entries], in_place: bool = True) -> None:
+        """Give every parameter its state: zeros where there is none; what stands there is used or copied.
 
         A master weight begins as a copy of its parameter.
 
         Args:
-            state: the optimizer's state; entries are created or get our views in place of foreign tensors.
+            state: the optimizer's state; entries are created, or get our views in place of what cannot be used.
             wanted: parameters of any device and dtype; for each the names of its entries, besides `step`.
+            in_place: whether what stands there may be used where it is.
 
         Call `check` first: nothing here raises half-way.
         """
         missing: dict[tuple[str, torch.dtype, torch.device], list[Tensor]] = {}
         steps: dict[torch.device, list[Tensor]] = {}
+        usable = self._usable(state, wanted) if in_place else {}
         moved = False
         for param, entries in wanted.items():
-            entry = dict.setdefault(state, param, {})
+            entry = state.setdefault(param, {})
             home = self.homes.setdefault(param, Home())
-            layout = (local(param).device, dense_layout(local(param))[1])
+            home.stored = entries.keys()
+            device = local(param).device
+            layout = (device, dense_layout(local(param))[1])
             if home.layout != layout:  # the parameter moved, or has another memory format: by value into other slots
                 home.layout = layout
-                home.views = {key: view for key, view in home.views.items() if key == "step"}
+                home.refs = {key: ref for key, ref in home.refs.items() if key == "step"}
             for key, (dtype, _) in entries.items():
-                if not home.holds(key, entry.get(key), dtype):
-                    missing.setdefault((key, dtype, param.device), []).append(param)
-                    moved |= key in home.slots
-            if not home.holds_step(entry.get("step"), param.device):
-                steps.setdefault(param.device, []).append(param)
-                moved |= home.counters is not None
+                if home.holds(key, entry.get(key), dtype):
+                    continue
+                moved = moved or home.counters is not None
+                part = usable.get((param, key))
+                if part is None:
+                    missing.setdefault((key, dtype, device), []).append(param)
+                else:
+                    home.slots[key] = Slot(flat(real(part)), 0, part.numel() * (2 if part.is_complex() else 1))
+                    home.put(key, entry[key])
+            if not home.holds_step(entry.get("step"), device):
+                moved = moved or home.counters is not None
+                counter = usable.get((param, "step"))
+                if counter is None:
+                    steps.setdefault(device, []).append(param)
+                else:
+                    # Others may write to it, unseen: so no other parameter is known to have the same count.
+                    home.counters, home.counter, home.age = Counters(flat(counter), ours=False), 0, object()
+                    home.put("step", entry["step"])
         self.moves += moved
         for device, owners in steps.items():
             self._make_counters(state, owners, device)
@@ -274,10 +345,43 @@ class Arena:
             group = GROUP if key in GROUPED else 1
             slots = (slot for segment in segments(numels, dtype.to_real(), device, group) for slot in segment)
             for param, slot in zip(owners, slots, strict=True):
-                self._move_in(dict.__getitem__(state, param), param, key, slot)
+                self._move_in(state[param], param, key, slot)
+        used = {id(home.counters) for home in self.homes.values()}
+        self.counters = [c for c in self.counters if id(c) in used]
+        self.unpickled = False
+
+    def _usable(self, state: State, wanted: Mapping[Tensor, Entries]) -> dict[tuple[Tensor, str], Tensor]:
+        """What the user put into `state` and can be stepped on where it is: what is here of it."""
+        candidates: dict[tuple[Tensor, str], Tensor] = {}
+        ranges: list[tuple[int, int, tuple[Tensor, str] | None]] = []  # of addresses; of what is ours, without a name
+        for param, entries in wanted.items():
+            entry, home = state.get(param, {}), self.homes.get(param, Home())
+            for key, dtype in [("step", torch.float32), *((key, dtype) for key, (dtype, _) in entries.items())]:
+                value = entry.get(key)
+                if not isinstance(value, Tensor):
+                    continue
+                name = None
+                if home.holds_step(value, value.device) if key == "step" else home.holds(key, value, dtype):
+                    part: Tensor | None = local(value)
+                elif self.unpickled and not local(value).is_shared():
+                    part = None
+                else:
+                    part, name = _lies_as_stored(param, key, value, dtype), (param, key)
+                if part is None:
+                    continue
+                if name:
+                    candidates[name] = part
+                ranges.append((part.data_ptr(), part.data_ptr() + part.numel() * part.itemsize, name))
+        # Two entries over the same memory would race: all but the first are copied.
+        end = 0
+        for first, last, name in sorted(ranges, key=lambda span: span[:2]) if candidates else ():
+            if first < end and name:
+                del candidates[name]
+            end = max(end, last)
+        return candidates
 
     def _make_counters(self, state: State, params: Sequence[Tensor], device: torch.device) -> None:
-        entries = [dict.__getitem__(state, param) for param in params]
+        entries = [state[param] for param in params]
         # Reading a counter waits for its device: so only those that were loaded or set by the user, once.
         ages = [float(entry.get("step", 0)) for entry in entries]
         counters = Counters(torch.zeros(len(ages), dtype=torch.float32, device=device))
@@ -286,23 +390,23 @@ class Arena:
         self.counters.append(counters)
         for i, (param, entry, age) in enumerate(zip(params, entries, ages, strict=True)):
             view, home = counters.steps[i], self.homes[param]
-            home.counters, home.counter, home.age, home.views["step"] = counters, i, age, view
+            home.counters, home.counter, home.age = counters, i, age
+            home.put("step", view)
             rest = {key: value for key, value in entry.items() if key != "step"}
             entry.clear()
             entry.update({"step": view} | rest)  # torch's order: step first
         counters.version = counters.steps._version
-        used = {id(home.counters) for home in self.homes.values()}
-        self.counters = [c for c in self.counters if id(c) in used]
 
     def _move_in(self, entry: dict[str, Any], param: Tensor, key: str, slot: Slot) -> None:
         home, part = self.homes[param], local(param).detach()
-        view = slot.flat() if key in GROUPED else slot.view(part)
-        home.slots[key], home.views[key] = slot, like(param, key, view)
+        view = like(param, key, slot.flat() if key in GROUPED else slot.view(part))
+        home.slots[key] = slot
+        home.put(key, view)
         if entry.get(key) is not None:
             home.fill(key, part_of(param, key, entry[key]))
         elif key == "master_weight":
             home.fill(key, part)
-        entry[key] = home.views[key]
+        entry[key] = view
 
     def counters_unchanged(self) -> bool:
         """Whether nobody but us has written to a step counter since the last step."""

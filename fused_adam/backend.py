@@ -99,10 +99,15 @@ def staging(backend: str) -> Staging:
     return Staging(small=CHUNK // 8, page=2 * CHUNK, shared=True)
 
 
-def bind(backend: str, section: Section) -> Runner:
-    """The runner of one section. `backend` is a name that `choose` returned."""
+def bind(backend: str, section: Section, takes_norm: bool) -> Runner:
+    """The runner of one section.
+
+    Args:
+        backend: a name that `choose` returned.
+        takes_norm: whether `square_sum` will be asked for.
+    """
     if backend != "triton":
         return HostRunner(section, backend)
     from .device import DeviceRunner  # imports triton
 
-    return DeviceRunner(section)
+    return DeviceRunner(section, takes_norm)

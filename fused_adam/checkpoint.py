@@ -118,7 +118,6 @@ def load(
     _check_form(state_dict)
     saved_groups = deepcopy(state_dict["param_groups"])
     params = match(groups, saved_groups)
-    merged = [_merged(old, new) for old, new in zip(groups, saved_groups, strict=True)]
     recipes = {
         param: (parse(new.get("precision")), parse(old.get("precision")))
         for old, new in zip(groups, saved_groups, strict=True)
@@ -126,13 +125,18 @@ def load(
     }
     entries: dict[Tensor, dict[str, Any]] = {}
     others: dict[Any, Any] = {}
+    counted: list[dict[str, Any]] = []  # groups whose step count becomes that of each parameter
+    group_of = {number: group for group in saved_groups for number in group["params"]}
     for number, entry in state_dict["state"].items():
         if number in params:
             param = params[number]
             if not isinstance(entry, Mapping):
                 raise ValueError(f"state of parameter {number} is {type(entry).__name__}, but must be a dict")
+            if entry and "step" not in entry and "step" in group_of[number]:
+                # apex's and TransformerEngine's FusedAdam count steps per group.
+                entry = {"step": group_of[number]["step"], **entry}
+                counted.append(group_of[number])
             source = recipes[param][0]
-            # What is there must fit; half an entry is filled up at the next step, as it always was.
             # What a recipe stores does not depend on which of its dtypes a parameter has.
             dtype = param.dtype if source.weights is None else WEIGHTS[source.weights][0][0]
             wanted = source.state(dtype, local(param).shape, amsgrad=True)
@@ -143,9 +147,14 @@ def load(
         else:
             others[number] = deepcopy(entry)
 
-    dict.clear(state)
-    for key, value in others.items():
-        dict.__setitem__(state, key, value)
+    for group in counted:  # where nothing would advance it: a wrong count in the next checkpoint
+        group.pop("step", None)
+    merged = [_merged(old, new) for old, new in zip(groups, saved_groups, strict=True)]
+
+    # The memory that is there is filled: it lives as long as something holds its tensors.
+    before = [dict(entry) for entry in state.values() if isinstance(entry, dict)]
+    state.clear()
+    state.update(others)
     wanted_entries: dict[Tensor, Entries] = {}
     for param, entry in entries.items():
         source, target = recipes[param]
@@ -155,8 +164,9 @@ def load(
             entry = convert(entry, part, target)
         _settle(arena, state, param, entry, wanted)
         if entry:
-            wanted_entries[param] = {key: kind for key, kind in wanted.items() if key in entry}
-    arena.adopt(state, wanted_entries)
+            wanted_entries[param] = wanted
+    arena.adopt(state, wanted_entries, in_place=False)
+    del before
     return merged
 
 
@@ -206,8 +216,13 @@ def _settle(arena: Arena, state: State, param: Tensor, entry: dict[str, Any], wa
     home = arena.homes.get(param)
     own: dict[str, Any] = {}
     for key, value in entry.items():
-        view = home.views.get(key) if home else None
+        view = home.view(key) if home else None
         if key == "step":
+            number = float(value)  # waits for its device, if it has one
+            if home and view is not None and home.holds_step(view, local(param).device):
+                value = view.fill_(number)
+            else:
+                value = number
             own[key] = value
         elif key in wanted:
             if home and view is not None and home.holds(key, view, wanted[key][0]):
@@ -216,4 +231,4 @@ def _settle(arena: Arena, state: State, param: Tensor, entry: dict[str, Any], wa
             own[key] = value
         else:  # not ours: kept as torch keeps it, but never aliased
             own[key] = value.to(device=param.device, copy=True) if isinstance(value, Tensor) else value
-    dict.__setitem__(state, param, own)
+    state[param] = own

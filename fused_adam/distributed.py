@@ -135,6 +135,16 @@ def part_of(param: Tensor, key: str, value: Tensor) -> Tensor:
     return part.reshape(-1)[: -(-param._local_tensor.numel() // GROUP)] if key in GROUPED else part
 
 
+def local_as_stored(param: Tensor, key: str, value: Tensor) -> Tensor | None:
+    """This rank's part of state entry `key`, if it is distributed over ranks as `like` would; else None."""
+    if not is_sharded(param) or key == "step":
+        return None if is_sharded(value) else value
+    placements, shape = _of_groups(param) if key in GROUPED else (param.placements, param.shape)
+    if not is_sharded(value) or value.device_mesh != param.device_mesh:
+        return None
+    return value._local_tensor if (value.placements, value.shape) == (placements, shape) else None
+
+
 def group_elements(param: Tensor) -> int:
     """Elements for which scales of 8-bit state are held: those of the largest shard, so that all have one shape."""
     if not is_sharded(param) or len(_of_groups(param)[1]) == 1:

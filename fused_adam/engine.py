@@ -16,11 +16,11 @@ from fused_adam_kernels import table
 
 from . import arguments, plan
 from . import backend as backends
-from .arena import Arena, State, grow_older
+from .arena import Arena, Home, State, grow_older
 from .distributed import Ranks, Shards, is_sharded
 from .flatten import FlatBuffers
 from .scalars import Guard, hyper
-from .watch import Watch, reader
+from .watch import StateWatch, Watch, reader
 
 # Plans are kept for the patterns of gradients that come back (experts, frozen layers): so many rows per parameter.
 ROWS_KEPT = 8
@@ -37,29 +37,21 @@ def lasting() -> Iterator[None]:
 
 @dataclass(slots=True, eq=False)
 class Plan:
-    """How one set of parameters is stepped."""
+    """How one set of parameters is stepped. Holds no state: what the user takes out of it is free at once."""
 
     live: list[Tensor]  # the parameters, in order
-    rows: list[plan.Row]
+    homes: list[Home]  # of the rows' state
     runners: list[backends.Runner]
     watch: Watch
-    spans: list[plan.Span]  # of several rows
-    written: list[Tensor]  # autograd is told of these: it saves parameters for backward, never moments
-    generation: int  # of the user's state when last compared
-
-    def intact(self, state: State) -> bool:
-        """Whether the user's state still holds what our tables point to."""
-        for row in self.rows:
-            entry = dict.get(state, self.live[row.index], {})
-            if not row.home.holds_step(entry.get("step"), row.param.device):
-                return False
-            if not all(row.home.holds(key, entry.get(key), dtype) for key, (dtype, _) in row.entries.items()):
-                return False
-        return True
+    state: StateWatch
+    spans: list[list[Home]]  # several rows that are updated as one
+    # Whose versions a step counts up: parameters, which autograd saves for backward, and step counters of the user's,
+    # which another optimizer may share. Moments are nobody else's business.
+    written: list[Tensor]
 
     def coherent(self) -> bool:
         """Whether rows that are updated as one still have one step count."""
-        return all(row.home.age == span.first.home.age for span in self.spans for row in span.rows)
+        return all(home.age == span[0].age for span in self.spans for home in span)
 
 
 class Engine:
@@ -81,39 +73,51 @@ class Engine:
         self.counted: list[bool] = []
         self.reduce_norm: Callable[[Tensor], Tensor] | None = None
         self.moved: dict[Tensor, Tensor] = {}
-        self.generation = self.moves = 0
+        self.moves = 0
         self.ran: Plan | None = None
+        # What captured graphs read and write: nothing of it may be freed while they can be replayed.
+        self.captured: dict[int, tuple[Plan, list[Any]]] = {}
+        # What the optimizer's methods set. Here, because frameworks wrap an optimizer by copying its __dict__: the
+        # engine is the same for both.
+        self.release: Any = None  # the handle of `step_in_backward`, while it steps
+        self.origins: Any = None  # while offloaded: where state came from
         self.forget()
 
     def forget(self) -> None:
         """Drop every plan."""
         self._note_steps()
         self.params: list[Tensor] = []
+        self.members: dict[int, list[int]] = {}  # id of a parameter -> its positions
         self.options: list[Any] = []
         self.plans: dict[tuple[bool, tuple[int, ...]], Plan] = {}
         self.usual: Plan | None = None
 
     def step(
-        self, groups: Sequence[dict[str, Any]], state: State, guard: Guard, only: tuple[int, ...] | None = None
+        self,
+        groups: Sequence[dict[str, Any]],
+        state: State,
+        guard: Guard,
+        check_group: Callable[[dict[str, Any]], None],
+        only: Sequence[Tensor] | None = None,
     ) -> None:
-        """Step every parameter that has a gradient, or those alone whose numbers are given.
+        """Step every parameter that has a gradient, or those alone that are given.
 
         Args:
             groups: the optimizer's param groups; their values are read anew every time.
             state: the optimizer's state.
             guard: a GradScaler's scale and flag.
-            only: positions among all parameters; each of these has a gradient.
+            check_group: raises if a group cannot be stepped: called when groups are not those of the last step.
+            only: some of the parameters; each of these has a gradient.
 
         Raises what `plan.build` raises, before anything is changed.
         """
         capturing = backends.is_capturing()
         self.moved.clear()  # of a step that failed
-        params = list(chain.from_iterable([group["params"] for group in groups]))
-        options = [(group["amsgrad"], group.get("precision"), group.get("seed")) for group in groups]
+        if self.flat:
+            self.flat.always = self.flat.captured or any(group["capturable"] for group in groups)
+        params, options = self._members_of(groups)
         known = self._still_known(params, options) and self.arena.counters_unchanged()
-        if state.touched:
-            self.generation += 1
-        found = self._find(params, state, only) if known else None
+        found = self._find(state, self._positions(only)) if known else None
         if found is None:
             if capturing:
                 raise RuntimeError(
@@ -121,13 +125,36 @@ class Engine:
                     "with the same parameters, and gradients of the same layout, before the capture"
                 )
             if not known:
-                self.forget()
-                self.params, self.options = params, options
-                self.arena.read_counters()
+                for group in groups:
+                    check_group(group)
+                self._learn(groups)
             with lasting():
-                found = self._build_with_others(groups, state, only)
-        state.touched = False
+                found = self._build_with_others(groups, state, self._positions(only))
         self._run(*found, [hyper(group, self.max_grad_norm, self.skip_nonfinite) for group in groups], guard, capturing)
+
+    def init_state(
+        self, groups: Sequence[dict[str, Any]], state: State, check_group: Callable[[dict[str, Any]], None]
+    ) -> None:
+        """Make the state of every parameter that is trained, with no step counted."""
+        for group in groups:
+            check_group(group)
+        self._learn(groups)
+        with lasting():
+            plan.make_state(
+                self.params,
+                [number for number, group in enumerate(groups) for _ in group["params"]],
+                [plan.options_of(group) for group in groups],
+                self.arena,
+                state,
+            )
+
+    @staticmethod
+    def _members_of(groups: Sequence[dict[str, Any]]) -> tuple[list[Tensor], list[Any]]:
+        """All parameters in order, and what groups say that launches depend on: also which of them are whose."""
+        params = list(chain.from_iterable([group["params"] for group in groups]))
+        return params, [
+            (len(group["params"]), group["amsgrad"], group.get("precision"), group.get("seed")) for group in groups
+        ]
 
     def _still_known(self, params: list[Tensor], options: list[Any]) -> bool:
         return (
@@ -137,13 +164,40 @@ class Engine:
             and self.moves == self.arena.moves
         )
 
-    def _find(self, params: list[Tensor], state: State, only: tuple[int, ...] | None) -> tuple[Plan, Found] | None:
+    def _learn(self, groups: Sequence[dict[str, Any]]) -> None:
+        """Take the groups as they are now, and drop what was decided for others."""
+        self.forget()
+        self.params, self.options = self._members_of(groups)
+        for i, param in enumerate(self.params):
+            self.members.setdefault(id(param), []).append(i)
+        if self.flat:
+            self.flat.keep(self.params)
+        self.arena.read_counters()
+
+    def has(self, groups: Sequence[dict[str, Any]], param: Tensor) -> bool:
+        """Whether the parameter is in a group."""
+        params, options = self._members_of(groups)
+        if self._still_known(params, options):
+            return id(param) in self.members
+        return any(other is param for other in params)
+
+    def _positions(self, only: Sequence[Tensor] | None) -> tuple[int, ...] | None:
+        """Where these parameters are among all; those that the optimizer no longer has are left out."""
+        if only is None:
+            return None
+        return tuple(sorted(i for param in only for i in self.members.get(id(param), ())))
+
+    def read_grads(self, params: Sequence[Tensor]) -> list[Tensor | None]:
+        """The gradients of these parameters."""
+        return self.flat.read(params) if self.flat else self.read(params)
+
+    def _find(self, state: State, only: tuple[int, ...] | None) -> tuple[Plan, Found] | None:
         """The plan for this step, with the gradients it takes; None if none fits."""
         if only is None and self.usual:
             found = self._fit(self.usual, state)
             if found:
                 return self.usual, found
-        key = self._key(params, only)
+        key = self._key(only)
         kept = self.plans.get(key)
         found = self._fit(kept, state) if kept else None
         if kept is None or found is None:
@@ -153,16 +207,14 @@ class Engine:
             self.usual = kept
         return kept, found
 
-    def _key(self, params: list[Tensor], only: tuple[int, ...] | None) -> tuple[bool, tuple[int, ...]]:
+    def _key(self, only: tuple[int, ...] | None) -> tuple[bool, tuple[int, ...]]:
         if only is not None:
             return True, only
-        return False, tuple(compress(count(), map(operator.is_not, self.read(params), repeat(None))))
+        return False, tuple(compress(count(), map(operator.is_not, self.read_grads(self.params), repeat(None))))
 
     def _fit(self, kept: Plan, state: State) -> Found | None:
-        if kept.generation != self.generation:
-            if not kept.intact(state):
-                return None
-            kept.generation = self.generation
+        if not kept.state.holds(state):
+            return None
         if kept is not self.ran:
             self._note_steps()
             if not kept.coherent():
@@ -172,7 +224,7 @@ class Engine:
     def _note_steps(self) -> None:
         """Before another plan is looked at: the parameters of the last one have moved on together."""
         if self.ran:
-            grow_older(row.home for row in self.ran.rows)
+            grow_older(self.ran.homes)
             self.ran = None
 
     def _build_with_others(
@@ -180,7 +232,7 @@ class Engine:
     ) -> tuple[Plan, Found]:
         """`_build`; where parameters are DTensors, the first time on all ranks or on none."""
         if not any(map(is_sharded, self.params)):
-            self.ranks = None
+            self.ranks, self.counted = None, []
             return self._build(groups, state, only)
         if self.ranks is None or list(map(id, self.ranks.params)) != list(map(id, self.params)):
             ranks, failure, found = Ranks(self.params), None, None
@@ -198,8 +250,6 @@ class Engine:
         else:
             found = self._build(groups, state, only)
         assert found is not None
-        for row in found[0].rows:
-            row.counted = self.counted[row.ordinal]
         return found
 
     def _facts(self, groups: Sequence[dict[str, Any]]) -> list[dict[str, object]]:
@@ -216,7 +266,7 @@ class Engine:
                 "max_grad_norm": self.max_grad_norm,
                 "skip_nonfinite": self.skip_nonfinite,
             }
-            for (number, group, param), grad in zip(members, self.read(self.params), strict=True)
+            for (number, group, param), grad in zip(members, self.read_grads(self.params), strict=True)
         ]
 
     def _build(
@@ -225,9 +275,13 @@ class Engine:
         """Decide anew what each launch updates, and make the state it needs."""
         self._note_steps()
         params = self.params
-        key = self._key(params, only)
+        key = self._key(only)
+        if not key[1] and self.flat and only is None and self.flat.written_unseen():
+            # Nothing to step, and yet there are gradients: a CUDA graph of a backward pass has written them.
+            self.flat.captured = self.flat.always = True
+            key = self._key(only)
         chosen = set(key[1])
-        grads = [grad if i in chosen else None for i, grad in enumerate(self.read(params))]
+        grads = [grad if i in chosen else None for i, grad in enumerate(self.read_grads(params))]
         live, found = [], []
         for param, grad in zip(params, grads, strict=True):
             if grad is not None:
@@ -252,21 +306,28 @@ class Engine:
             self.plans.clear()
             self.usual = None
             self.moves = self.arena.moves
+        rows = [row for section in sections for row in section.rows]
+        for row in rows if self.counted else ():
+            row.counted = self.counted[row.ordinal]
+        in_order = sorted(rows, key=operator.attrgetter("index"))
         idle = [param for param, grad in zip(params, grads, strict=True) if grad is None and only is None]
+        spans = [span for section in sections for launch in section.launches for span in launch.spans]
         made = Plan(
             live,
-            [row for section in sections for row in section.rows],
-            [backends.bind(devices[section.device], section) for section in sections],
-            Watch(live, found, idle, self.flat, self.read, self.moved),
-            [span for s in sections for launch in s.launches for span in launch.spans if len(span.rows) > 1],
-            [param for param in live if not param.is_inference()],
-            self.generation,
+            [row.home for row in rows],
+            [backends.bind(devices[section.device], section, self.guards) for section in sections],
+            Watch(live, found, idle, self.flat, self.flat.read if self.flat else self.read, self.moved),
+            StateWatch(state, [(live[row.index], row.home, row.dtypes) for row in in_order]),
+            [[row.home for row in span.rows] for span in spans if len(span.rows) > 1],
+            [param for param in live if not param.is_inference()]
+            + [row.home.counters.steps for row in rows if row.home.counters and not row.home.counters.ours],
         )
         self.plans.pop(key, None)
-        self.plans[key] = made
-        if only is None:
+        if live or not self.flat:  # else every step looks again for gradients that nothing counted
+            self.plans[key] = made
+        if only is None and live:
             self.usual = made
-        while len(self.plans) > 1 and sum(len(kept.rows) for kept in self.plans.values()) > ROWS_KEPT * len(params):
+        while len(self.plans) > 1 and sum(len(kept.homes) for kept in self.plans.values()) > ROWS_KEPT * len(params):
             del self.plans[next(iter(self.plans))]
         gradients = made.watch.gradients()
         assert gradients is not None
@@ -276,15 +337,27 @@ class Engine:
         self.ran = chosen
         for runner in chosen.runners:
             runner.begin(*found, capturing)
-        if self.guards and (chosen.runners or self.ranks):
+        if self.guards and self.params:
             guard = self._checked(chosen, guard)
+            if not chosen.runners:
+                guard.record(self.skip_nonfinite)
         for i, runner in enumerate(chosen.runners):
             # The norm is counted once.
             runner.run(values, guard if i == 0 else replace(guard, stats=None))
         self.moved.clear()
         self.arena.note_counters()
-        # Kernels write through addresses, which autograd does not see.
+        # Kernels write through addresses, which nobody else sees.
         torch.autograd.graph.increment_version(chosen.written)
+        if capturing:
+            self._keep_captured(chosen)
+
+    def _keep_captured(self, chosen: Plan) -> None:
+        memory: list[Any] = [self.stats]
+        for home in chosen.homes:
+            memory += [home.counters, *home.slots.values()]
+        if self.flat:
+            memory += self.flat.grad_segments
+        self.captured[id(chosen)] = chosen, memory
 
     def _checked(self, chosen: Plan, guard: Guard) -> Guard:
         """Add the norm of all gradients, over all devices, and the place for what users may ask of it."""

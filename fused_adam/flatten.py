@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import functools
+import operator
+import weakref
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .arena import Slot, segments
+
+# Of parameters that we have moved: an optimizer that is made later may move them again.
+_our_storages: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
 
 
 def owns_its_storage(param: Tensor) -> bool:
@@ -17,12 +24,18 @@ def owns_its_storage(param: Tensor) -> bool:
 
     The storage has two holders when the parameter is alone: the parameter and the handle we ask through. Whether
     another process has it, too, only storages on the CPU know: those on a GPU always answer that they are shared.
+    Memory that torch did not allocate (`from_numpy`, `frombuffer`, `from_dlpack`, a mapped file) cannot be resized: its
+    owner sees it in ways that no count of holders tells.
     """
     storage = param.untyped_storage()
+    on_host = param.device.type == "cpu"
     return (
         storage.nbytes() == param.numel() * param.element_size()
         and torch._C._storage_Use_Count(storage._cdata) == 2
-        and not (param.device.type == "cpu" and storage.is_shared())
+        and (storage.resizable() or storage in _our_storages)
+        and not (on_host and storage.is_shared())
+        # Pinned memory was asked for, and buffers are not.
+        and not (on_host and torch.cuda.is_initialized() and param.is_pinned())  # type: ignore[no-untyped-call]
     )
 
 
@@ -42,21 +55,65 @@ def is_eligible(param: Tensor) -> bool:
     )
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class Place:
     """One parameter's slots in the flat buffers, and the gradient that lies in its slot."""
 
     param: Slot
     grad: Slot
     grad_view: Tensor
+    zeroed: int  # the view's version when `zero_grad()` zeroed it: what has another one now was written to
+    sparse: bool = False  # its gradients are, so that none can lie in the buffer
+    first_gradient: Any = None  # what waits for it, until it has come
 
     def holds(self, param: Tensor) -> bool:
         """Whether the parameter still is where we put it."""
         return param.data_ptr() == self.param.address and param.dtype == self.param.segment.dtype
 
+    def is_written(self) -> bool:
+        return self.grad_view._version != self.zeroed
+
+    def takes(self, param: Tensor) -> bool:
+        """Whether the parameter's next gradient can be added up in the view.
+
+        One that is frozen has no gradient, and one of another dtype or layout cannot lie in the buffer.
+        """
+        dense = param.grad_dtype in (None, param.dtype) and not self.sparse
+        return param.requires_grad and dense and self.holds(param)
+
+    def attach(self, param: Tensor) -> None:
+        """Let backward add to the view from now on."""
+        param.grad = self.grad_view
+        if self.first_gradient is None:
+            # Added to a view, a sparse gradient would be a dense one, which nothing refuses. Looked at once, because
+            # hooks cost a call from backward each.
+            node = torch.autograd.graph.get_gradient_edge(param).node
+            self.first_gradient = node, node.register_prehook(functools.partial(_look_at_first, weakref.ref(self)))
+
+
+def _look_at_first(ref: Callable[[], Place | None], grads: Sequence[Tensor | None]) -> None:
+    place = ref()
+    if place is None or not place.first_gradient:
+        return
+    node, handle = place.first_gradient
+    handle.remove()
+    place.first_gradient = ()
+    if grads[0] is not None and grads[0].layout != torch.strided:
+        place.sparse = True
+        node.variable.grad = None
+
+
+def read_grad(params: Sequence[Tensor]) -> list[Tensor | None]:
+    """The gradients, where torch has them."""
+    return [param.grad for param in params]
+
 
 class FlatBuffers:
     """Parameters and gradients of one optimizer in flat segments per (device, dtype).
+
+    A gradient is a view of its slot from the first `zero_grad()` on. One that nothing has written to since it was
+    zeroed is no gradient: torch would have None there. The view's version counter tells. It counts what autograd and
+    torch's functions write, not what a CUDA graph writes when it is replayed: see `always`.
 
     Args:
         params: all parameters. Those not eligible stay where they are and are used through their addresses.
@@ -68,6 +125,9 @@ class FlatBuffers:
         self.places: dict[Tensor, Place] = {}
         self.grad_addresses: dict[Tensor, int] = {}
         self.grad_segments: list[Tensor] = []
+        self.params = list(params)
+        self.captured = False  # whether a CUDA graph zeroes gradients, or has been seen to write them
+        self.always = False  # whether every view counts as a gradient, written to or not
         kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
         for param in params:
             if is_eligible(param):
@@ -81,21 +141,36 @@ class FlatBuffers:
                     self._move(next(rest), slot, grad_slot)
 
     def _move(self, param: Tensor, slot: Slot, grad_slot: Slot) -> None:
-        data = slot.view(param).copy_(param.detach())
-        grad = grad_slot.view(param)
-        param.data = data
-        place = self.places[param] = Place(slot, grad_slot, grad)
+        param.data = slot.view(param).copy_(param.detach())
+        view = grad_slot.view(param)
+        self.places[param] = Place(slot, grad_slot, view, view._version)
         self.grad_addresses[param] = grad_slot.address
-        if param.grad is not None and param.grad.layout == torch.strided and param.grad.dtype == param.dtype:
-            grad.copy_(param.grad)
-            param.grad = None
-        self._attach(param, place)
+        _our_storages.add(param.untyped_storage())
 
-    def _attach(self, param: Tensor, place: Place) -> None:
-        # One frozen since has no gradient, so that it is not stepped; one of another dtype cannot lie in the buffer.
-        fits = param.grad_dtype in (None, param.dtype)
-        if fits and param.requires_grad and param.grad is None and place.holds(param):
-            param.grad = place.grad_view
+    def read(self, params: Sequence[Tensor]) -> list[Tensor | None]:
+        """The gradients; None for views of ours that nothing was written to."""
+        grads = read_grad(params)
+        if self.always:
+            return grads
+        return [
+            None if grad is not None and self._is_zeroed(param, grad) else grad
+            for param, grad in zip(params, grads, strict=True)
+        ]
+
+    def _is_zeroed(self, param: Tensor, grad: Tensor) -> bool:
+        place = self.places.get(param)
+        return place is not None and grad is place.grad_view and not place.is_written()
+
+    def all_written(self, places: Sequence[Place], views: Sequence[Tensor]) -> bool:
+        """Whether each of these views is a gradient."""
+        return self.always or all(
+            map(operator.ne, [view._version for view in views], [place.zeroed for place in places])
+        )
+
+    def written_unseen(self) -> bool:
+        """Whether a view is not zero any more although nothing has counted a write. Waits for the device."""
+        zeroed = [param.grad for param in self.places if param.grad is not None and self._is_zeroed(param, param.grad)]
+        return any(bool(view.count_nonzero()) for view in zeroed)
 
     def place(self, param: Tensor, grad: Tensor) -> Place | None:
         """Where parameter and gradient lie, if both still are in their slots."""
@@ -106,10 +181,48 @@ class FlatBuffers:
             return None
         return place
 
-    def zero_grad(self) -> None:
-        """Zero the gradient buffers and put every parameter's gradient back into its slot."""
+    def keep(self, params: Sequence[Tensor]) -> None:
+        """Let go of parameters that the optimizer no longer has, and of gradient buffers that nothing lies in."""
+        if len(params) == len(self.params) and all(map(operator.is_, params, self.params)):
+            return
+        self.params = list(params)
+        known = set(map(id, params))
+        for param in [param for param in self.places if id(param) not in known]:
+            place = self.places.pop(param)
+            del self.grad_addresses[param]
+            # Its gradient is somebody else's now: out of the memory that we zero.
+            if param.grad is place.grad_view:
+                param.grad = place.grad_view.clone() if self.always or place.is_written() else None
+        used = {id(place.grad.segment) for place in self.places.values()}
+        self.grad_segments = [segment for segment in self.grad_segments if id(segment) in used]
+
+    def zero_grad(self, set_to_none: bool) -> list[Tensor]:
+        """Zero the gradient buffers, and return the parameters whose gradients are not in them.
+
+        Args:
+            set_to_none: as in torch, no parameter has a gradient until something writes one; other gradients of ours
+                are dropped for views of the buffers. Else every gradient stays one, of zeros.
+        """
         if self.grad_segments:
             torch._foreach_zero_(self.grad_segments)
-        for param, place in self.places.items():
-            param.grad = None
-            self._attach(param, place)
+        others = []
+        for param in self.params:
+            place = self.places.get(param)
+            if place is None:
+                others.append(param)
+                continue
+            grad = param.grad
+            if set_to_none:
+                place.zeroed = place.grad_view._version
+                if not place.takes(param):
+                    param.grad = None
+                elif grad is not place.grad_view:
+                    param.grad = None  # of another dtype perhaps, which must go before torch takes ours
+                    place.attach(param)
+            elif grad is not None and grad is not place.grad_view:
+                if place.takes(param) and grad.layout == torch.strided and grad.dtype == param.dtype:
+                    place.attach(param)
+                    place.zeroed = -1  # as the gradient it replaces, it is one, though of zeros
+                else:
+                    others.append(param)
+        return others

@@ -58,12 +58,17 @@ class HostRunner:
         owners: dict[int, list[Row]] = {}
         for row in section.rows:
             owners.setdefault(id(row.home.counters), []).append(row)
+        shared = [rows for rows in owners.values() if len(rows) > 1]
+        # Counters of one buffer are advanced together, and so are those that are alone in theirs.
         self.counters = [
-            (rows[0].home.counters, _indexes([row.home.counter for row in rows]).to(section.device))
-            for rows in owners.values()
+            (rows[0].home.counters.steps, _indexes([row.home.counter for row in rows]).to(section.device))
+            for rows in shared
+            if rows[0].home.counters
         ]
-        # Where each span's step count stands among them: which counters, which of the rows that share these.
-        places = {row.index: (i, j) for i, rows in enumerate(owners.values()) for j, row in enumerate(rows)}
+        alone = [rows[0] for rows in owners.values() if len(rows) == 1]
+        self.lone_counters = [row.home.counters.steps[row.home.counter] for row in alone if row.home.counters]
+        # Where each span's step count stands among them: which buffer, which of the rows that share it.
+        places = {row.index: (i, j) for i, rows in enumerate([*shared, alone]) for j, row in enumerate(rows)}
         self.places = [places[span.row.index] for span in self.spans]
 
     def begin(self, grads: Sequence[Tensor], addresses: Sequence[int], capturing: bool) -> None:
@@ -102,12 +107,14 @@ class HostRunner:
 
     def _advance(self) -> list[list[float]]:
         """Count the step; returns the new counts."""
-        counts = []
-        for counters, index in self.counters:
-            assert counters is not None
-            values = counters.steps[index] + 1
-            counters.steps[index] = values
+        counts: list[list[float]] = []
+        for steps, index in self.counters:
+            values = steps[index] + 1
+            steps[index] = values
             counts.append(values.tolist())
+        if self.lone_counters:
+            torch._foreach_add_(self.lone_counters, 1)
+            counts.append(torch.stack(self.lone_counters).tolist())
         return counts
 
 
@@ -181,12 +188,9 @@ class HostSpan:
         if body:
             part = {key: x[:body] for key, x in operands.items()}
             run(*map(part.get, OPERANDS), scalars, *flags, torch.sqrt)
-        # The user's memory ends within a slot.
-        part = {
-            key: x[body:] if x.numel() == end else pad(x[body:], (0, end - x.numel())) for key, x in operands.items()
-        }
+        part, copies = _to_whole_slots({key: x[body:] for key, x in operands.items()}, end - body)
         run(*map(part.get, OPERANDS), scalars, *flags, torch.sqrt)
-        operands["param"][body:].copy_(part["param"][: len(operands["param"]) - body])
+        _copy_back(copies)
 
     def _by_recipe(
         self,
@@ -198,25 +202,44 @@ class HostSpan:
         step: float,
     ) -> None:
         end, whole = start + numel, start + padded(numel)
-        memory = {
-            key: tensor[start // GROUP : whole // GROUP] if key in GROUPED else tensor[start:whole]
-            for key, tensor in operands.items()
-        }
-        if numel < padded(numel):
-            # Behind its end the last group is zeros. The user's memory ends there; ours may hold what a NaN left.
-            for key in memory.keys() - GROUPED:
-                if key in ("param", "grad"):
-                    memory[key] = pad(operands[key][start:end], (0, padded(numel) - numel))
-                else:
-                    memory[key][numel:] = 0
+        memory = {key: tensor[start:whole] for key, tensor in operands.items()}
+        # Behind its end the last group is zeros. The memory there may hold what a NaN left.
+        for key in memory:
+            if key in GROUPED:
+                memory[key] = operands[key][start // GROUP : whole // GROUP]
+            elif key in ("param", "grad"):
+                memory[key] = operands[key][start:end]
+            else:
+                memory[key][numel:] = 0
+        memory, copies = _to_whole_slots(memory, padded(numel))
         options = self.row.options
         count = padded(numel) if options.recipe.random else 0
         number = int(min(step, LAST_STEP))
         device = memory["param"].device  # the scalars are on the host
         words = random_words(options.seed, start, number, self.row.ordinal, count, device, self.row.origin)
         recipe_step(options.recipe, memory, scalars, *flags, words)
-        if numel < padded(numel):
-            operands["param"][start:end].copy_(memory["param"][:numel])
+        _copy_back(copies)
+
+
+def _to_whole_slots(
+    operands: dict[str, Tensor], numel: int
+) -> tuple[dict[str, Tensor], list[tuple[Tensor, Tensor]]]:
+    """The operands with zeros behind the end of those that are shorter: the user's memory ends within a slot.
+
+    Returns what to step, and pairs of user's memory and its copy, for `_copy_back`.
+    """
+    padded_operands, copies = {}, []
+    for key, x in operands.items():
+        missing = 0 if key in GROUPED else numel - x.numel()
+        padded_operands[key] = pad(x, (0, missing)) if missing else x
+        if missing and key != "grad":
+            copies.append((x, padded_operands[key]))
+    return padded_operands, copies
+
+
+def _copy_back(copies: Sequence[tuple[Tensor, Tensor]]) -> None:
+    for memory, copy in copies:
+        memory.copy_(copy[: len(memory)])
 
 
 class Stage:

@@ -68,29 +68,31 @@ def _segments(arena: Arena) -> list[Tensor]:
 
 def _strangers(arena: Arena, state: State) -> Iterator[tuple[dict[str, Any], str]]:
     """Entries and names of tensors that are state but not ours: set by the user, or just unpickled."""
-    for param, entry in dict.items(state):
+    for param, entry in state.items():
         home = arena.homes.get(param, Home()) if isinstance(param, Tensor) else Home()
         for key, value in entry.items() if isinstance(entry, dict) else ():
-            if key in ENTRIES and isinstance(value, Tensor) and value is not home.views.get(key):
+            if key in ENTRIES and isinstance(value, Tensor) and value is not home.view(key):
                 yield entry, key
 
 
 def _replace(arena: Arena, state: State, moved: dict[Tensor, Tensor]) -> None:
     """Let every slot of these segments be the same one of the segment's copy."""
     for param, home in arena.homes.items():
-        entry = dict.get(state, param, {})
-        for key, slot in home.slots.items():
-            if key in home.views and slot.segment in moved:
+        entry = state.get(param, {})
+        for key, slot in list(home.slots.items()):
+            if slot.segment in moved:
                 _put(param, entry, home, key, Slot(moved[slot.segment], slot.start, slot.numel))
     arena.moves += bool(moved)
-    state.touched = True
 
 
 def _put(param: Tensor, entry: dict[str, Any], home: Home, key: str, slot: Slot) -> None:
     """Give the parameter this slot; what somebody else has put into its entry stays."""
-    before = home.views[key]
+    before = home.view(key)
+    if before is None:
+        return
     # Shaped as before, not as the parameter is now: whether its layout has changed is for the next step to see.
     view = like(param, key, slot.view(local(before)))
-    home.slots[key], home.views[key] = slot, view
     if entry.get(key) is before:
+        home.slots[key] = slot
+        home.put(key, view)
         entry[key] = view

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from typing import Any, overload
 
@@ -16,7 +16,6 @@ from fused_adam_kernels import table
 from . import arguments, checkpoint, distributed
 from . import backend as backends
 from . import offload as offloading
-from .arena import State
 from .engine import Engine, lasting
 from .flatten import FlatBuffers
 from .precision import check_seed, parse
@@ -25,7 +24,7 @@ from .scalars import Guard
 # What copies and pickles keep besides torch's.
 KEPT = (
     *("_backend", "_flatten", "_grad_attribute", "_max_grad_norm"),
-    *("_precision", "_reduce_norm", "_seed", "_skip_nonfinite"),
+    *("_precision", "_seed", "_skip_nonfinite"),
 )
 
 
@@ -108,7 +107,6 @@ class FusedAdam(torch.optim.Adam):
         self._backend, self._flatten = backend, flatten
         self._precision, self._seed, self._grad_attribute = precision, seed, grad_attribute
         self._max_grad_norm, self._skip_nonfinite = max_grad_norm, skip_nonfinite
-        self._reduce_norm: Callable[[Tensor], Tensor] | None = None
         # Named, not super(): in FusedAdamW the next class is torch's AdamW, which has another signature.
         torch.optim.Adam.__init__(
             self,
@@ -132,11 +130,7 @@ class FusedAdam(torch.optim.Adam):
 
     def _set_up(self) -> None:
         """What is derived, and made anew after pickle and deepcopy."""
-        self.state = State(self.state)
         self._engine = Engine(self._backend, self._max_grad_norm, self._skip_nonfinite, self._grad_attribute)
-        self._engine.reduce_norm = self._reduce_norm
-        self._release: Any = None  # the handle of `step_in_backward`, while it steps
-        self._origins: offloading.Origins | None = None  # while offloaded: where state came from
 
     def _move_to_buffers(self) -> None:
         # A copy does so at its first use: while it is unpickled, its storages have the unpickler for an owner.
@@ -171,7 +165,8 @@ class FusedAdam(torch.optim.Adam):
         A group may have a `precision` of its own.
         """
         super().add_param_group(param_group)
-        group = self.param_groups[-1]
+        # A copy, so that what is ours does not go on to the next optimizer that the user gives this dict to.
+        group = self.param_groups[-1] = {**self.param_groups[-1]}
         try:
             self._check_group(group)
         except (TypeError, ValueError):
@@ -222,7 +217,7 @@ class FusedAdam(torch.optim.Adam):
             return result
         self._accelerator_graph_capture_health_check()
         self._check_at_home()
-        if self._release is not None:
+        if self._engine.release is not None:
             self._end_round(closure)
         loss = None
         if closure is not None:
@@ -230,7 +225,7 @@ class FusedAdam(torch.optim.Adam):
                 loss = closure()
         with torch.no_grad():
             self._move_to_buffers()
-            self._engine.step(self.param_groups, self.state, self._guard())  # type: ignore[arg-type]
+            self._engine.step(self.param_groups, self.state, self._guard(), self._check_group)
         return loss
 
     def _end_round(self, closure: object) -> None:
@@ -243,15 +238,15 @@ class FusedAdam(torch.optim.Adam):
                 "a GradScaler does not go with step_in_backward: parameters were updated before it could unscale "
                 "gradients or see an overflow; train in bfloat16 without one"
             )
-        self._release.end_round()
+        self._engine.release.end_round()
 
-    def _step_only(self, positions: tuple[int, ...]) -> None:
-        """Step these parameters alone, by their positions among all: each has a gradient."""
+    def _step_only(self, params: Sequence[Tensor]) -> None:
+        """Step these parameters alone: each has a gradient."""
         self._check_at_home()
-        self._engine.step(self.param_groups, self.state, Guard(), positions)  # type: ignore[arg-type]
+        self._engine.step(self.param_groups, self.state, Guard(), self._check_group, params)
 
     def _check_at_home(self) -> None:
-        if self._origins is not None:
+        if self._engine.origins is not None:
             raise RuntimeError("this optimizer's state is offloaded to the host: call reload() before a step")
 
     def _guard(self) -> Guard:
@@ -284,12 +279,12 @@ class FusedAdam(torch.optim.Adam):
         Raises TypeError if it cannot be called, ValueError without max_grad_norm and skip_nonfinite; so does a step,
         before anything is changed, if it returns another kind of tensor.
         """
-        return self._reduce_norm
+        return self._engine.reduce_norm
 
     @reduce_norm.setter
     def reduce_norm(self, function: Callable[[Tensor], Tensor] | None) -> None:
         arguments.check_reduce_norm(function, self._engine.guards)
-        self._reduce_norm = self._engine.reduce_norm = function
+        self._engine.reduce_norm = function
 
     @property
     def skipped_steps(self) -> Tensor | None:
@@ -307,14 +302,26 @@ class FusedAdam(torch.optim.Adam):
         and in place, because it is a view of a buffer that backward adds to.
         """
         self._move_to_buffers()
-        if self._engine.flat is not None:
-            for param in self._engine.flat.places:
-                param.grad = None
-        super().zero_grad(set_to_none)
-        if self._engine.flat is not None:
-            self._engine.flat.zero_grad()
+        if self._engine.flat is None:
+            super().zero_grad(set_to_none)
+        else:
+            self._zero_buffers(self._engine.flat, set_to_none)
         if self._grad_attribute != "grad":
             self._zero_elsewhere(set_to_none and self._grad_attribute != "main_grad")
+
+    def _zero_buffers(self, flat: FlatBuffers, set_to_none: bool) -> None:
+        flat.keep(self._params())
+        flat.captured = flat.captured or backends.is_capturing()  # replays zero gradients, and nothing counts that
+        for param in flat.zero_grad(set_to_none):
+            grad = param.grad
+            if set_to_none or grad is None:
+                param.grad = None
+            else:  # as torch does
+                if grad.grad_fn is not None:
+                    grad.detach_()
+                else:
+                    grad.requires_grad_(False)
+                grad.zero_()
 
     def _zero_elsewhere(self, set_to_none: bool) -> None:
         params = self._params()
@@ -344,11 +351,12 @@ class FusedAdam(torch.optim.Adam):
         Raises RuntimeError while a CUDA graph is being captured, and with `differentiable=True`.
         """
         self._check_may_move("offload")
-        origins: offloading.Origins = {} if self._origins is None else self._origins
+        origins: offloading.Origins = self._engine.origins or {}
         with lasting():
-            offloading.to_host(self._engine.arena, self.state, origins)  # type: ignore[arg-type]
-        self._origins = origins
+            offloading.to_host(self._engine.arena, self.state, origins)
+        self._engine.origins = origins
         self._engine.forget()  # plans hold on to the memory that they step
+        self._engine.captured.clear()
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def reload(self) -> None:
@@ -360,10 +368,10 @@ class FusedAdam(torch.optim.Adam):
         Raises RuntimeError while a CUDA graph is being captured.
         """
         self._check_may_move("reload")
-        if self._origins is not None:
+        if self._engine.origins is not None:
             with lasting():
-                offloading.to_devices(self._engine.arena, self.state, self._origins)  # type: ignore[arg-type]
-            self._origins = None
+                offloading.to_devices(self._engine.arena, self.state, self._engine.origins)
+            self._engine.origins = None
 
     def _check_may_move(self, name: str) -> None:
         if backends.is_capturing():
@@ -395,14 +403,28 @@ class FusedAdam(torch.optim.Adam):
         state_dict = dict(state_dict)
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = pre_hook(self, state_dict) or state_dict
-        state: Any = self.state
         with lasting():
-            groups = checkpoint.load(self.param_groups, self._engine.arena, state, state_dict)
-            if self._origins is not None:  # what was not there before was made on the device
-                offloading.to_host(self._engine.arena, state, self._origins)
-        self.__setstate__({"state": state, "param_groups": groups})
+            groups = checkpoint.load(self.param_groups, self._engine.arena, self.state, state_dict)
+            if self._engine.origins is not None:  # what was not there before was made on the device
+                offloading.to_host(self._engine.arena, self.state, self._engine.origins)
+        # In place: a wrapper that copied our __dict__ has the same list and dict.
+        self.param_groups[:] = groups
+        self.__setstate__({"state": self.state, "param_groups": self.param_groups})
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
+
+    def init_state(self) -> None:
+        """Make the state of every parameter that requires gradients, with step 0, as the first step would.
+
+        For tools that look at state before training: torch's `get_optimizer_state_dict` takes a dummy step where there
+        is none, and leaves it counted. State that is there stays.
+
+        Raises ValueError, before anything is changed, if what is there is not a parameter's whole state.
+        """
+        if self.defaults["differentiable"]:
+            raise RuntimeError("init_state() cannot be combined with differentiable=True, whose state torch makes")
+        self._check_at_home()
+        self._engine.init_state(self.param_groups, self.state, self._check_group)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), **{name: getattr(self, name) for name in KEPT}}
@@ -411,7 +433,14 @@ class FusedAdam(torch.optim.Adam):
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         if "_backend" in state:  # unpickled or deep-copied, not loaded from a state_dict
             self._set_up()
-        self.state.touched = True  # type: ignore[attr-defined]
+            self._engine.arena.unpickled = True
+
+    def __copy__(self) -> FusedAdam:
+        """As torch's optimizers, a shallow copy shares groups and state; what steps them, too."""
+        twin = type(self).__new__(type(self))
+        twin.__setstate__(self.__getstate__())
+        twin._engine = self._engine
+        return twin
 
 
 class FusedAdamW(FusedAdam, torch.optim.AdamW):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .arena import Arena, Entries, Home, Slot, State, dense_layout, flat, is_dense, padded, real
-from .convert import reorder
+from .convert import convert_entry, is_stored_otherwise, stored_recipe
 from .distributed import local, origin
 from .flatten import FlatBuffers
 from .precision import Recipe, parse
@@ -64,6 +64,11 @@ class Row:
     overlaps: bool = False  # another parameter lies in the same memory, or it is listed twice
     staged: bool = False
     stage: tuple[Tensor, Tensor] | None = None  # the copies of parameter and gradient, in the parameter's shape
+
+    @property
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """Of the state's entries."""
+        return {key: dtype for key, (dtype, _) in self.entries.items()}
 
 
 @dataclass(slots=True, eq=False)
@@ -199,13 +204,13 @@ def build(
                 arena.homes.setdefault(param, Home()),
                 origin=origin(param),
             )
-            arena.check(param, name, dict.get(state, param, {}), row.entries)
+            _check_state(arena, state, param, name, chosen, row.entries)
             _place(row, param, grad, buffers, staging[part.device])
             rows.append(row)
-    # A parameter that is listed twice has one state, with what either of its groups asks for.
     live = [(param, grad) for param, grad in zip(params, grads, strict=True) if grad is not None]
     for row in rows:
-        reorder(dict.get(state, live[row.index][0], {}), live[row.index][0], row.options.recipe)
+        convert_entry(state.get(live[row.index][0], {}), live[row.index][0], row.options.recipe)
+    # A parameter that is listed twice has one state, with what either of its groups asks for.
     # What is staged together lies together.
     order = sorted(rows, key=lambda row: (row.options.amsgrad, not row.staged))
     arena.adopt(state, {live[row.index][0]: row.entries for row in order})
@@ -229,6 +234,42 @@ def build(
             _stage(launch, staging[section.device], section.device)
             launch.spans = list(_spans(launch.rows))
     return ordered
+
+
+def _check_state(arena: Arena, state: State, param: Tensor, name: str, options: Options, entries: Entries) -> None:
+    """Raise ValueError if what stands in `state` cannot be this parameter's state, as it is or converted."""
+    entry = state.get(param, {})
+    if not isinstance(entry, dict):
+        raise ValueError(f"state of {name} is {type(entry).__name__}, but must be a dict")
+    if is_stored_otherwise(entry, options.recipe):
+        # Its group has another precision than when it was last stepped: what is there has to be whole as it is.
+        part = local(param)
+        entries = stored_recipe(entry, part).state(part.dtype, part.shape, options.amsgrad)
+        arena.check(param, name, entry, entries)
+    else:
+        home = arena.homes.get(param)
+        arena.check(param, name, entry, entries, home.stored if home else ())
+
+
+def make_state(
+    params: Sequence[Tensor], groups: Sequence[int], options: Sequence[Options], arena: Arena, state: State
+) -> None:
+    """Give every parameter that requires gradients its state, of no step.
+
+    Args as for `build`. Raises ValueError if the state that is there cannot be used, before any is made.
+    """
+    arena.keep(params)
+    wanted: dict[Tensor, Entries] = {}
+    for index, (param, group) in enumerate(zip(params, groups, strict=True)):
+        if param.requires_grad:
+            part, chosen = local(param), options[group]
+            entries = chosen.recipe.state(part.dtype, part.shape, chosen.amsgrad)
+            _check_state(arena, state, param, f"parameter {index} (group {group})", chosen, entries)
+            wanted[param] = entries
+    for param, group in zip(params, groups, strict=True):
+        if param in wanted:
+            convert_entry(state.get(param, {}), param, options[group].recipe)
+    arena.adopt(state, wanted)
 
 
 def same_order(p: Tensor, grad: Tensor) -> bool:

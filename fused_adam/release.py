@@ -56,7 +56,7 @@ def step_in_backward(
     for name, (value, reason) in reasons.items():
         if value:
             raise ValueError(f"{name}={value!r} does not go with step_in_backward: {reason}")
-    if optimizer._release is not None:
+    if optimizer._engine.release is not None:
         raise ValueError("this optimizer steps in backward already; call remove() on its handle first")
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     if distributed and torch.distributed.get_world_size() > 1:
@@ -71,21 +71,21 @@ class StepInBackward:
     """What `step_in_backward` returns."""
 
     def __init__(self, params: list[Tensor], optimizer: FusedAdam, bucket_bytes: int) -> None:
-        positions = {id(param): i for i, param in enumerate(optimizer._params())}
+        known = set(map(id, optimizer._params()))
         for number, param in enumerate(params):
-            if id(param) not in positions:
+            if id(param) not in known:
                 raise ValueError(f"parameter {number} of model_or_params is not one of the optimizer's")
         self._optimizer, self._bucket_bytes = optimizer, bucket_bytes
-        # Gradients that wait, per stream: what one stream has written, launches on it may read.
-        self._waiting: dict[object, list[tuple[int, Tensor]]] = {}
-        self._stepped: set[int] = set()
+        # Parameters whose gradients wait, per stream: what one stream has written, launches on it may read.
+        self._waiting: dict[object, list[Tensor]] = {}
+        self._stepped: set[Tensor] = set()
         self._accumulating = self._called_back = False
         self._lock = threading.RLock()  # autograd has a thread per device
         self._hooks = [
-            param.register_post_accumulate_grad_hook(self._hook(positions[id(param)]))  # type: ignore[no-untyped-call]
+            param.register_post_accumulate_grad_hook(self._arrived)  # type: ignore[no-untyped-call]
             for param in dict.fromkeys(params)
         ]
-        optimizer._release = self
+        optimizer._engine.release = self
 
     def remove(self) -> None:
         """End it: gradients stay for `optimizer.step()`, as without."""
@@ -93,8 +93,8 @@ class StepInBackward:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
-        if self._optimizer._release is self:
-            self._optimizer._release = None
+        if self._optimizer._engine.release is self:
+            self._optimizer._engine.release = None
 
     @contextlib.contextmanager
     def accumulate(self) -> Iterator[None]:
@@ -112,21 +112,24 @@ class StepInBackward:
             self._stepped.clear()
             self._called_back = False  # also after a backward that raised, whose callback never came
 
-    def _hook(self, position: int) -> Callable[[Tensor], None]:
-        def arrived(param: Tensor) -> None:
-            if not self._accumulating:
-                with self._lock, torch.no_grad():
-                    self._take(position, param)
+    def _arrived(self, param: Tensor) -> None:
+        if not self._accumulating:
+            with self._lock, torch.no_grad():
+                self._take(param)
 
-        return arrived
-
-    def _take(self, position: int, param: Tensor) -> None:
-        if position in self._stepped:
+    def _take(self, param: Tensor) -> None:
+        # Groups are the user's to edit: which parameters the optimizer has, and where, is asked anew each time.
+        if not self._optimizer._engine.has(self._optimizer.param_groups, param):
+            return
+        if param in self._stepped:
             raise RuntimeError(
-                f"parameter {position} got a second gradient before optimizer.step(): call it after every backward, or "
-                "run all but the last backward of a step under `with handle.accumulate():`"
+                f"a parameter of shape {tuple(param.shape)} got a second gradient before optimizer.step(). After "
+                "several calls of backward: call step() after each, or run all but the last under `with "
+                "handle.accumulate():`. Within one backward, as tied weights do under reentrant checkpointing: "
+                "checkpoint with use_reentrant=False, or leave the parameter out (`step_in_backward(params, "
+                "optimizer)` with the others), so that step() takes it"
             )
-        self._stepped.add(position)
+        self._stepped.add(param)
         if not self._called_back:
             # At the end of this backward, when autograd has joined its streams.
             torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)
@@ -134,8 +137,8 @@ class StepInBackward:
         on_host = param.device.type == "cpu"
         stream = None if on_host else torch.get_device_module(param.device).current_stream(param.device)
         waiting = self._waiting.setdefault(stream, [])
-        waiting.append((position, param))
-        if sum(p.grad.nbytes for _, p in waiting if p.grad is not None) >= self._bucket_bytes:
+        waiting.append(param)
+        if sum(p.grad.nbytes for p in waiting if p.grad is not None) >= self._bucket_bytes:
             self._step(self._waiting.pop(stream))
 
     def _end_backward(self) -> None:
@@ -147,8 +150,8 @@ class StepInBackward:
         while self._waiting:
             self._step(self._waiting.pop(next(iter(self._waiting))))
 
-    def _step(self, ready: list[tuple[int, Tensor]]) -> None:
-        ready = sorted([(position, param) for position, param in ready if param.grad is not None], key=lambda x: x[0])
-        self._optimizer._step_only(tuple([position for position, _ in ready]))
-        for _, param in ready:
+    def _step(self, ready: list[Tensor]) -> None:
+        ready = [param for param in ready if param.grad is not None]
+        self._optimizer._step_only(ready)
+        for param in ready:
             param.grad = None

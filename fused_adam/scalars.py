@@ -7,7 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
+
+from fused_adam_kernels import table
 
 # Per param group, the values of `table.py`'s hyper columns.
 Hyper = Sequence[tuple[float | Tensor, ...]]
@@ -57,6 +60,18 @@ class Guard:
     grad_scale: Tensor | None = None
     square_sum: Tensor | None = None
     stats: Tensor | None = None
+
+    def record(self, skip_nonfinite: bool) -> None:
+        """Note norm and skip of a step that has nothing to update here, as a prologue would; waits for no device."""
+        assert self.square_sum is not None and self.stats is not None
+        norm = self.square_sum[0].sqrt()
+        if self.grad_scale is not None:
+            norm = norm / self.grad_scale.to(norm.device, torch.float64).reshape(())
+        skip = ~norm.isfinite() if skip_nonfinite else torch.zeros_like(norm, dtype=torch.bool)
+        if self.found_inf is not None:
+            skip = skip | (self.found_inf.to(norm.device).reshape(()) != 0)
+        self.stats[table.GRAD_NORM] = norm
+        self.stats[table.SKIPPED_STEPS] += skip
 
     def read(self, max_norm: float, skip_nonfinite: bool) -> Seen:
         """Bring it all to the host: it waits for the device, if there is one."""

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .distributed import Shards, is_sharded
-from .flatten import FlatBuffers
+from .arena import Home, State
+from .distributed import Shards, is_sharded, local
+from .flatten import FlatBuffers, read_grad
 
 try:
     from torch._C._dynamo import guards
@@ -27,11 +28,6 @@ def layouts(tensors: Sequence[Tensor]) -> list[Any]:
         t is not None and (type(t), t.dtype, t.layout, t.device, t.shape, t.stride(), t.is_conj(), t.is_neg())
         for t in tensors
     ]
-
-
-def read_grad(params: Sequence[Tensor]) -> list[Tensor | None]:
-    """The gradients, where torch has them."""
-    return [param.grad for param in params]
 
 
 def reader(attribute: str) -> Callable[[Sequence[Tensor]], list[Tensor | None]]:
@@ -60,8 +56,69 @@ class Layouts:
         return bool(self._check(*tensors))
 
 
+class StateWatch:
+    """Says whether `optimizer.state` still holds the tensors that a plan's tables point to.
+
+    torch.compile's guards give every dict a number that no other dict and no other content of it ever has: one number
+    per parameter stands for all tensors of its entry (40 ns; comparing them one by one takes 110 to 160), and keeps
+    none of them alive. It is not public: where it cannot be used, every step compares all.
+
+    `tensor.data = other` changes no dict. Reading the addresses of all tensors would cost as much as the rest of the
+    step's Python, so with many tensors one of each segment is asked: a loop over all state is noticed.
+
+    Args:
+        state: the optimizer's.
+        members: parameters in the order of the tables; where their state is; the dtypes of what is stored.
+    """
+
+    ALL = 64  # up to so many tensors, all addresses are read
+
+    def __init__(self, state: State, members: Sequence[tuple[Tensor, Home, dict[str, torch.dtype]]]) -> None:
+        self.members = members
+        self.params = [param for param, *_ in members]
+        places = [(home.refs[key], home.slots[key]) for _, home, dtypes in members for key in dtypes]
+        if len(places) > self.ALL:
+            places = list({id(slot.segment): (ref, slot) for ref, slot in places}.values())
+        self.refs = [ref for ref, _ in places]
+        self.addresses = [slot.address for _, slot in places]
+        self._note(state)
+
+    def _note(self, state: State) -> None:
+        # Looking an entry up costs more than anything else here: a tensor's hash is computed in Python.
+        self.aligned = list(map(id, state.values())) == [id(state.get(param)) for param in self.params]
+        self.versions = self._versions(state)
+
+    def _versions(self, state: State) -> list[int] | None:
+        if guards is None:
+            return None
+        aligned = self.aligned and len(state) == len(self.params)
+        try:
+            return list(map(guards.dict_version, state.values() if aligned else map(state.get, self.params)))
+        except (RuntimeError, SystemError):  # not a dict: an entry that was removed, or something else in its place
+            return None
+
+    def holds(self, state: State) -> bool:
+        """Whether the tensors are the same; also if somebody has changed entries, but not these tensors."""
+        versions = self._versions(state)
+        if versions is None or versions != self.versions:
+            if not self._compare(state):
+                return False
+            self._note(state)
+        tensors = [ref() for ref in self.refs]
+        return [tensor is not None and local(tensor).data_ptr() for tensor in tensors] == self.addresses
+
+    def _compare(self, state: State) -> bool:
+        for param, home, dtypes in self.members:
+            entry = state.get(param)
+            if not isinstance(entry, dict) or not home.holds_step(entry.get("step"), local(param).device):
+                return False
+            if not all(home.holds(key, entry.get(key), dtype) for key, dtype in dtypes.items()):
+                return False
+        return True
+
+
 class Watch:
-    """All that one plan rests on, besides who the parameters are.
+    """All that one plan rests on, besides who the parameters are and where their state is.
 
     Args:
         live, grads: the parameters that the plan steps, in order, and their gradients, or what is here of them.
@@ -80,7 +137,7 @@ class Watch:
         read: Callable[[Sequence[Tensor]], list[Tensor | None]],
         moved: dict[Tensor, Tensor],
     ) -> None:
-        self.live, self.idle, self.read = list(live), list(idle), read
+        self.live, self.idle, self.read, self.buffers = list(live), list(idle), read, buffers
         self.shards, self.moved = Shards(live) if any(map(is_sharded, live)) else None, moved
         memory = self.shards.parts() if self.shards else self.live
         self.addresses = list(map(data_ptr, memory))
@@ -89,9 +146,11 @@ class Watch:
         self.grad_addresses = list(map(data_ptr, grads))
         self.at_home = list(map(operator.eq, self.grad_addresses, self.slots))
         # Gradients that are the very views we made of our buffers: their addresses say all.
-        views = [buffers.places[param].grad_view for param in live if param in buffers.places] if buffers else []
-        self.views = views if len(views) == len(grads) and all(map(operator.is_, views, grads)) else None
-        self.layouts = Layouts(memory if self.views else [*memory, *grads])
+        places = [buffers.places[param] for param in live if param in buffers.places] if buffers else []
+        views = [place.grad_view for place in places]
+        self.places = places if len(views) == len(grads) and all(map(operator.is_, views, grads)) else None
+        self.views = views
+        self.layouts = Layouts(memory if self.places else [*memory, *grads])
 
     def gradients(self) -> tuple[list[Tensor], list[int]] | None:
         """This step's gradients of the live parameters and their addresses; None if the plan no longer fits.
@@ -100,13 +159,17 @@ class Watch:
         """
         if any(map(operator.is_not, self.read(self.idle), repeat(None))):
             return None
-        grads: list[Any] = self.read(self.live)
-        if self.views and not all(map(operator.is_, grads, self.views)):
-            return None
+        grads: list[Any]
+        if self.places and self.buffers:
+            grads = read_grad(self.live)
+            if not all(map(operator.is_, grads, self.views)) or not self.buffers.all_written(self.places, grads):
+                return None
+        else:
+            grads = self.read(self.live)
         memory = self.live
         if self.shards:
             memory, grads = self.shards.parts(), self.shards.gradient_parts(grads, self.moved)
-        if not self.layouts.hold(memory if self.views else [*memory, *grads]):
+        if not self.layouts.hold(memory if self.places else [*memory, *grads]):
             return None
         if list(map(data_ptr, memory)) != self.addresses:
             return None

@@ -66,7 +66,9 @@ def graph(kernel_device, monkeypatch):
 
 
 def optimizer_on(where, shapes=((5,), (33, 3), ()), **options):
-    return FusedAdamW(parameters(torch.float32, shapes, where), backend="triton", capturable=True, **options)
+    optimizer = FusedAdamW(parameters(torch.float32, shapes, where), backend="triton", capturable=True, **options)
+    optimizer.zero_grad()  # gradients lie in the buffers from here on, where there are some
+    return optimizer
 
 
 def params_of(optimizer):

@@ -42,6 +42,8 @@ def test_moves_parameters_and_gradients_into_two_buffers():
     optimizer = FusedAdam(module.parameters(), flatten=True)
     params = list(module.parameters())
     assert all(torch.equal(p, b) for p, b in zip(params, before, strict=True))
+    assert all(p.grad is None for p in params)  # whoever asks for gradients before training finds none
+    optimizer.zero_grad()
     assert all(in_place(optimizer, p) and (p.grad == 0).all() for p in params)
     distances = {p.data_ptr() - params[0].data_ptr() for p in params}
     assert distances == {0, 128, 256, 384}  # slots of 32 float32 elements
@@ -68,6 +70,7 @@ def test_training_gives_the_same_bits_as_without(set_to_none):
 def test_gradients_accumulate_in_the_buffer():
     module = model()
     optimizer = FusedAdam(module.parameters(), flatten=True)
+    optimizer.zero_grad()
     x = values((16, 4), 0, torch.float32)
     for times in (1, 2):
         module(x).sum().backward()
@@ -80,14 +83,32 @@ def test_gradients_accumulate_in_the_buffer():
     assert all((p.grad == 0).all() for p in module.parameters())
 
 
-def test_an_unused_parameter_has_a_zero_gradient():
-    """As with torch's set_to_none=False: its moments decay and its step counts."""
-    used, unused = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
-    optimizer = FusedAdam([used, unused], flatten=True)
-    used.sum().backward()
-    optimizer.step()
-    assert optimizer.state[unused]["step"] == 1
-    assert torch.equal(unused.detach(), torch.ones(3))
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_an_unused_parameter_is_skipped_as_in_torch(set_to_none):
+    """A view that nothing has written is no gradient: neither its moments nor its weights decay, nor is a step counted.
+
+    With set_to_none=False a gradient that was there once is one of zeros, in torch and here.
+    """
+    runs = []
+    for cls, extra in ((torch.optim.AdamW, {}), (FusedAdamW, {"flatten": True})):
+        params = [nn.Parameter(torch.ones(3)) for _ in range(4)]
+        used, unused, sometimes, frozen = params
+        optimizer = cls(params, lr=0.1, weight_decay=0.5, **extra)
+        optimizer.step()  # before the first backward: nothing
+        assert not optimizer.state
+        for step in range(3):
+            optimizer.zero_grad(set_to_none)
+            if step == 2:
+                frozen.requires_grad_(False)
+            optimizer.step()  # before this backward
+            loss = used.sum() + (sometimes.sum() if step == 1 else 0) + (frozen.sum() if step < 2 else 0)
+            loss.backward()
+            optimizer.step()
+        assert unused not in optimizer.state and torch.equal(unused.detach(), torch.ones(3))
+        runs.append([optimizer.state[p]["step"].item() for p in (used, sometimes, frozen)] + [p.detach() for p in params])
+    expected, ours = runs
+    assert ours[:3] == expected[:3] == ([3, 1, 2] if set_to_none else [5, 3, 5])
+    torch.testing.assert_close(ours[3:], expected[3:], rtol=1e-6, atol=1e-7)
 
 
 def test_what_others_can_see_stays_where_it_is():
@@ -259,7 +280,7 @@ def test_a_parameter_listed_twice_does_not_count_for_its_neighbours(flatten):
     for number in range(3):
         for i, (p, q) in enumerate(zip(ours, theirs, strict=True)):
             q.grad = gradient(q, i, number)
-            p.grad.copy_(q.grad) if flatten else setattr(p, "grad", q.grad.clone())
+            p.grad = q.grad.clone()
         optimizer.step()
         expected.step()
     for p, q in zip(ours, theirs, strict=True):

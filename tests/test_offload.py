@@ -240,7 +240,7 @@ def test_loading_meanwhile_fills_host_memory(elsewhere, first):
     train(optimizer, first)
     optimizer.offload()
     optimizer.load_state_dict(source.state_dict())
-    assert all(segment in optimizer._origins for segment in segments(optimizer))
+    assert all(segment in optimizer._engine.origins for segment in segments(optimizer))
     for ours, theirs in zip(members(optimizer), members(source), strict=True):
         ours.data.copy_(theirs.data)
     assert same_bits(results(optimizer), results(source))

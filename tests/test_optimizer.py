@@ -296,7 +296,7 @@ def test_a_parameter_within_another_hides_no_overlap(backend):
                 p.grad = gradient(p, index, step)
             optimizer.step()
         if cls is FusedAdam:
-            assert [[row.index for row in runner.rows] for runner in optimizer._engine.usual.runners] == [[0], [1], [2]]
+            assert len(optimizer._engine.usual.runners) == 3
         runs.append(base.detach().clone())
     torch.testing.assert_close(*runs, rtol=1e-6, atol=1e-6)
 

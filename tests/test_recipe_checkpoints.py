@@ -317,8 +317,8 @@ def test_export_of_what_a_user_wrote():
     [
         ("exp_avg_code", torch.zeros(3, dtype=torch.int8), r"'exp_avg_code' of parameter 1 has shape \(3,\).*\(40,\)"),
         ("exp_avg_scale", torch.zeros(3), r"'exp_avg_scale' of parameter 1 has shape \(3,\).*\(2,\)"),
-        ("exp_avg_scale", None, "'exp_avg_scale' of parameter 1 must be there if and only if its codes are"),
-        ("exp_avg_code", None, "'exp_avg_scale' of parameter 1 must be there if and only if its codes are"),
+        ("exp_avg_scale", None, "state of parameter 1 has 'step', .*, but lacks 'exp_avg_scale'"),
+        ("exp_avg_code", None, "state of parameter 1 has 'step', .*, but lacks 'exp_avg_code'"),
         (
             "remainder",
             torch.zeros(40, dtype=torch.int16),

@@ -93,12 +93,11 @@ def test_small_parameters_are_stepped_together(launches):
     """Two launches per bucket, not per parameter; after the first backward nothing is decided anew."""
     module = model()
     optimizer = FusedAdam(module.parameters(), backend="triton")
-    step_in_backward(module, optimizer)
+    handle = step_in_backward(module, optimizer)
     fit(module, optimizer, 1)
     assert launches == ["prologue_kernel", "adam_kernel"]
     launches.clear()
-    step_in_backward_again = optimizer._release
-    step_in_backward_again.remove()
+    handle.remove()
     step_in_backward(module, optimizer, bucket_bytes=64 * 64 * 4)
     fit(module, optimizer, 1)
     assert 2 < len(launches) <= 2 * 5  # one bucket per large matrix, the small ones with them
@@ -185,7 +184,7 @@ def test_copies_do_not_step_in_backward():
 
     module, optimizer = pair()[0]
     step_in_backward(module, optimizer)
-    assert copy.deepcopy(optimizer)._release is None
+    assert copy.deepcopy(optimizer)._engine.release is None
 
 
 class TestRefused:
