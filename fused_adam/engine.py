@@ -114,7 +114,7 @@ class Engine:
         capturing = backends.is_capturing()
         self.moved.clear()  # of a step that failed
         if self.flat:
-            self.flat.always = self.flat.captured or any(group["capturable"] for group in groups)
+            self.flat.always = self.flat.uncounted or any(group["capturable"] for group in groups)
         params, options = self._members_of(groups)
         known = self._still_known(params, options) and self.arena.counters_unchanged()
         found = self._find(state, self._positions(only)) if known else None
@@ -275,11 +275,9 @@ class Engine:
         """Decide anew what each launch updates, and make the state it needs."""
         self._note_steps()
         params = self.params
+        if self.flat:
+            self.flat.look_for_uncounted()
         key = self._key(only)
-        if not key[1] and self.flat and only is None and self.flat.written_unseen():
-            # Nothing to step, and yet there are gradients: a CUDA graph of a backward pass has written them.
-            self.flat.captured = self.flat.always = True
-            key = self._key(only)
         chosen = set(key[1])
         grads = [grad if i in chosen else None for i, grad in enumerate(self.read_grads(params))]
         live, found = [], []

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import operator
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,7 +53,7 @@ def is_eligible(param: Tensor) -> bool:
     )
 
 
-@dataclass(slots=True, eq=False, weakref_slot=True)
+@dataclass(slots=True, eq=False)
 class Place:
     """One parameter's slots in the flat buffers, and the gradient that lies in its slot."""
 
@@ -63,44 +61,24 @@ class Place:
     grad: Slot
     grad_view: Tensor
     zeroed: int  # the view's version when `zero_grad()` zeroed it: what has another one now was written to
-    sparse: bool = False  # its gradients are, so that none can lie in the buffer
-    first_gradient: Any = None  # what waits for it, until it has come
 
     def holds(self, param: Tensor) -> bool:
         """Whether the parameter still is where we put it."""
         return param.data_ptr() == self.param.address and param.dtype == self.param.segment.dtype
 
-    def is_written(self) -> bool:
-        return self.grad_view._version != self.zeroed
+    def takes(self, param: Tensor, grad: Tensor) -> bool:
+        """Whether the parameter's next gradient, if it is like this one, can be added up in the view.
 
-    def takes(self, param: Tensor) -> bool:
-        """Whether the parameter's next gradient can be added up in the view.
-
-        One that is frozen has no gradient, and one of another dtype or layout cannot lie in the buffer.
+        One that is frozen gets none, and one of another dtype or layout cannot lie in the buffer.
         """
-        dense = param.grad_dtype in (None, param.dtype) and not self.sparse
-        return param.requires_grad and dense and self.holds(param)
+        alike = grad.layout == torch.strided and grad.dtype == param.dtype and param.grad_dtype in (None, param.dtype)
+        return alike and param.requires_grad and self.holds(param)
 
-    def attach(self, param: Tensor) -> None:
-        """Let backward add to the view from now on."""
-        param.grad = self.grad_view
-        if self.first_gradient is None:
-            # Added to a view, a sparse gradient would be a dense one, which nothing refuses. Looked at once, because
-            # hooks cost a call from backward each.
-            node = torch.autograd.graph.get_gradient_edge(param).node
-            self.first_gradient = node, node.register_prehook(functools.partial(_look_at_first, weakref.ref(self)))
-
-
-def _look_at_first(ref: Callable[[], Place | None], grads: Sequence[Tensor | None]) -> None:
-    place = ref()
-    if place is None or not place.first_gradient:
-        return
-    node, handle = place.first_gradient
-    handle.remove()
-    place.first_gradient = ()
-    if grads[0] is not None and grads[0].layout != torch.strided:
-        place.sparse = True
-        node.variable.grad = None
+    def is_zeroed(self) -> bool:
+        """Whether nothing has written to the view since it was zeroed, as far as one can tell without waiting."""
+        # Collectives, `grad.data` and arrays over its memory count no version. On the CPU the values tell.
+        view = self.grad_view
+        return view._version == self.zeroed and not (view.device.type == "cpu" and bool(view.count_nonzero()))
 
 
 def read_grad(params: Sequence[Tensor]) -> list[Tensor | None]:
@@ -111,9 +89,9 @@ def read_grad(params: Sequence[Tensor]) -> list[Tensor | None]:
 class FlatBuffers:
     """Parameters and gradients of one optimizer in flat segments per (device, dtype).
 
-    A gradient is a view of its slot from the first `zero_grad()` on. One that nothing has written to since it was
-    zeroed is no gradient: torch would have None there. The view's version counter tells. It counts what autograd and
-    torch's functions write, not what a CUDA graph writes when it is replayed: see `always`.
+    `zero_grad()` gives every parameter that had a gradient a view of its slot for the next one. A view that nothing has
+    written to since it was zeroed is no gradient: torch would have None there. The view's version counter tells. Where
+    that cannot, views count as gradients, see `always`.
 
     Args:
         params: all parameters. Those not eligible stay where they are and are used through their addresses.
@@ -126,7 +104,7 @@ class FlatBuffers:
         self.grad_addresses: dict[Tensor, int] = {}
         self.grad_segments: list[Tensor] = []
         self.params = list(params)
-        self.captured = False  # whether a CUDA graph zeroes gradients, or has been seen to write them
+        self.uncounted = False  # whether gradients are written or zeroed in ways that no version counts
         self.always = False  # whether every view counts as a gradient, written to or not
         kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
         for param in params:
@@ -159,18 +137,24 @@ class FlatBuffers:
 
     def _is_zeroed(self, param: Tensor, grad: Tensor) -> bool:
         place = self.places.get(param)
-        return place is not None and grad is place.grad_view and not place.is_written()
+        return place is not None and grad is place.grad_view and place.is_zeroed()
 
     def all_written(self, places: Sequence[Place], views: Sequence[Tensor]) -> bool:
         """Whether each of these views is a gradient."""
-        return self.always or all(
-            map(operator.ne, [view._version for view in views], [place.zeroed for place in places])
+        return (
+            self.always
+            or all(map(operator.ne, [view._version for view in views], [place.zeroed for place in places]))
+            or not any(place.is_zeroed() for place in places)
         )
 
-    def written_unseen(self) -> bool:
-        """Whether a view is not zero any more although nothing has counted a write. Waits for the device."""
+    def look_for_uncounted(self) -> None:
+        """Let all views count from now on if one is not zero that nothing is known to have written to.
+
+        A CUDA graph of a backward pass does that, or a collective over all gradients. Waits for the device.
+        """
         zeroed = [param.grad for param in self.places if param.grad is not None and self._is_zeroed(param, param.grad)]
-        return any(bool(view.count_nonzero()) for view in zeroed)
+        if any(bool(view.count_nonzero()) for view in zeroed):
+            self.uncounted = self.always = True
 
     def place(self, param: Tensor, grad: Tensor) -> Place | None:
         """Where parameter and gradient lie, if both still are in their slots."""
@@ -192,7 +176,7 @@ class FlatBuffers:
             del self.grad_addresses[param]
             # Its gradient is somebody else's now: out of the memory that we zero.
             if param.grad is place.grad_view:
-                param.grad = place.grad_view.clone() if self.always or place.is_written() else None
+                param.grad = None if place.is_zeroed() and not self.always else place.grad_view.clone()
         used = {id(place.grad.segment) for place in self.places.values()}
         self.grad_segments = [segment for segment in self.grad_segments if id(segment) in used]
 
@@ -200,29 +184,22 @@ class FlatBuffers:
         """Zero the gradient buffers, and return the parameters whose gradients are not in them.
 
         Args:
-            set_to_none: as in torch, no parameter has a gradient until something writes one; other gradients of ours
-                are dropped for views of the buffers. Else every gradient stays one, of zeros.
+            set_to_none: as in torch, no parameter has a gradient until something writes one. Else every gradient stays
+                one, of zeros.
         """
         if self.grad_segments:
             torch._foreach_zero_(self.grad_segments)
         others = []
         for param in self.params:
-            place = self.places.get(param)
-            if place is None:
+            place, grad = self.places.get(param), param.grad
+            if place is None or grad is None or not place.takes(param, grad):
                 others.append(param)
                 continue
-            grad = param.grad
+            attached = grad is place.grad_view
+            if not attached:
+                param.grad = place.grad_view
             if set_to_none:
                 place.zeroed = place.grad_view._version
-                if not place.takes(param):
-                    param.grad = None
-                elif grad is not place.grad_view:
-                    param.grad = None  # of another dtype perhaps, which must go before torch takes ours
-                    place.attach(param)
-            elif grad is not None and grad is not place.grad_view:
-                if place.takes(param) and grad.layout == torch.strided and grad.dtype == param.dtype:
-                    place.attach(param)
-                    place.zeroed = -1  # as the gradient it replaces, it is one, though of zeros
-                else:
-                    others.append(param)
+            elif not attached:
+                place.zeroed = -1  # a gradient, as the one that it replaces
         return others

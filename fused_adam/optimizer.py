@@ -311,7 +311,7 @@ class FusedAdam(torch.optim.Adam):
 
     def _zero_buffers(self, flat: FlatBuffers, set_to_none: bool) -> None:
         flat.keep(self._params())
-        flat.captured = flat.captured or backends.is_capturing()  # replays zero gradients, and nothing counts that
+        flat.uncounted = flat.uncounted or backends.is_capturing()  # replays zero gradients
         for param in flat.zero_grad(set_to_none):
             grad = param.grad
             if set_to_none or grad is None:
