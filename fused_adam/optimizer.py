@@ -19,7 +19,7 @@ from . import offload as offloading
 from .arena import State
 from .engine import Engine, lasting
 from .flatten import FlatBuffers
-from .precision import check_seed, parse
+from .precision import as_seed, parse
 from .scalars import Guard
 
 # What copies and pickles keep besides torch's.
@@ -56,7 +56,8 @@ class FusedAdam(torch.optim.Adam):
             own their whole storage; others stay). `zero_grad()` then zeroes the buffers whatever `set_to_none` says,
             so an unused parameter has a zero gradient, as with torch's `set_to_none=False`. Same bits.
         max_grad_norm: clip the gradients' global L2 norm, as `torch.nn.utils.clip_grad_norm_` before the step would,
-            without writing them and without waiting for the device. The norm is `optimizer.grad_norm`.
+            without writing them and without waiting for the device. The norm is `optimizer.grad_norm`; with inf it
+            is measured, and finite gradients are left alone.
         skip_nonfinite: a step with a NaN or Inf in any gradient changes nothing, decided on the device;
             `optimizer.skipped_steps` counts them.
         grad_attribute: where a parameter's gradient is: "grad", "main_grad" (Megatron's gradient buffers) or
@@ -100,13 +101,15 @@ class FusedAdam(torch.optim.Adam):
         seed: int = 0,
     ) -> None:
         backends.check_name(backend)
+        flatten = arguments.as_flag("flatten", flatten)
+        skip_nonfinite = arguments.as_flag("skip_nonfinite", skip_nonfinite)
+        max_grad_norm = arguments.as_max_grad_norm(max_grad_norm)
         arguments.check_flatten(flatten, differentiable)
         arguments.check_guards(max_grad_norm, skip_nonfinite, differentiable)
         arguments.check_grad_attribute(grad_attribute, flatten, differentiable)
         parse(precision)
-        check_seed(seed)
         self._backend, self._flatten = backend, flatten
-        self._precision, self._seed, self._grad_attribute = precision, seed, grad_attribute
+        self._precision, self._seed, self._grad_attribute = precision, as_seed(seed), grad_attribute
         self._max_grad_norm, self._skip_nonfinite = max_grad_norm, skip_nonfinite
         self._reduce_norm: Callable[[Tensor], Tensor] | None = None
         # Named, not super(): in FusedAdamW the next class is torch's AdamW, which has another signature.
@@ -183,20 +186,24 @@ class FusedAdam(torch.optim.Adam):
         if self._precision is not None:
             group.setdefault("precision", self._precision)
         recipe = parse(group.get("precision"))
-        for param in group["params"]:
+        number = len(self.param_groups) - 1
+        names = group.get("param_names", range(len(group["params"])))
+        for name, param in zip(names, group["params"], strict=True):
             if is_traceable_wrapper_subclass(param) and not distributed.is_sharded(param):
                 raise TypeError(f"a parameter is a {type(param).__name__}, but must be a plain tensor or a DTensor")
             distributed.check(param)
-            recipe.check(param.dtype)
+            recipe.check(param.dtype, f"parameter {name!r} of param group {number}")
         if recipe.weights is None:
             return
-        check_seed(group.setdefault("seed", self._seed))
-        for name, value, other in (
-            ("backend", self._backend, "compiled"),
-            ("differentiable", group["differentiable"], True),
+        group["seed"] = as_seed(group.get("seed", self._seed))
+        for name, value, other, reason in (
+            ("backend", self._backend, "compiled", "compiled steps know no recipes"),
+            ("differentiable", group["differentiable"], True, "that step is torch's"),
         ):
             if value == other:
-                raise ValueError(f"precision={group['precision']!r} does not go with {name}={value!r}")
+                raise ValueError(
+                    f"precision={group['precision']!r} cannot be combined with {name}={value!r}, because {reason}"
+                )
 
     @overload
     def step(self, closure: None = None) -> None: ...
