@@ -76,6 +76,51 @@ def check_reduce_norm(function: object, guards: bool) -> None:
         raise ValueError("reduce_norm is of use with max_grad_norm or skip_nonfinite, and neither is set")
 
 
+class ReduceNorm:
+    """reduce_norm on its way through a pickle or a copy of the optimizer.
+
+    A copy has a copy of it, or shares what cannot be copied, such as a process group. Pickle would fail with a text
+    that knows nothing of the optimizer, so what cannot be pickled is found here first.
+    """
+
+    _trying = False  # what is pickled only to see whether it can be
+
+    def __init__(self, function: Callable[[Tensor], Tensor] | None) -> None:
+        self.function = function
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ReduceNorm:
+        attempt = dict(memo)  # a copy that fails halfway must not leave its halves to others
+        try:
+            copied = ReduceNorm(copy.deepcopy(self.function, attempt))
+        except Exception:
+            return self
+        memo.update(attempt)
+        return copied
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The function may be a method of an object that holds the optimizer: once is enough.
+        if self.function is not None and not ReduceNorm._trying:
+            ReduceNorm._trying = True
+            try:
+                pickle.Pickler(_Nowhere()).dump(self.function)
+            except Exception as error:
+                raise pickle.PicklingError(
+                    f"reduce_norm={self.function!r} cannot be pickled ({type(error).__name__}: {error}): make it a "
+                    "function at the top level of a module, or set reduce_norm = None before and set it again after; "
+                    "state_dict() never contains it"
+                ) from error
+            finally:
+                ReduceNorm._trying = False
+        return ReduceNorm, (self.function,)
+
+
+class _Nowhere:
+    """A file that forgets what is written."""
+
+    def write(self, data: Any) -> int:
+        return len(data)
+
+
 def check_norm(total: object, device: torch.device) -> Tensor:
     """What reduce_norm returned; raises TypeError or ValueError unless it is what it was given. Reads no value."""
     if not isinstance(total, Tensor):

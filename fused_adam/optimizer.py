@@ -288,6 +288,9 @@ class FusedAdam(torch.optim.Adam):
         It is called in every step, on every rank, and must give the same value there:
         `lambda total: all_reduce(total, group=pipeline) or total`. None: nothing is added.
 
+        Copies of the optimizer keep it. A pickle needs one that can be pickled: a function at the top level of a
+        module, not a lambda. A `state_dict` never contains it.
+
         Raises TypeError if it cannot be called, ValueError without max_grad_norm and skip_nonfinite; so does a step,
         before anything is changed, if it returns another kind of tensor.
         """
@@ -412,10 +415,13 @@ class FusedAdam(torch.optim.Adam):
             post_hook(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in KEPT}}
+        kept = {name: getattr(self, name) for name in KEPT}
+        return {**super().__getstate__(), **kept, "_reduce_norm": arguments.ReduceNorm(self._reduce_norm)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if isinstance(state.get("_reduce_norm"), arguments.ReduceNorm):
+            self._reduce_norm = state["_reduce_norm"].function
         if "_backend" in state:  # unpickled or deep-copied, not loaded from a state_dict
             self._set_up()
         self.state.touched = True  # type: ignore[attr-defined]

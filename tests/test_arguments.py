@@ -1,7 +1,9 @@
-"""Arguments and param groups as users write them: numpy's numbers, one-element tensors."""
+"""Arguments and param groups as users write them: numpy's numbers, one-element tensors, functions to pickle."""
 
 import copy
+import functools
 import io
+import pickle
 import subprocess
 import sys
 
@@ -196,3 +198,97 @@ def test_a_checkpoint_with_other_things_for_numbers_is_refused(values):
     checkpoint["param_groups"][0].update(values)
     with pytest.raises(ValueError, match=f"'{next(iter(values))}' in param_groups.0. of the state_dict must be "):
         optimizer.load_state_dict(checkpoint)
+
+
+def double(total):
+    return 2 * total
+
+
+class Trainer:
+    """Holds the optimizer whose norm it adds up, and what no process can copy."""
+
+    def __init__(self, *parts):
+        self.parts = parts
+        self.optimizer = optimizer_of(max_grad_norm=1.0)
+        self.optimizer.reduce_norm = self.reduce
+
+    def reduce(self, total):
+        return 2 * total
+
+
+def uncopyable():
+    return sys._getframe()  # as a process group: neither copied nor pickled
+
+
+def reducing(function):
+    optimizer = optimizer_of(max_grad_norm=1.0)
+    optimizer.reduce_norm = function
+    train(optimizer, 1)
+    return optimizer
+
+
+FUNCTIONS = {
+    "lambda": lambda: lambda total: 2 * total,
+    "local": lambda: functools.partial(lambda total, factor: factor * total, factor=2),
+    "argument": lambda: functools.partial(lambda total, frame: 2 * total, frame=uncopyable()),
+    "method": lambda: Trainer(uncopyable()).reduce,
+}
+
+
+@pytest.mark.parametrize("make", FUNCTIONS.values(), ids=FUNCTIONS)
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, copy.copy])
+def test_a_copy_keeps_reduce_norm(make, duplicate):
+    function = make()
+    optimizer = reducing(function)
+    copied = duplicate(optimizer)
+    assert optimizer.reduce_norm is function
+    assert callable(copied.reduce_norm) and copied.reduce_norm(torch.ones(1)) == 2
+    for each in (optimizer, copied):
+        train(each, 1, first=1)
+        if duplicate is copy.copy:
+            break  # both hold the same parameters
+    if duplicate is copy.deepcopy:
+        assert same_bits(results(optimizer), results(copied))
+        assert torch.equal(optimizer.grad_norm, copied.grad_norm)
+
+
+def test_a_copied_trainer_reduces_by_its_own_method():
+    copied = copy.deepcopy(Trainer())
+    assert copied.optimizer.reduce_norm.__self__ is copied
+
+
+@pytest.mark.parametrize("make", FUNCTIONS.values(), ids=FUNCTIONS)
+@pytest.mark.parametrize("save", [pickle.dumps, lambda optimizer: torch.save(optimizer, io.BytesIO())])
+def test_a_reduce_norm_that_cannot_be_pickled_is_named(make, save):
+    optimizer = reducing(make())
+    with pytest.raises(
+        pickle.PicklingError,
+        match=r"^reduce_norm=.* cannot be pickled \(.*\): make it a function at the top level of a module, or set "
+        r"reduce_norm = None before and set it again after; state_dict\(\) never contains it$",
+    ):
+        save(optimizer)
+    optimizer.state_dict()
+    optimizer.reduce_norm = None  # the cure
+    save(optimizer)
+
+
+@pytest.mark.parametrize("function", [None, double, functools.partial(torch.mul, other=2)])
+def test_a_reduce_norm_that_can_be_pickled_is(function):
+    optimizer = reducing(function)
+    copied = pickle.loads(pickle.dumps(optimizer))
+    file = io.BytesIO()
+    torch.save(optimizer, file)
+    file.seek(0)
+    for each in (copied, torch.load(file, weights_only=False)):
+        assert (each.reduce_norm is None) == (function is None)
+        train(each, 1, first=1)
+    train(optimizer, 1, first=1)
+    assert same_bits(results(optimizer), results(copied))
+
+
+def test_a_trainer_is_pickled_with_its_optimizer():
+    copied = pickle.loads(pickle.dumps(Trainer()))
+    assert copied.optimizer.reduce_norm.__self__ is copied
+    with pytest.raises(pickle.PicklingError, match="reduce_norm"):
+        pickle.dumps(Trainer(uncopyable()).optimizer)
+    assert pickle.loads(pickle.dumps(Trainer())).optimizer.reduce_norm(1) == 2  # an error leaves nothing behind
