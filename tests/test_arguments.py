@@ -292,3 +292,23 @@ def test_a_trainer_is_pickled_with_its_optimizer():
     with pytest.raises(pickle.PicklingError, match="reduce_norm"):
         pickle.dumps(Trainer(uncopyable()).optimizer)
     assert pickle.loads(pickle.dumps(Trainer())).optimizer.reduce_norm(1) == 2  # an error leaves nothing behind
+
+
+def test_random_bits_are_keyed_by_seed_and_position_in_the_optimizer():
+    """As the docstring of `seed` and the README say."""
+
+    def weights(*seeds):
+        """Equal parameters after a step: in an optimizer each, or together in the first one without seeds."""
+        params = [torch.nn.Parameter(torch.ones(4096, dtype=torch.bfloat16)) for _ in range(len(seeds) or 2)]
+        for param in params:
+            param.grad = torch.ones_like(param)
+        for members, seed in zip(([p] for p in params), seeds, strict=True) if seeds else ((params, 0),):
+            FusedAdam(members, lr=1e-3, precision="sr", seed=seed).step()
+        return params
+
+    first, second = weights(0, 0)
+    assert torch.equal(first, second)
+    first, second = weights(0, 1)
+    assert not torch.equal(first, second)
+    first, second = weights()
+    assert not torch.equal(first, second)
