@@ -27,9 +27,10 @@ def as_flag(name: str, value: Any) -> bool:
 
 
 def as_max_grad_norm(value: Any) -> float | None:
-    """The largest norm as a Python float, or None for no clipping. Raises ValueError unless it is above 0.
+    """The largest norm as a Python float, or None. Raises ValueError unless it is above 0.
 
-    inf is allowed: as in `torch.nn.utils.clip_grad_norm_` it measures the norm and leaves finite gradients alone.
+    inf is allowed: as in `torch.nn.utils.clip_grad_norm_` the norm is measured, and finite gradients
+    stay what they are.
     """
     if value is None:
         return None
@@ -79,8 +80,9 @@ def check_reduce_norm(function: object, guards: bool) -> None:
 class ReduceNorm:
     """reduce_norm on its way through a pickle or a copy of the optimizer.
 
-    A copy has a copy of it, or shares what cannot be copied, such as a process group. Pickle would fail with a text
-    that knows nothing of the optimizer, so what cannot be pickled is found here first.
+    A copied optimizer has a copy of the function, or shares it where it holds what cannot be copied,
+    such as a process group. Pickle's own error would not lead to the optimizer, so what cannot be
+    pickled is found here first.
     """
 
     _trying = False  # what is pickled only to see whether it can be

@@ -15,15 +15,18 @@ from torch.nn.utils import parametrize
 from .scalars import as_number, is_number
 
 EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
-# torch's layers whose weights are matrices: a class that derives from one is a layer, whatever its name.
+# torch's layers whose weights are matrices: a class that derives from one is a layer, whatever its
+# name.
 LAYERS = (
     *(nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd, *EMBEDDINGS),
     *(nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase),
 )
-# How the name of a norm's class ends, in lower case and without underscores: LayerNorm, LlamaRMSNorm, BatchNormAct2d,
-# LayerNorm2dFp32, RMSNormGated, LayerNormalization, ConvNextV2GRN (global response normalization).
-# Only words that say which kind of norm it is may follow: LayerNormLinear, LayerNormMLP, NormConv2d and PreNormBlock
-# are layers that contain a norm. SpectralNorm and WeightNorm compute a layer's matrix from another one.
+# How the name of a norm's class ends, in lower case and without underscores: LayerNorm,
+# LlamaRMSNorm, BatchNormAct2d, LayerNorm2dFp32, RMSNormGated, LayerNormalization, ConvNextV2GRN
+# (global response normalization).
+# Only words that say which kind of norm it is may follow: LayerNormLinear, LayerNormMLP, NormConv2d
+# and PreNormBlock are layers that contain a norm. SpectralNorm and WeightNorm compute a layer's
+# matrix from another one.
 NORM_CLASS = re.compile(
     r"(?<!spectral)(?<!weight)(?<!linear)(?<!conv)(?<!conv\dd)(norm(ali[sz]ation)?|grn)"
     r"(\d+[dp]?|nd|act(ivation)?|gated|fp|bf|float|nobias|channels?(first|last))*$"
@@ -49,7 +52,7 @@ def _says_scale_or_shift(name: str) -> bool:
 
 
 def _own_params(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The module's own parameters by name, those too that a parametrization holds for it."""
+    """The module's own parameters by name, also those that a parametrization holds for it."""
     yield from module.named_parameters(recurse=False, remove_duplicate=False)
     if parametrize.is_parametrized(module):
         for name, held in module.parametrizations.items():  # type: ignore[union-attr, operator]
@@ -99,19 +102,20 @@ def param_groups(
 ) -> list[dict[str, Any]]:
     """Param groups in which weights decay, but neither biases nor the scales and shifts of norms do.
 
-    Not decayed is a parameter
+    A parameter does not decay if one of these holds:
 
-    - of fewer than two dimensions;
-    - whose own name has the word bias, gamma, beta, scale or shift, or ends in norm or norm_weight: `in_proj_bias`,
-      `layer_norm_weight`;
-    - of a norm, whatever its shape: a module whose class, or one that it derives from, has a name that ends in Norm,
-      Normalization or GRN (`LayerNorm`, `LlamaRMSNorm`, also `LayerNorm2d`, `RMSNormGated`, `BatchNormAct2d`). A class
-      with another noun behind it (`LayerNormLinear`, `NormConv2d`, `PreNormBlock`), one that derives from a layer of
-      torch's such as `Linear`, and `SpectralNorm`, `WeightNorm`, `ConvNorm` and `LinearNorm` are none: their matrices
-      decay;
-    - that the model exempts: by a true attribute `_no_weight_decay` of the parameter (mamba), or by name in a module's
-      `no_weight_decay()` (timm, Swin). Names are relative to that module; they may be patterns (`blocks.*.scale`) or
-      submodules.
+    - It has fewer than two dimensions.
+    - Its own name has the word bias, gamma, beta, scale or shift, or ends in norm or norm_weight:
+      `in_proj_bias`, `layer_norm_weight`.
+    - It belongs to a norm, whatever its shape. A norm is a module whose class, or one that it
+      derives from, has a name that ends in Norm, Normalization or GRN, maybe with its kind behind
+      that: `LayerNorm`, `LlamaRMSNorm`, `LayerNorm2d`, `RMSNormGated`, `BatchNormAct2d`.
+      Matrices do decay where another noun follows (`LayerNormLinear`, `NormConv2d`,
+      `PreNormBlock`), in subclasses of torch's layers such as `Linear`, and in `SpectralNorm`,
+      `WeightNorm`, `ConvNorm` and `LinearNorm`.
+    - The model exempts it, by a true attribute `_no_weight_decay` of the parameter (mamba) or by
+      its name in a module's `no_weight_decay()` (timm, Swin). Names are relative to that module.
+      They may be patterns (`blocks.*.scale`) or name a submodule with all that is in it.
 
     Args:
         model: its parameters are taken by name (`named_parameters`), so that checkpoints and `export_fp32` have names.
@@ -121,15 +125,17 @@ def param_groups(
         decay_embeddings: whether the weights of `nn.Embedding` and `nn.EmbeddingBag` decay.
         include_frozen: also take parameters that do not require gradients, to be unfrozen later: until then an
             optimizer skips them. Else they are left out, which `flatten=True` saves memory for.
-        split_dtypes: give parameters of different dtypes groups of their own. A precision recipe serves some dtypes
-            only: in a model of mixed dtypes set `group["precision"]` for each group, None where no recipe fits.
+        split_dtypes: give parameters of different dtypes groups of their own. A precision recipe
+            serves some dtypes only: in a model of mixed dtypes set `group["precision"]` for each
+            group, None where no recipe fits.
 
-    Returns one or two groups (with `split_dtypes` up to two per dtype), what decays first, each in the model's order,
-    dtypes in the order of their first parameter; a group without parameters is left out.
+    Returns one or two groups (with `split_dtypes` up to two per dtype), what decays first, each in
+    the model's order, dtypes in the order of their first parameter; a group without parameters is
+    left out.
 
     Raises:
-        TypeError: `model` is no module, `weight_decay` no number, or a `no_weight_decay()` returns something else than
-            names.
+        TypeError: `model` is no module, `weight_decay` no number, or a `no_weight_decay()` returns
+            something else than names.
         ValueError: `weight_decay` is negative, there is no parameter to take, or one has no shape yet.
     """
     if not isinstance(model, nn.Module):

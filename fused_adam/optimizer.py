@@ -52,9 +52,9 @@ class FusedAdam(torch.optim.Adam):
             "int8"; see the README. A param group may have its own. The parameter itself counts: the next step starts
             from what somebody wrote into it (split weights: to within half of its last place; zeros stay zeros).
         seed: of the random bits that some recipes round with; torch's generators are not touched. Bits are keyed by
-            seed, step, element and the parameter's position in this optimizer, so two optimizers with one seed draw
-            the same bits for their first parameters, for their second ones and so on: with an optimizer per parameter
-            or per layer, give each a seed of its own.
+            seed, step, element and the parameter's position in this optimizer. Two optimizers with
+            one seed draw the same bits for their first parameters, for their second ones and so on:
+            with an optimizer per parameter or per layer, give each a seed of its own.
         flatten: move parameters and gradients into flat buffers at construction (those that are trained, dense and
             own their whole storage; others stay). `zero_grad()` then zeroes the buffers whatever `set_to_none` says,
             so an unused parameter has a zero gradient, as with torch's `set_to_none=False`. Same bits.

@@ -17,7 +17,7 @@ LAST_STEP = 2**24  # a float32 counter stops here: 2^24 + 1 is not a float32
 
 
 def is_number(value: object) -> bool:
-    """Whether a param group may hold this as a number: a real number, or a tensor or array of one element."""
+    """Whether a param group may hold this as a number: a real one, or a tensor or array of one."""
     if isinstance(value, Tensor):
         return value.numel() == 1 and not value.is_complex()
     if isinstance(value, Real):
@@ -38,8 +38,8 @@ def hyper(
 ) -> tuple[float | Tensor, ...]:
     """A param group's values in the order of the columns of `table.py`.
 
-    Tensors stay tensors and are not read; whatever else a group holds, such as numpy's numbers and arrays of one
-    element, becomes a Python float.
+    Tensors stay tensors and are not read; whatever else a group holds, such as numpy's numbers and
+    arrays of one element, becomes a Python float.
     """
     beta1, beta2 = group["betas"]
     values = (group["lr"], beta1, beta2, group["eps"], group["weight_decay"])
