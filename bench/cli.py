@@ -219,7 +219,10 @@ def recipe(text: str) -> str:
 def add_case(sub: Parser) -> None:
     """Options that say what is stepped on."""
     sub.add_argument(
-        "--dtype", type=dtype, default="float32", metavar=braces(DTYPES), help="of parameters (default: float32)"
+        "--dtype",
+        type=dtype,
+        metavar=braces(DTYPES),
+        help="of parameters (default: float32, with --precision the first that every recipe serves)",
     )
     sub.add_argument("--grad-dtype", type=dtype, metavar=braces(DTYPES), help="default: the parameters'")
     sub.add_argument("--amsgrad", action="store_true", help="keep the maximum of the second moment")
@@ -239,7 +242,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; `argv` without the program's name, by default the process's own. Returns the exit code.
 
     0: all is well; 1: optimizers disagree, or a check is not met; 2: bad arguments, a file that cannot be read or
-    written, or too little memory.
+    written, or too little memory; 130: interrupted, as a shell has it for a process that Ctrl-C ended.
     """
     parser, subparsers = make_parsers()
     arguments, unknown = parser.parse_known_args(argv)
@@ -252,4 +255,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (OSError, ValueError, MemoryError) as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"{parser.prog}: interrupted", file=sys.stderr)
+        return 130
     return code

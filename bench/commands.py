@@ -24,7 +24,7 @@ from . import (
 )
 from .arguments import STDOUT
 from .formula import Options
-from .peers import BASELINE, OURS, Case, Entry, all_of_ours, make, peers
+from .peers import BASELINE, OURS, Case, Entry, all_of_ours, common_dtype, make, peers
 from .record import Record, Recorder
 from .show import Screen
 from .stub import interpreted
@@ -36,11 +36,13 @@ FLATTEN = {"both": None, "on": True, "off": False}
 
 
 def recorder_of(arguments: argparse.Namespace) -> Recorder:
-    """An empty record with the command's options in it."""
+    """An empty record with the command's options in it. Raises ValueError for a precision that is not known."""
     if getattr(arguments, "threads", None):
         torch.set_num_threads(arguments.threads)
     if arguments.device.type == "cpu":
         interpreted()  # before anything imports triton
+    if getattr(arguments, "dtype", torch.float32) is None:
+        arguments.dtype = common_dtype(arguments.precision or ())
     options = {name: plain(value) for name, value in vars(arguments).items() if name not in NOT_RECORDED}
     return Recorder(arguments.command, options, arguments.device)
 
@@ -263,7 +265,9 @@ def run_suite(arguments: argparse.Namespace) -> int:
     entries = timed(entries_of(arguments, recorder), arguments, recorder)
     limit = suite.LIMIT_SECONDS["quick" if arguments.quick else arguments.device.type]
     options = Options(amsgrad=arguments.amsgrad, clip=arguments.clip)
-    plan = suite.Suite(arguments.device, entries, options, arguments.quick, arguments.sweep, arguments.seconds or limit)
+    seconds = arguments.seconds or limit
+    dtype = common_dtype(arguments.precision or ())
+    plan = suite.Suite(arguments.device, entries, options, arguments.quick, arguments.sweep, seconds, dtype)
     with screen.progress("suite") as progress:
         suite.run(plan, recorder, progress)
     found = recorder.record()

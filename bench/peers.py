@@ -12,12 +12,16 @@ import torch
 from torch import Tensor
 
 from fused_adam import FusedAdamW
+from fused_adam.precision import WEIGHTS, parse
 
 from .formula import Options
 
 Optimizer = torch.optim.Optimizer
 OURS, TORCH, OTHER = "ours", "torch", "other"
 BASELINE, TORCH_DEFAULT = "torch fused", "torch foreach"
+# What is measured in by default, in this order: the first that every recipe serves.
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+NO_COMPILED_RECIPES = "the compiled backend knows no precision recipes"
 
 
 @dataclass(frozen=True)
@@ -85,7 +89,40 @@ def ours(backend: str, flatten: bool, precision: str | None = None) -> Entry:
 
     words = ["FusedAdamW", *([] if backend == "auto" else [backend]), *(["flatten"] if flatten else [])]
     name = " ".join([*words, *([] if precision is None else [precision])])
-    return Entry(name, OURS, make, quantised=precision is not None, clips=True, backend=backend, captures=True)
+
+    def limits(case: Case) -> str | None:
+        if backend == "compiled" and precision is not None:
+            return NO_COMPILED_RECIPES
+        allowed = dtypes_of(precision)
+        if case.dtype in allowed:
+            return None
+        names = [str(dtype).removeprefix("torch.") for dtype in (*allowed, case.dtype)]
+        return f"precision {precision!r} is for {' or '.join(names[:-1])} parameters, not {names[-1]} (see --dtype)"
+
+    return Entry(name, OURS, make, limits, quantised=precision is not None, clips=True, backend=backend, captures=True)
+
+
+def dtypes_of(precision: str | None) -> Sequence[torch.dtype]:
+    """The parameters that a recipe serves. Raises ValueError, naming the option, if there is no such recipe."""
+    try:
+        weights = parse(precision).weights
+    except ValueError as error:
+        raise ValueError(f"--precision: {error}") from None
+    return DTYPES if weights is None else WEIGHTS[weights][0]
+
+
+def recipes_of(precision: Sequence[str]) -> list[str | None]:
+    """What was asked for with `--precision`: "none" is no recipe."""
+    return [None if name == "none" else name for name in precision]
+
+
+def common_dtype(precision: Sequence[str]) -> torch.dtype:
+    """The first of float32, bfloat16 and float16 that all these recipes serve. Raises ValueError as `dtypes_of` does.
+
+    There is one: every recipe serves bfloat16.
+    """
+    served = [dtypes_of(recipe) for recipe in recipes_of(precision)]
+    return next(dtype for dtype in DTYPES if all(dtype in dtypes for dtypes in served))
 
 
 def all_of_ours(
@@ -93,28 +130,19 @@ def all_of_ours(
 ) -> list[Entry]:
     """Every variant of ours that was asked for; None: each that is of use on this device. "none" is no recipe.
 
-    Raises ValueError if a precision is asked for that is none.
+    Raises ValueError if a precision is asked for that is none, or that none of the backends has.
     """
     backends = [backend] if backend else ["auto", "compiled"] if device.type == "cpu" else ["auto"]
     flattens = [flatten] if flatten is not None else [False, True]
-    recipes: list[str | None] = [None if name == "none" else name for name in precision] or [None]
-    entries = [ours(name, flat, recipe) for recipe in recipes for name in backends for flat in flattens]
-    for entry, recipe in zip(entries, [r for r in recipes for _ in range(len(entries) // len(recipes))], strict=True):
-        if recipe is not None:
-            _check_recipe(entry)
-    return entries
-
-
-def _check_recipe(entry: Entry) -> None:
-    """Raise ValueError for a recipe that no dtype has: which dtypes have it is for the measurement to find out."""
-    errors = []
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        try:
-            entry.make([torch.nn.Parameter(torch.zeros(1, dtype=dtype))], Options())
-        except (TypeError, ValueError) as error:
-            errors.append(error)
-    if len(errors) == 3:
-        raise ValueError(f"--precision: {errors[0]}")
+    recipes = recipes_of(precision) or [None]
+    for recipe in recipes:
+        dtypes_of(recipe)
+    if backend == "compiled" and None not in recipes:
+        raise ValueError(
+            f"--precision {','.join(precision)} cannot be combined with --backend compiled, because "
+            f"{NO_COMPILED_RECIPES}; allowed: auto, triton, reference"
+        )
+    return [ours(name, flat, recipe) for recipe in recipes for name in backends for flat in flattens]
 
 
 # torch's own paths.

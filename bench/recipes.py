@@ -6,12 +6,15 @@ stored, so that what differs between the runs is the optimizer alone (and since 
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import multiprocessing
 import os
+import signal
 import statistics
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from typing import Any
 
@@ -124,16 +127,35 @@ def train(
     workers = min(len(jobs), os.cpu_count() or 1) if device.type == "cpu" else 1
     # Processes of their own: torch's threads do not survive a fork.
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        futures = {pool.submit(train_run, name, steps, seed, device): (name, seed) for name, seed in jobs}
-        for future in as_completed(futures):
-            job = futures[future]
-            found[job] = future.result()
-            tell(
-                f"{job[0]}, seed {job[1]}: validation loss {found[job]['validation_loss']:.4f}", len(found) / len(jobs)
-            )
+        # Ctrl-C reaches them, too: they would write a traceback each. What is ignored here is ignored in a child.
+        with uninterrupted():
+            futures = {pool.submit(train_run, name, steps, seed, device): (name, seed) for name, seed in jobs}
+        try:
+            for future in as_completed(futures):
+                job = futures[future]
+                found[job] = future.result()
+                loss = found[job]["validation_loss"]
+                tell(f"{job[0]}, seed {job[1]}: validation loss {loss:.4f}", len(found) / len(jobs))
+        except KeyboardInterrupt:
+            for child in multiprocessing.active_children():  # else the pool waits until they are done
+                child.terminate()
+            raise
     results = [summary(name, [found[name, seed] for seed in seeds]) for name in (FP32, BF16, *names)]
     judge(results)
     return results
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """While it lasts Ctrl-C is ignored, here and for good in processes that are started."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread has a say in signals
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def summary(name: str, runs: Sequence[Result]) -> Result:

@@ -45,7 +45,10 @@ Progress = Callable[[str, float], None]
 
 @dataclass
 class Suite:
-    """What is run, and until when."""
+    """What is run, and until when.
+
+    dtype: of parameters and gradients, where one mix is all that is measured.
+    """
 
     device: torch.device
     entries: Sequence[Entry]
@@ -53,6 +56,7 @@ class Suite:
     quick: bool
     sweep: bool
     seconds: float
+    dtype: torch.dtype = torch.float32
 
     def __post_init__(self) -> None:
         self.begin = time.monotonic()
@@ -64,6 +68,10 @@ class Suite:
     def share(self) -> float:
         """Of the time, what is used."""
         return (time.monotonic() - self.begin) / self.seconds
+
+    def case(self) -> Case:
+        """What is measured where one mix is enough."""
+        return Case(self.device, self.dtype, self.dtype, self.options)
 
     def part(self, command: str, **arguments: Any) -> Recorder:
         return Recorder(command, arguments, self.device)
@@ -153,15 +161,14 @@ def host(suite: Suite, progress: Progress) -> Recorder:
     """Python time per step."""
     part = suite.part("host")
     counts = measure_host.COUNTS[: 2 if suite.quick else None]
-    case = Case(suite.device, options=suite.options)
-    measure_host.measure(part, suite.entries, case, counts, 0.07 * suite.seconds, False, False, progress)
+    measure_host.measure(part, suite.entries, suite.case(), counts, 0.07 * suite.seconds, False, False, progress)
     return part
 
 
 def accuracy(suite: Suite, progress: Progress) -> Recorder:
     """Errors against float64."""
     part = suite.part("accuracy")
-    dtypes = (torch.float32,) if suite.quick else (torch.float32, torch.bfloat16)
+    dtypes = (suite.dtype,) if suite.quick else (torch.float32, torch.bfloat16)
     steps, numel = (10, 1000) if suite.quick else (measure_accuracy.STEPS, measure_accuracy.NUMEL)
     measure_accuracy.measure(part, suite.entries, suite.device, dtypes, steps, progress, numel)
     return part
@@ -171,7 +178,7 @@ def memory(suite: Suite, progress: Progress) -> Recorder:
     """State and peaks."""
     part = suite.part("memory")
     model = "gpt2/64" if suite.quick else "resnet50"
-    job = measure_step.Job(model, models.shapes_of(model), Case(suite.device, options=suite.options), "eager")
+    job = measure_step.Job(model, models.shapes_of(model), suite.case(), "eager")
     measure_memory.measure(part, suite.entries, job, progress)
     return part
 
@@ -232,7 +239,7 @@ def step(suite: Suite, progress: Progress) -> Recorder:
     jobs = [
         (model, mix, mode)
         for model in (("many-small",) if suite.quick else (*MODELS, WHOLE))
-        for mix in MIXES[: 1 if suite.quick else None]
+        for mix in (((suite.dtype, suite.dtype),) if suite.quick else MIXES)
         for mode in modes
     ]
     for number, (model, (dtype, grad_dtype), mode) in enumerate(jobs):

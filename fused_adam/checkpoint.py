@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from itertools import chain
-from numbers import Real
 from typing import Any
 
 import torch
@@ -15,7 +14,8 @@ from . import codecs
 from .arena import Arena, Entries, State, apart
 from .convert import convert, decode, parts_of_entry, same_storage, widened
 from .distributed import like, local
-from .precision import ENTRIES, WEIGHTS, check_seed, parse
+from .precision import ENTRIES, WEIGHTS, as_seed, parse
+from .scalars import is_number
 
 
 def export_steps(state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -63,8 +63,11 @@ def _check_form(state_dict: Mapping[str, Any]) -> None:
             raise ValueError(f"state_dict[{key!r}] is {type(state_dict[key]).__name__}, but must be {name}")
 
 
-def _number(value: object) -> bool:
-    return isinstance(value, Real) or (isinstance(value, Tensor) and value.numel() == 1)
+def _two_numbers(value: Any) -> bool:
+    """Whether it unpacks into two numbers: a list, a tuple, a tensor or an array."""
+    if not (isinstance(value, (list, tuple)) or len(getattr(value, "shape", ())) > 0):
+        return False
+    return len(value) == 2 and all(map(is_number, value))
 
 
 def _check_group(index: int, group: object) -> None:
@@ -78,10 +81,10 @@ def _check_group(index: int, group: object) -> None:
     if not isinstance(group["params"], (list, tuple)) or any(isinstance(x, (list, dict)) for x in group["params"]):
         raise ValueError(f"'params' in {name} must be a list of numbers or names, but is {group['params']!r}")
     betas = group["betas"]
-    if not (isinstance(betas, (list, tuple)) and len(betas) == 2 and all(map(_number, betas))):
+    if not _two_numbers(betas):
         raise ValueError(f"'betas' in {name} must be two numbers, but is {betas!r}")
     for key in ("lr", "eps", "weight_decay"):
-        if not _number(group[key]):
+        if not is_number(group[key]):
             raise ValueError(f"{key!r} in {name} must be a number, but is {group[key]!r}")
 
 
@@ -171,11 +174,11 @@ def load(
 
 
 def _merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    check_seed(new.get("seed", 0))
+    seed = as_seed(new.get("seed", 0))
     kept = {"param_names": old["param_names"]} if "param_names" in old and "param_names" not in new else {}
     new = {key: value for key, value in new.items() if key not in ("precision", "seed")} | (
         {key: old[key] for key in ("precision", "seed") if key in old}
-        | ({"seed": new["seed"]} if "seed" in old and "seed" in new else {})
+        | ({"seed": seed} if "seed" in old and "seed" in new else {})
     )
     return {**new, **kept, "params": old["params"]}
 

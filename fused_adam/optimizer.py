@@ -18,7 +18,7 @@ from . import backend as backends
 from . import offload as offloading
 from .engine import Engine, lasting
 from .flatten import FlatBuffers
-from .precision import check_seed, parse
+from .precision import as_seed, parse
 from .scalars import Guard
 
 # What copies and pickles keep besides torch's.
@@ -50,12 +50,16 @@ class FusedAdam(torch.optim.Adam):
             parameter's dtype. Weights: "native", "master32", "split32", "split24", "sr"; states: "fp32", "bf16",
             "int8"; see the README. A param group may have its own. The parameter itself counts: the next step starts
             from what somebody wrote into it (split weights: to within half of its last place; zeros stay zeros).
-        seed: of the random bits that some recipes round with; torch's generators are not touched.
+        seed: of the random bits that some recipes round with; torch's generators are not touched. Bits are keyed by
+            seed, step, element and the parameter's position in this optimizer. Two optimizers with
+            one seed draw the same bits for their first parameters, for their second ones and so on:
+            with an optimizer per parameter or per layer, give each a seed of its own.
         flatten: move parameters and gradients into flat buffers at construction (those that are trained, dense and
             own their whole storage; others stay). `zero_grad()` then zeroes the buffers whatever `set_to_none` says,
             so an unused parameter has a zero gradient, as with torch's `set_to_none=False`. Same bits.
         max_grad_norm: clip the gradients' global L2 norm, as `torch.nn.utils.clip_grad_norm_` before the step would,
-            without writing them and without waiting for the device. The norm is `optimizer.grad_norm`.
+            without writing them and without waiting for the device. The norm is `optimizer.grad_norm`; with inf it
+            is measured, and finite gradients are left alone.
         skip_nonfinite: a step with a NaN or Inf in any gradient changes nothing, decided on the device;
             `optimizer.skipped_steps` counts them.
         grad_attribute: where a parameter's gradient is: "grad", "main_grad" (Megatron's gradient buffers) or
@@ -99,13 +103,15 @@ class FusedAdam(torch.optim.Adam):
         seed: int = 0,
     ) -> None:
         backends.check_name(backend)
+        flatten = arguments.as_flag("flatten", flatten)
+        skip_nonfinite = arguments.as_flag("skip_nonfinite", skip_nonfinite)
+        max_grad_norm = arguments.as_max_grad_norm(max_grad_norm)
         arguments.check_flatten(flatten, differentiable)
         arguments.check_guards(max_grad_norm, skip_nonfinite, differentiable)
         arguments.check_grad_attribute(grad_attribute, flatten, differentiable)
         parse(precision)
-        check_seed(seed)
         self._backend, self._flatten = backend, flatten
-        self._precision, self._seed, self._grad_attribute = precision, seed, grad_attribute
+        self._precision, self._seed, self._grad_attribute = precision, as_seed(seed), grad_attribute
         self._max_grad_norm, self._skip_nonfinite = max_grad_norm, skip_nonfinite
         # Named, not super(): in FusedAdamW the next class is torch's AdamW, which has another signature.
         torch.optim.Adam.__init__(
@@ -178,20 +184,24 @@ class FusedAdam(torch.optim.Adam):
         if self._precision is not None:
             group.setdefault("precision", self._precision)
         recipe = parse(group.get("precision"))
-        for param in group["params"]:
+        number = len(self.param_groups) - 1
+        names = group.get("param_names", range(len(group["params"])))
+        for name, param in zip(names, group["params"], strict=True):
             if is_traceable_wrapper_subclass(param) and not distributed.is_sharded(param):
                 raise TypeError(f"a parameter is a {type(param).__name__}, but must be a plain tensor or a DTensor")
             distributed.check(param)
-            recipe.check(param.dtype)
+            recipe.check(param.dtype, f"parameter {name!r} of param group {number}")
         if recipe.weights is None:
             return
-        check_seed(group.setdefault("seed", self._seed))
-        for name, value, other in (
-            ("backend", self._backend, "compiled"),
-            ("differentiable", group["differentiable"], True),
+        group["seed"] = as_seed(group.get("seed", self._seed))
+        for name, value, other, reason in (
+            ("backend", self._backend, "compiled", "compiled steps know no recipes"),
+            ("differentiable", group["differentiable"], True, "that step is torch's"),
         ):
             if value == other:
-                raise ValueError(f"precision={group['precision']!r} does not go with {name}={value!r}")
+                raise ValueError(
+                    f"precision={group['precision']!r} cannot be combined with {name}={value!r}, because {reason}"
+                )
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -275,6 +285,9 @@ class FusedAdam(torch.optim.Adam):
         all that are clipped together: float64, shape (1,), on the device of the first parameters, as it returns it.
         It is called in every step, on every rank, and must give the same value there:
         `lambda total: all_reduce(total, group=pipeline) or total`. None: nothing is added.
+
+        Copies of the optimizer keep it. A pickle needs one that can be pickled: a function at the top level of a
+        module, not a lambda. A `state_dict` never contains it.
 
         Raises TypeError if it cannot be called, ValueError without max_grad_norm and skip_nonfinite; so does a step,
         before anything is changed, if it returns another kind of tensor.
@@ -427,10 +440,13 @@ class FusedAdam(torch.optim.Adam):
         self._engine.init_state(self.param_groups, self.state, self._check_group)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in KEPT}}
+        kept = {name: getattr(self, name) for name in KEPT}
+        return {**super().__getstate__(), **kept, "_reduce_norm": arguments.ReduceNorm(self._reduce_norm)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if isinstance(state.get("_reduce_norm"), arguments.ReduceNorm):
+            self._reduce_norm = state["_reduce_norm"].function
         if "_backend" in state:  # unpickled or deep-copied, not loaded from a state_dict
             self._set_up()
             self._engine.arena.unpickled = True

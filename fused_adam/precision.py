@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import operator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -71,15 +74,23 @@ class Recipe:
         """Whether a step takes random bits."""
         return self.weights in ("split24", "sr") or self.states in ("bf16", "int8")
 
-    def check(self, dtype: torch.dtype) -> None:
-        """Raises ValueError if parameters of this dtype cannot be stored so."""
+    def check(self, dtype: torch.dtype, name: str = "") -> None:
+        """Raises ValueError if parameters of this dtype cannot be stored so, and says what to do.
+
+        Args:
+            dtype: of the parameter.
+            name: what the text calls the parameter, if anything.
+        """
         if self.weights is None:
             return
         allowed = WEIGHTS[self.weights][0]
         if dtype not in allowed:
             names = " or ".join(str(d).removeprefix("torch.") for d in allowed)
+            got = str(dtype).removeprefix("torch.") + (f" ({name})" if name else "")
             raise ValueError(
-                f"precision={self.name!r} is for {names} parameters, and got one of {str(dtype).removeprefix('torch.')}"
+                f"precision={self.name!r} is for {names} parameters, and got one of {got}: give each dtype param "
+                "groups of its own, as param_groups(model, weight_decay, split_dtypes=True) does, and those of "
+                f"{str(dtype).removeprefix('torch.')} another 'precision', None for torch's semantics"
             )
 
     def state(self, dtype: torch.dtype, shape: torch.Size, amsgrad: bool) -> dict[str, tuple[torch.dtype, torch.Size]]:
@@ -118,7 +129,7 @@ def parse(precision: str | None) -> Recipe:
 
     Raises:
         TypeError: `precision` is neither a string nor None.
-        ValueError: there is no such recipe; the text names the nearest one.
+        ValueError: there is no such recipe; the text says what is allowed, and names one that is close.
     """
     if precision is None:
         return Recipe(None, None)
@@ -127,14 +138,30 @@ def parse(precision: str | None) -> Recipe:
     weights, _, states = precision.partition("-")
     if weights in WEIGHTS and (states in STATES or precision == weights):
         return Recipe(weights, states or "fp32")
-    nearest = difflib.get_close_matches(precision.lower(), [*WEIGHTS, *NAMES], n=1, cutoff=0)[0]
     raise ValueError(
-        f"precision={precision!r} is no recipe; did you mean {nearest!r}? A name is '<weights>-<states>', "
-        f"with weights of {', '.join(WEIGHTS)} and states of {', '.join(STATES)}"
+        f"precision={precision!r} is no recipe{_suggestion(precision)} A name is '<weights>-<states>', with weights of "
+        f"{', '.join(WEIGHTS)} and states of {', '.join(STATES)}; None stores everything as torch does"
     )
 
 
-def check_seed(seed: object) -> None:
-    """Raises ValueError unless it is a whole number that 63 bits hold."""
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+def _suggestion(precision: str) -> str:
+    """The end of "... is no recipe": a name that is close to what was written, if there is one."""
+    written = precision.strip().lower().replace("_", "-").strip("-")
+    close = difflib.get_close_matches(written, [*WEIGHTS, *NAMES, *STATES], n=1, cutoff=0.6)
+    if not close:
+        return "."
+    # States alone leave the weights as they are.
+    name = f"native-{close[0]}" if close[0] in STATES else close[0]
+    return f"; did you mean {name!r}?"
+
+
+def as_seed(seed: Any) -> int:
+    """The seed as a Python int. Raises ValueError unless it is a whole number that 63 bits hold."""
+    number = -1
+    # A whole number of numpy's is one; a bool is none, whoever made it, and neither is 3.0.
+    if not isinstance(seed, bool) and "bool" not in str(getattr(seed, "dtype", "")):
+        with contextlib.suppress(TypeError):
+            number = operator.index(seed)
+    if not 0 <= number < 2**63:
         raise ValueError(f"seed={seed!r} must be a whole number from 0 to 2**63 - 1")
+    return number

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
@@ -18,19 +19,38 @@ Hyper = Sequence[tuple[float | Tensor, ...]]
 LAST_STEP = 2**24  # a float32 counter stops here: 2^24 + 1 is not a float32
 
 
+def is_number(value: object) -> bool:
+    """Whether a param group may hold this as a number: a real one, or a tensor or array of one."""
+    if isinstance(value, Tensor):
+        return value.numel() == 1 and not value.is_complex()
+    if isinstance(value, Real):
+        return True
+    # An array is known by what it has: numpy is not imported for that.
+    kind = getattr(getattr(value, "dtype", None), "kind", "")
+    return kind in ("b", "i", "u", "f") and getattr(value, "size", 0) == 1
+
+
+def as_number(value: Any) -> float:
+    """A real number, or the element of a tensor or array of one, as a Python float."""
+    # float() of an array refuses shape (1,); item() takes every shape of one element.
+    return float(value.item() if hasattr(value, "item") else value)
+
+
 def hyper(
     group: dict[str, Any], max_grad_norm: float | None = None, skip_nonfinite: bool = False
 ) -> tuple[float | Tensor, ...]:
-    """A param group's values in the order of the columns of `table.py`; tensors stay tensors, nothing is read."""
+    """A param group's values in the order of the columns of `table.py`.
+
+    Tensors stay tensors and are not read; whatever else a group holds, such as numpy's numbers and
+    arrays of one element, becomes a Python float.
+    """
     beta1, beta2 = group["betas"]
+    values = (group["lr"], beta1, beta2, group["eps"], group["weight_decay"])
     return (
-        group["lr"],
-        beta1,
-        beta2,
-        group["eps"],
-        group["weight_decay"],
-        float(group["decoupled_weight_decay"]),
-        float(group["maximize"]),
+        # Almost always floats already, and this is part of every step.
+        *(x if x.__class__ is float or isinstance(x, Tensor) else as_number(x) for x in values),
+        float(bool(group["decoupled_weight_decay"])),
+        float(bool(group["maximize"])),
         -1.0 if max_grad_norm is None else max_grad_norm,
         float(skip_nonfinite),
     )

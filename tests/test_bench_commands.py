@@ -3,8 +3,12 @@
 import json
 import os
 import pathlib
+import runpy
+import signal
 import subprocess
 import sys
+import time
+import types
 
 import pytest
 import torch
@@ -341,27 +345,100 @@ def test_the_results_in_the_repository_can_be_read(capsys):
     assert plots.drawable([]) == []
 
 
-def test_precision_recipes_are_rows(run, shapes, monkeypatch, capsys):
-    """With a library that takes `precision`, each recipe is a row, and an unknown one an error."""
-
-    class Precise(peers.FusedAdamW):
-        def __init__(self, params, *, precision=None, **arguments):
-            if precision not in (None, "split32", "sr-bf16"):
-                raise ValueError(f"precision={precision!r} is not known; allowed: 'split32', 'sr-bf16'")
-            if precision and params[0].dtype != torch.bfloat16:
-                raise ValueError(f"precision={precision!r} needs bfloat16 parameters")
-            super().__init__(params, **arguments)
-
-    monkeypatch.setattr(peers, "FusedAdamW", Precise)
+def test_precision_recipes_are_rows(run, shapes, capsys):
+    """Each recipe is a row, in a dtype that all of them serve; an unknown one is an error."""
     recipes = ["--peers", "none", "--precision", "split32,sr-bf16"]
     names = ["FusedAdamW reference split32", "FusedAdamW reference sr-bf16"]
-    _, record, _ = run("step", *shapes, *FEW, *recipes, "--dtype", "bfloat16")
-    assert list(by_name(record)) == names
-    _, record, out = run("step", *shapes, *FEW, *recipes)
+    _, record, _ = run("step", *shapes, *FEW, *recipes)
+    assert list(by_name(record)) == names and not record["left_out"]
+    assert {r["dtype"] for r in record["results"]} == {record["arguments"]["dtype"]} == {"bfloat16"}
+    code, record, out = run("step", *shapes, *FEW, *recipes, "--dtype", "float32")
+    assert code == 0
     assert not record["results"] and [entry["name"] for entry in record["left_out"]] == names
-    assert "not measured: FusedAdamW reference split32: ValueError: precision='split32' needs bfloat16" in out
-    assert cli.main(["step", *shapes, *FEW, "--precision", "split33"]) == 2
-    assert "--precision: precision='split33' is not known" in capsys.readouterr().err
+    assert (
+        "not measured: FusedAdamW reference split32: "
+        "precision 'split32' is for bfloat16 parameters, not float32 (see --dtype)"
+    ) in out
+    for command in ("step", "accuracy", "suite"):
+        assert cli.main([command, "--device", "cpu", "--precision", "split33"]) == 2
+        assert "--precision: precision='split33' is no recipe; did you mean 'split32'?" in capsys.readouterr().err
+
+
+def test_a_recipe_runs_on_a_cpu_where_it_can_and_says_where_not(run, shapes, capsys):
+    """With every backend of use, of which the compiled one has no recipes."""
+    few = ["--device", "cpu", "--flatten", "off", "--seconds", "0.05", "--peers", "none", "--precision", "split32"]
+    left_out = {"name": "FusedAdamW compiled split32", "reason": "the compiled backend knows no precision recipes"}
+    for command in (["step", *shapes], ["host", "--tensors", "3"], ["memory", *shapes]):
+        code, record, out = run(*command, *few)
+        assert code == 0 and "FusedAdamW split32" in by_name(record)
+        assert left_out in record["left_out"] and f"not measured: {left_out['name']}: {left_out['reason']}" in out
+    assert cli.main(["step", *shapes, *few, "--backend", "compiled"]) == 2
+    assert (
+        "--precision split32 cannot be combined with --backend compiled, because the compiled backend knows no "
+        "precision recipes; allowed: auto, triton, reference"
+    ) in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("recipes", "dtype"),
+    [
+        ([], "float32"),
+        (["none"], "float32"),
+        (["native-bf16", "none"], "float32"),
+        (["split32"], "bfloat16"),
+        (["native-int8", "sr-bf16"], "bfloat16"),
+        (["master32", "none"], "bfloat16"),
+    ],
+)
+def test_the_dtype_is_one_that_every_recipe_serves(recipes, dtype):
+    assert peers.common_dtype(recipes) == getattr(torch, dtype)
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
+def test_an_interrupted_command_says_so_in_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(commands, "run_env", interrupt)
+    assert cli.main(["env"]) == 130
+    assert capsys.readouterr().err == "fused-adam-bench: interrupted\n"
+
+
+def test_an_interrupted_start_says_so_in_one_line(monkeypatch, capsys):
+    """Importing torch takes seconds."""
+    module = types.ModuleType("bench.cli")
+    module.__getattr__ = interrupt
+    monkeypatch.setitem(sys.modules, "bench.cli", module)
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("bench", run_name="__main__")
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == "fused-adam-bench: interrupted\n"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
+def test_an_interrupt_ends_the_processes_that_train_recipes(tmp_path):
+    """Ctrl-C goes to all processes of the terminal."""
+    out = ["--steps", "100000", "--out", str(tmp_path / "none.png")]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "bench", "demo", "--device", "cpu", "--precision", "split32", *out],
+        env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    children = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    try:
+        while (
+            len(children.read_text().split()) < 2 and process.poll() is None
+        ):  # multiprocessing's tracker is the first
+            time.sleep(0.05)
+        time.sleep(0.5)
+        os.killpg(process.pid, signal.SIGINT)
+        error = process.communicate(timeout=60)[1]
+    finally:
+        process.kill()
+    assert (process.returncode, error) == (130, "fused-adam-bench: interrupted\n")
 
 
 MODELS = "gpt2, gpt2-xl, llama-3-8b, resnet50, vit-b16, many-small, one-big"

@@ -205,7 +205,7 @@ def test_refusals(cls):
         with pytest.raises(ValueError, match="allowed: 'grad', 'main_grad', 'decoupled_grad'"):
             cls(params, grad_attribute=wrong)
     for other in ("flatten", "differentiable"):
-        with pytest.raises(ValueError, match=f"grad_attribute='main_grad' does not go with {other}=True"):
+        with pytest.raises(ValueError, match=f"grad_attribute='main_grad' cannot be combined with {other}=True"):
             cls(params, grad_attribute="main_grad", **{other: True})
     optimizer = cls(params, grad_attribute="decoupled_grad")
     with pytest.raises(ValueError, match="grad_attribute='decoupled_grad' does not go with step_in_backward"):

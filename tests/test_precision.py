@@ -29,6 +29,16 @@ def test_names():
         ("sr-bf61", "sr-bf16"),
         ("master", "master32"),
         ("native-int4", "native-int8"),
+        ("split32-fp16", "split32-bf16"),
+        (" Split32 ", "split32"),
+        ("split32-", "split32"),
+        ("split32-bf16-", "split32-bf16"),
+        # States alone: weights stay in the parameter's dtype.
+        ("bf16", "native-bf16"),
+        ("-bf16", "native-bf16"),
+        ("fp32", "native-fp32"),
+        ("INT8", "native-int8"),
+        ("bfloat16", "native-bf16"),
     ],
 )
 def test_an_unknown_name_is_answered_with_the_nearest(wrong, nearest):
@@ -36,16 +46,20 @@ def test_an_unknown_name_is_answered_with_the_nearest(wrong, nearest):
         parse(wrong)
     assert str(error.value) == (
         f"precision={wrong!r} is no recipe; did you mean {nearest!r}? A name is '<weights>-<states>', "
-        "with weights of native, master32, split32, split24, sr and states of fp32, bf16, int8"
+        "with weights of native, master32, split32, split24, sr and states of fp32, bf16, int8; None stores everything "
+        "as torch does"
     )
 
 
-@pytest.mark.parametrize(
-    "wrong", ["", "-", "split32-", "-bf16", "bf16", "split32-bf16-", "split32-bf16-int8", "x" * 99]
-)
-def test_half_a_name_is_no_recipe(wrong):
-    with pytest.raises(ValueError, match="is no recipe; did you mean '"):
+@pytest.mark.parametrize("wrong", ["", " ", "-", "8bit", "mixed", "O2", "none", "x" * 99, "\n", "é"])
+def test_nothing_is_suggested_for_what_is_close_to_no_name(wrong):
+    with pytest.raises(ValueError) as error:
         parse(wrong)
+    assert str(error.value) == (
+        f"precision={wrong!r} is no recipe. A name is '<weights>-<states>', "
+        "with weights of native, master32, split32, split24, sr and states of fp32, bf16, int8; None stores everything "
+        "as torch does"
+    )
 
 
 @pytest.mark.parametrize("wrong", [32, True, torch.bfloat16, ("split32", "bf16")])
@@ -72,7 +86,11 @@ def test_each_recipe_says_which_parameters_it_serves(name):
 def test_an_error_names_recipe_dtype_and_what_is_allowed():
     with pytest.raises(ValueError) as error:
         parse("split32").check(FP32)
-    assert str(error.value) == "precision='split32-fp32' is for bfloat16 parameters, and got one of float32"
+    assert str(error.value) == (
+        "precision='split32-fp32' is for bfloat16 parameters, and got one of float32: give each dtype param groups of "
+        "its own, as param_groups(model, weight_decay, split_dtypes=True) does, and those of float32 another "
+        "'precision', None for torch's semantics"
+    )
     with pytest.raises(ValueError, match="is for float16 or bfloat16 parameters, and got one of float64"):
         parse("master32-bf16").state(torch.float64, torch.Size([3]), False)
 

@@ -560,12 +560,12 @@ def test_master_weights_begin_as_the_parameters(dtype, backend):
         (
             {"precision": "native-bf16", "backend": "compiled"},
             ValueError,
-            "precision='native-bf16' does not go with backend='compiled'",
+            "precision='native-bf16' cannot be combined with backend='compiled'",
         ),
         (
             {"precision": "native-bf16", "differentiable": True},
             ValueError,
-            "precision='native-bf16' does not go with differentiable=True",
+            "precision='native-bf16' cannot be combined with differentiable=True",
         ),
         ({"seed": -1}, ValueError, r"seed=-1 must be a whole number from 0 to 2\*\*63 - 1"),
         ({"seed": 2**63}, ValueError, "seed=9223372036854775808 must be a whole number"),
