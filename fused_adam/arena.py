@@ -122,7 +122,7 @@ class StateRef(weakref.ref[Tensor]):
         return super().__new__(cls, tensor, _let_slot_go)
 
     def __init__(self, tensor: Tensor, home: Home, key: str) -> None:
-        super().__init__(tensor, _let_slot_go)
+        super().__init__(tensor, _let_slot_go)  # type: ignore[call-arg]
         self.home, self.key = weakref.ref(home), key
 
 
@@ -172,9 +172,10 @@ class Home:
 
     def holds(self, key: str, value: Any, dtype: torch.dtype) -> bool:
         """Whether `value` is the tensor that we step on, still over the same memory and of the dtype wanted."""
-        if value is None or value is not self.view(key) or value.dtype != dtype:
+        view = self.view(key)
+        if view is None or value is not view or view.dtype != dtype:
             return False
-        return local(value).data_ptr() == self.slots[key].address
+        return local(view).data_ptr() == self.slots[key].address
 
     def fill(self, key: str, value: Tensor) -> None:
         """Copy what is here of a value into the entry's memory."""
@@ -187,13 +188,10 @@ class Home:
 
     def holds_step(self, value: Any, device: torch.device) -> bool:
         """The same for the step counter."""
-        return (
-            self.counters is not None
-            and value is not None
-            and value is self.view("step")
-            and value.device == device
-            and value.data_ptr() == self.step_address
-        )
+        view = self.view("step")
+        if self.counters is None or view is None or value is not view:
+            return False
+        return view.device == device and view.data_ptr() == self.step_address
 
     @property
     def step_address(self) -> int:
@@ -254,14 +252,12 @@ class Arena:
         if not entry:
             return  # made at the first step
         lacks = [
-            key
-            for key in ("step", *wanted)
-            if entry.get(key) is None and (key in stored or key not in BEGINS_LATER)
+            key for key in ("step", *wanted) if entry.get(key) is None and (key in stored or key not in BEGINS_LATER)
         ]
         if lacks:
             raise ValueError(
-                f"state of {name} has {', '.join(map(repr, entry))}, but lacks {', '.join(map(repr, lacks))}: it is not "
-                "the whole state of an Adam; an entry that is deleted or empty starts anew"
+                f"state of {name} has {', '.join(map(repr, entry))}, but lacks {', '.join(map(repr, lacks))}: it is "
+                "not the whole state of an Adam; an entry that is deleted or empty starts anew"
             )
         for key, (dtype, shape) in wanted.items():
             value = entry.get(key)
@@ -363,7 +359,7 @@ class Arena:
                 name = None
                 if home.holds_step(value, value.device) if key == "step" else home.holds(key, value, dtype):
                     part: Tensor | None = local(value)
-                elif self.unpickled and not local(value).is_shared():
+                elif self.unpickled and not local(value).is_shared():  # type: ignore[no-untyped-call]
                     part = None
                 else:
                     part, name = _lies_as_stored(param, key, value, dtype), (param, key)

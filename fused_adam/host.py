@@ -221,9 +221,7 @@ class HostSpan:
         _copy_back(copies)
 
 
-def _to_whole_slots(
-    operands: dict[str, Tensor], numel: int
-) -> tuple[dict[str, Tensor], list[tuple[Tensor, Tensor]]]:
+def _to_whole_slots(operands: dict[str, Tensor], numel: int) -> tuple[dict[str, Tensor], list[tuple[Tensor, Tensor]]]:
     """The operands with zeros behind the end of those that are shorter: the user's memory ends within a slot.
 
     Returns what to step, and pairs of user's memory and its copy, for `_copy_back`.

@@ -184,8 +184,10 @@ class FusedAdam(torch.optim.Adam):
         if self._precision is not None:
             group.setdefault("precision", self._precision)
         recipe = parse(group.get("precision"))
-        number = len(self.param_groups) - 1
-        names = group.get("param_names", range(len(group["params"])))
+        number = next(i for i, other in enumerate(self.param_groups) if other is group)
+        names = group.get("param_names", ())
+        if len(names) != len(group["params"]):  # somebody has edited the parameters alone
+            names = range(len(group["params"]))
         for name, param in zip(names, group["params"], strict=True):
             if is_traceable_wrapper_subclass(param) and not distributed.is_sharded(param):
                 raise TypeError(f"a parameter is a {type(param).__name__}, but must be a plain tensor or a DTensor")
@@ -420,9 +422,7 @@ class FusedAdam(torch.optim.Adam):
             groups = checkpoint.load(self.param_groups, self._engine.arena, self.state, state_dict)
             if self._engine.origins is not None:  # what was not there before was made on the device
                 offloading.to_host(self._engine.arena, self.state, self._engine.origins)
-        # In place: a wrapper that copied our __dict__ has the same list and dict.
-        self.param_groups[:] = groups
-        self.__setstate__({"state": self.state, "param_groups": self.param_groups})
+        self.__setstate__({"state": self.state, "param_groups": groups})
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
@@ -441,14 +441,13 @@ class FusedAdam(torch.optim.Adam):
 
     def __getstate__(self) -> dict[str, Any]:
         kept = {name: getattr(self, name) for name in KEPT}
-        return {**super().__getstate__(), **kept, "_reduce_norm": arguments.ReduceNorm(self._reduce_norm)}
+        return {**super().__getstate__(), **kept, "_reduce_norm": arguments.ReduceNorm(self._engine.reduce_norm)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        if isinstance(state.get("_reduce_norm"), arguments.ReduceNorm):
-            self._reduce_norm = state["_reduce_norm"].function
         if "_backend" in state:  # unpickled or deep-copied, not loaded from a state_dict
             self._set_up()
+            self._engine.reduce_norm = self.__dict__.pop("_reduce_norm").function
             self._engine.arena.unpickled = True
 
     def __copy__(self) -> FusedAdam:

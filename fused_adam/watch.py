@@ -159,13 +159,10 @@ class Watch:
         """
         if any(map(operator.is_not, self.read(self.idle), repeat(None))):
             return None
-        grads: list[Any]
+        grads: list[Any] = read_grad(self.live) if self.places else self.read(self.live)
         if self.places and self.buffers:
-            grads = read_grad(self.live)
-            if not all(map(operator.is_, grads, self.views)) or not self.buffers.all_written(self.places, grads):
+            if not all(map(operator.is_, grads, self.views)) or not self.buffers.all_written(self.places, self.views):
                 return None
-        else:
-            grads = self.read(self.live)
         memory = self.live
         if self.shards:
             memory, grads = self.shards.parts(), self.shards.gradient_parts(grads, self.moved)

@@ -13,6 +13,16 @@ from fused_adam import FusedAdam, FusedAdamW
 from fused_adam.arena import segments
 
 
+def attached(optimizer):
+    """The optimizer, its parameters' gradients in the buffers: they go there when there has been one."""
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            if param.requires_grad:
+                param.grad = torch.ones_like(param)
+    optimizer.zero_grad()
+    return optimizer
+
+
 def in_place(optimizer, param):
     """Whether the parameter still lies in the flat buffer, and its gradient too."""
     place = optimizer._engine.flat.places.get(param)
@@ -43,7 +53,7 @@ def test_moves_parameters_and_gradients_into_two_buffers():
     params = list(module.parameters())
     assert all(torch.equal(p, b) for p, b in zip(params, before, strict=True))
     assert all(p.grad is None for p in params)  # whoever asks for gradients before training finds none
-    optimizer.zero_grad()
+    attached(optimizer)
     assert all(in_place(optimizer, p) and (p.grad == 0).all() for p in params)
     distances = {p.data_ptr() - params[0].data_ptr() for p in params}
     assert distances == {0, 128, 256, 384}  # slots of 32 float32 elements
@@ -55,6 +65,7 @@ def test_moves_every_parameter_on_a_gpu():
     module = model().to("cuda")
     optimizer = FusedAdamW(module.parameters(), flatten=True)
     assert len(optimizer._engine.flat.places) == len(list(module.parameters())) == 4
+    attached(optimizer)
     assert all(in_place(optimizer, p) for p in module.parameters())
 
 
@@ -69,8 +80,7 @@ def test_training_gives_the_same_bits_as_without(set_to_none):
 
 def test_gradients_accumulate_in_the_buffer():
     module = model()
-    optimizer = FusedAdam(module.parameters(), flatten=True)
-    optimizer.zero_grad()
+    optimizer = attached(FusedAdam(module.parameters(), flatten=True))
     x = values((16, 4), 0, torch.float32)
     for times in (1, 2):
         module(x).sum().backward()
@@ -105,7 +115,9 @@ def test_an_unused_parameter_is_skipped_as_in_torch(set_to_none):
             loss.backward()
             optimizer.step()
         assert unused not in optimizer.state and torch.equal(unused.detach(), torch.ones(3))
-        runs.append([optimizer.state[p]["step"].item() for p in (used, sometimes, frozen)] + [p.detach() for p in params])
+        runs.append(
+            [optimizer.state[p]["step"].item() for p in (used, sometimes, frozen)] + [p.detach() for p in params]
+        )
     expected, ours = runs
     assert ours[:3] == expected[:3] == ([3, 1, 2] if set_to_none else [5, 3, 5])
     torch.testing.assert_close(ours[3:], expected[3:], rtol=1e-6, atol=1e-7)
@@ -141,6 +153,7 @@ def test_frozen_parameters_cost_no_memory():
     optimizer = FusedAdam([*base.parameters(), *adapter.parameters(), *later.parameters()], flatten=True)
     assert [param.data_ptr() for param in base.parameters()] == pointers
     assert sum(segment.numel() for segment in optimizer._engine.flat.grad_segments) < base.weight.numel()
+    attached(optimizer)
     later.requires_grad_(False)
     optimizer.zero_grad()
     assert all(in_place(optimizer, param) for param in adapter.parameters())
@@ -231,7 +244,7 @@ def test_model_state_dict_loads_into_the_buffer():
     fit(source, FusedAdam(source.parameters()), 2)
     module.load_state_dict(source.state_dict())
     assert all(torch.equal(a, b) for a, b in zip(module.parameters(), source.parameters(), strict=True))
-    optimizer.zero_grad()
+    attached(optimizer)
     assert all(in_place(optimizer, p) for p in module.parameters())
 
 

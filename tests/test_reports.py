@@ -2,7 +2,7 @@
 
 Each test does the same to our optimizer and to torch's, and compares all parameters and their
 state. Where torch goes wrong or raises, it states the right outcome. The docstring has the thread.
-`SETUPS` are the optimizers that every test runs on. `FAULTS` lists what is known to go wrong.
+`SETUPS` are the optimizers that every test runs on.
 """
 
 import collections
@@ -52,85 +52,7 @@ SETUPS = [
 ]
 
 
-class Fault(NamedTuple):
-    """Tests that fail today, and on which setups."""
-
-    reason: str
-    fails_on: Callable[[Setup], bool]
-    tests: list[str]
-
-
-def every(setup: Setup) -> bool:
-    return True
-
-
-FAULTS = [
-    Fault(
-        "with flatten, a gradient view that nothing has written still counts as a gradient",
-        lambda setup: setup.flatten,
-        [
-            "test_parameters_whose_first_gradient_comes_late",
-            "test_every_way_to_call_zero_grad",
-            "test_a_missing_gradient_among_flat_ones",
-            "test_a_step_before_any_gradient",
-        ],
-    ),
-    Fault(
-        "state that changes without an access to `optimizer.state` is not noticed",
-        every,
-        [
-            "test_state_moves_through_entries_held_from_before",
-            "test_a_shallow_copy_shares_state_with_the_original",
-        ],
-    ),
-    Fault(
-        "`optimizer.state` cannot be a plain defaultdict",
-        every,
-        [
-            "test_state_is_replaced_by_a_dict_of_the_same_entries",
-            "test_state_is_replaced_by_an_empty_dict",
-        ],
-    ),
-    Fault(
-        "tensors put into an entry are copied",
-        every,
-        [
-            "test_state_is_stepped_in_the_buffers_it_was_put_in",
-            "test_moments_in_shared_memory_are_stepped_there",
-        ],
-    ),
-    Fault(
-        "what an entry lacks is filled with zeros",
-        every,
-        [
-            "test_an_entry_that_lacks_a_moment_is_refused",
-            "test_a_checkpoint_of_another_optimizer_is_refused",
-        ],
-    ),
-    Fault(
-        "a step count in the param group is not read",
-        every,
-        [
-            "test_a_checkpoint_whose_count_is_in_the_group",
-            "test_a_checkpoint_whose_empty_group_has_no_count",
-        ],
-    ),
-    Fault("counts pass through the default dtype", every, ["test_a_default_dtype_rounds_no_count"]),
-    Fault("tables are on the default device", every, ["test_a_default_device_changes_nothing"]),
-]
-
-
-def over_setups(test):
-    """Run a test on every setup; those that are known to fail must fail."""
-    cases = []
-    for setup in SETUPS:
-        marks = [
-            pytest.mark.xfail(strict=True, reason=fault.reason)
-            for fault in FAULTS
-            if test.__name__ in fault.tests and fault.fails_on(setup)
-        ]
-        cases.append(pytest.param(setup, marks=marks, id=str(setup)))
-    return pytest.mark.parametrize("setup", cases)(test)
+over_setups = pytest.mark.parametrize("setup", SETUPS, ids=str)
 
 
 class Run:
