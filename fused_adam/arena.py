@@ -251,6 +251,12 @@ class Arena:
         """
         if not entry:
             return  # made at the first step
+        foreign = [key for key in ENTRIES if key in entry and key not in wanted and key != "max_exp_avg_sq"]
+        if foreign:
+            raise ValueError(
+                f"state of {name} has {foreign[0]!r}, which its precision does not store: a recipe is chosen before "
+                "training; to change it, load the state_dict into an optimizer that has the other one"
+            )
         lacks = [
             key for key in ("step", *wanted) if entry.get(key) is None and (key in stored or key not in BEGINS_LATER)
         ]
@@ -272,9 +278,6 @@ class Arena:
             if value is not None and value.dtype != dtype and not (dtype.is_floating_point or dtype.is_complex):
                 # Codes and remainders are bits, which no conversion keeps.
                 raise ValueError(f"state {key!r} of {name} has dtype {value.dtype}, but its precision stores {dtype}")
-        foreign = [key for key in ENTRIES if key in entry and key not in wanted and key != "max_exp_avg_sq"]
-        if foreign:
-            raise ValueError(f"state of {name} has {foreign[0]!r}, which its precision does not store")
         step = entry["step"]
         if isinstance(step, Tensor):
             number = step.numel() == 1 and _copies(step, torch.float32, param)

@@ -28,39 +28,10 @@ def same_storage(source: Recipe, target: Recipe, param: Tensor, entry: Mapping[s
     return source == target and (code is None or code.stride() == dense_layout(param)[1])
 
 
-def is_stored_otherwise(entry: Mapping[str, Any], recipe: Recipe) -> bool:
-    """Whether the entry has what the recipe does not store: its parameter came from a group with another one."""
-    names = recipe.names
-    return any(key in ENTRIES and key not in names and key != "max_exp_avg_sq" for key in entry)
-
-
-def stored_recipe(entry: Mapping[str, Any], param: Tensor) -> Recipe:
-    """The recipe that stores such an entry for such a parameter."""
-    weights = "native"
-    if entry.get("master_weight") is not None:
-        weights = "master32"
-    elif isinstance(entry.get("remainder"), Tensor):
-        weights = "split24" if entry["remainder"].dtype == torch.int8 else "split32"
-    if "exp_avg_code" in entry:
-        return Recipe(weights, "int8")
-    moment = entry.get("exp_avg")
-    if weights == "native" and isinstance(moment, Tensor) and moment.dtype == param.dtype:
-        return Recipe(None, None)
-    return Recipe(weights, "bf16" if isinstance(moment, Tensor) and moment.dtype == torch.bfloat16 else "fp32")
-
-
-def convert_entry(entry: dict[str, Any], param: Tensor, recipe: Recipe) -> None:
-    """Give the entry the form that the recipe stores, where it has another one.
-
-    That is so after the parameter moved to a group with another precision; and 8-bit moments are encoded anew if the
-    parameter's elements lie in another order in memory than they do.
-    """
+def reorder(entry: dict[str, Any], param: Tensor, recipe: Recipe) -> None:
+    """Encode 8-bit moments anew if the parameter's elements lie in another order than they do."""
     part = local(param).detach()
-    if is_stored_otherwise(entry, recipe):
-        entry_as_stored = convert(parts_of_entry(entry, param), part, recipe)
-        entry.clear()
-        entry.update(entry_as_stored)
-    elif "exp_avg_code" in entry and not same_storage(recipe, recipe, part, parts_of_entry(entry, param)):
+    if "exp_avg_code" in entry and not same_storage(recipe, recipe, part, parts_of_entry(entry, param)):
         moments = {key: value for key, value in entry.items() if key.endswith(("_code", "_scale"))}
         entry.update(convert(parts_of_entry(moments, param), part, recipe))
 

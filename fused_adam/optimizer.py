@@ -171,8 +171,10 @@ class FusedAdam(torch.optim.Adam):
         A group may have a `precision` of its own.
         """
         super().add_param_group(param_group)
-        # A copy, so that what is ours does not go on to the next optimizer that the user gives this dict to.
-        group = self.param_groups[-1] = {**self.param_groups[-1]}
+        group = self.param_groups[-1]
+        if self._precision is not None or "precision" in group:
+            # In a copy: what we add must not go on to another optimizer that the user gives this dict to.
+            group = self.param_groups[-1] = {**group}
         try:
             self._check_group(group)
         except (TypeError, ValueError):
@@ -320,7 +322,8 @@ class FusedAdam(torch.optim.Adam):
         if self._engine.flat is None:
             super().zero_grad(set_to_none)
         else:
-            self._zero_buffers(self._engine.flat, set_to_none)
+            with torch.autograd.profiler.record_function(self._zero_grad_profile_name):  # as torch's own
+                self._zero_buffers(self._engine.flat, set_to_none)
         if self._grad_attribute != "grad":
             self._zero_elsewhere(set_to_none and self._grad_attribute != "main_grad")
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .arena import Arena, Entries, Home, Slot, State, dense_layout, flat, is_dense, padded, real
-from .convert import convert_entry, is_stored_otherwise, stored_recipe
+from .convert import reorder
 from .distributed import local, origin
 from .flatten import FlatBuffers
 from .precision import Recipe, parse
@@ -204,12 +204,12 @@ def build(
                 arena.homes.setdefault(param, Home()),
                 origin=origin(param),
             )
-            _check_state(arena, state, param, name, chosen, row.entries)
+            _check_state(arena, state, param, name, row.entries)
             _place(row, param, grad, buffers, staging[part.device])
             rows.append(row)
     live = [(param, grad) for param, grad in zip(params, grads, strict=True) if grad is not None]
     for row in rows:
-        convert_entry(state.get(live[row.index][0], {}), live[row.index][0], row.options.recipe)
+        reorder(state.get(live[row.index][0], {}), live[row.index][0], row.options.recipe)
     # A parameter that is listed twice has one state, with what either of its groups asks for.
     # What is staged together lies together.
     order = sorted(rows, key=lambda row: (row.options.amsgrad, not row.staged))
@@ -236,19 +236,13 @@ def build(
     return ordered
 
 
-def _check_state(arena: Arena, state: State, param: Tensor, name: str, options: Options, entries: Entries) -> None:
-    """Raise ValueError if what stands in `state` cannot be this parameter's state, as it is or converted."""
+def _check_state(arena: Arena, state: State, param: Tensor, name: str, entries: Entries) -> None:
+    """Raise ValueError if what stands in `state` cannot be this parameter's state."""
     entry = state.get(param, {})
     if not isinstance(entry, dict):
         raise ValueError(f"state of {name} is {type(entry).__name__}, but must be a dict")
-    if is_stored_otherwise(entry, options.recipe):
-        # Its group has another precision than when it was last stepped: what is there has to be whole as it is.
-        part = local(param)
-        entries = stored_recipe(entry, part).state(part.dtype, part.shape, options.amsgrad)
-        arena.check(param, name, entry, entries)
-    else:
-        home = arena.homes.get(param)
-        arena.check(param, name, entry, entries, home.stored if home else ())
+    home = arena.homes.get(param)
+    arena.check(param, name, entry, entries, home.stored if home else ())
 
 
 def make_state(
@@ -264,11 +258,11 @@ def make_state(
         if param.requires_grad:
             part, chosen = local(param), options[group]
             entries = chosen.recipe.state(part.dtype, part.shape, chosen.amsgrad)
-            _check_state(arena, state, param, f"parameter {index} (group {group})", chosen, entries)
+            _check_state(arena, state, param, f"parameter {index} (group {group})", entries)
             wanted[param] = entries
     for param, group in zip(params, groups, strict=True):
         if param in wanted:
-            convert_entry(state.get(param, {}), param, options[group].recipe)
+            reorder(state.get(param, {}), param, options[group].recipe)
     arena.adopt(state, wanted)
 
 

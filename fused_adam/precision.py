@@ -62,14 +62,6 @@ class Recipe:
         return None if self.weights is None else f"{self.weights}-{self.states}"
 
     @property
-    def names(self) -> tuple[str, ...]:
-        """What is stored for a parameter, besides its step counter and AMSGrad's maximum."""
-        if self.weights is None or self.states is None:
-            return "exp_avg", "exp_avg_sq"
-        per_element, per_group = STATES[self.states]
-        return *WEIGHTS[self.weights][1], *per_element, *per_group
-
-    @property
     def random(self) -> bool:
         """Whether a step takes random bits."""
         return self.weights in ("split24", "sr") or self.states in ("bf16", "int8")

@@ -1,5 +1,8 @@
 """CUDA graphs: what a captured step reads and writes at replay. On CPU a recorder stands in for the graph."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from training import gradient, parameters, results, same_bits
@@ -67,7 +70,9 @@ def graph(kernel_device, monkeypatch):
 
 def optimizer_on(where, shapes=((5,), (33, 3), ()), **options):
     optimizer = FusedAdamW(parameters(torch.float32, shapes, where), backend="triton", capturable=True, **options)
-    optimizer.zero_grad()  # gradients lie in the buffers from here on, where there are some
+    if optimizer._flatten:  # gradients lie in the buffers when there has been one
+        set_gradients(optimizer, 0)
+        optimizer.zero_grad()
     return optimizer
 
 
@@ -265,3 +270,111 @@ def test_a_step_on_the_host_asks_no_cuda_driver(monkeypatch):
     optimizer.offload()
     optimizer.reload()
     assert all(entry["step"] == 2 for entry in optimizer.state.values())
+
+
+def _load(optimizer):
+    optimizer.load_state_dict(optimizer.state_dict())
+
+
+def _write_a_counter(optimizer):
+    optimizer.state[params_of(optimizer)[0]]["step"].add_(0)
+
+
+def _add_a_group(optimizer):
+    where = params_of(optimizer)[0].device
+    optimizer.add_param_group({"params": parameters(torch.float32, [(6,)], where)})
+
+
+def _replace_state(optimizer):
+    for entry in optimizer.state.values():
+        entry["exp_avg"] = entry["exp_avg"].clone()
+
+
+EDITS = [_load, _write_a_counter, _add_a_group, _replace_state]
+
+
+@pytest.mark.parametrize("edit", EDITS, ids=lambda edit: edit.__name__)
+@pytest.mark.parametrize("flatten", [False, True])
+def test_what_a_graph_uses_lives_as_long_as_the_optimizer(monkeypatch, flatten, edit):
+    """Tables, scalars, state: an eager step after an edit made others, and a replay read recycled memory."""
+    graph, optimizer = Recorder(monkeypatch), optimizer_on("cpu", flatten=flatten, max_grad_norm=1.0)
+    eager(optimizer, [0, 1])
+    set_gradients(optimizer, 2, in_place=True)
+    graph.capture(optimizer.step)
+    used = {id(arg): weakref.ref(arg) for _, args in graph.work for arg in args if isinstance(arg, torch.Tensor)}
+    homes = optimizer._engine.arena.homes.values()
+    state = [weakref.ref(slot.segment) for home in homes for slot in home.slots.values()]
+    graph.work.clear()
+    edit(optimizer)
+    eager(optimizer, [3, 4])
+    gc.collect()
+    assert used and all(ref() is not None for ref in [*used.values(), *state])
+    optimizer.offload()  # after which no graph may be replayed
+    gc.collect()
+    assert any(ref() is None for ref in used.values())
+
+
+@pytest.mark.parametrize("edit", [_load, _write_a_counter, _add_a_group], ids=lambda edit: edit.__name__)
+def test_a_graph_goes_on_after_an_eager_step_with_other_tables(graph, kernel_device, edit):
+    captured, plain = (optimizer_on(kernel_device) for _ in range(2))
+    eager(captured, [0])
+    set_gradients(captured, 1)
+    graph.capture(captured.step)
+    fixed = [p.grad for p in params_of(captured)]
+    for optimizer in (captured, plain):
+        if optimizer is plain:
+            eager(plain, [0])
+        edit(optimizer)
+        eager(optimizer, [1])
+    junk = [torch.full((1000,), 7.0, device=kernel_device) for _ in range(50)]
+    for p, grad in zip(params_of(captured), fixed, strict=False):
+        p.grad = grad
+    for step in (2, 3):
+        for i, grad in enumerate(fixed):
+            grad.copy_(gradient(grad, i, step))
+        graph.replay()
+        for i, p in enumerate(params_of(plain)):
+            p.grad = gradient(p, i, step) if i < len(fixed) else None
+        plain.step()
+    assert same_bits(results(captured), results(plain)) and junk
+
+
+def test_views_count_as_gradients_where_versions_cannot_tell(monkeypatch):
+    """With `capturable=True`, and after `zero_grad()` in a capture: a replay writes gradients that nothing counts."""
+    graph = Recorder(monkeypatch)
+    for capturable in (True, False):
+        param = torch.nn.Parameter(torch.ones(3))
+        optimizer = FusedAdamW([param], flatten=True, capturable=capturable, backend="triton")
+        param.grad = torch.ones(3)
+        optimizer.step()
+        optimizer.zero_grad()
+        optimizer.step()
+        assert optimizer.state[param]["step"] == 1 + capturable
+        graph.capture(optimizer.zero_grad)
+        optimizer.step()
+        assert optimizer.state[param]["step"] == 2 + capturable
+
+
+@pytest.mark.gpu
+def test_a_captured_backward_is_noticed():
+    """Eager steps and zero_grad around it, which see no version move: its gradients must not be lost."""
+    weight = torch.nn.Parameter(torch.ones(8, device="cuda"))
+    optimizer = FusedAdamW([weight], flatten=True)
+    x = torch.linspace(1, 2, 8, device="cuda")
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            optimizer.zero_grad()
+            (weight * x).sum().backward()
+            optimizer.step()
+        optimizer.zero_grad()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        (weight * x).sum().backward()
+    for _ in range(4):
+        optimizer.zero_grad()
+        graph.replay()
+        optimizer.step()
+    assert optimizer.state[weight]["step"] == 7
