@@ -242,6 +242,9 @@ class TestRefused:
         """torch's own check and text."""
         optimizer = optimizer_on("cpu")
         optimizer.param_groups[0]["capturable"] = False
+        # As torch 2.11 asks, and as 2.13 does.
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
         monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: torch.device("cuda"))
         monkeypatch.setattr(
             torch.accelerator, "current_stream", lambda: type("", (), {"is_capturing": lambda _: True})()

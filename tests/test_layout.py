@@ -1,6 +1,7 @@
 """The house: who imports whom, what an import costs, and what every module says of itself."""
 
 import ast
+import os
 import pathlib
 import subprocess
 import sys
@@ -130,7 +131,9 @@ def test_every_module_says_what_lives_there(path):
 
 
 def run(code, *options):
-    environment = {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "PATH": "/usr/bin:/bin"}
+    # Torch itself may need what else is set, such as LD_LIBRARY_PATH.
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "PATH": "/usr/bin:/bin"}
+    environment.pop("TRITON_INTERPRET", None)
     return subprocess.run([sys.executable, *options, "-c", code], capture_output=True, text=True, env=environment)
 
 
