@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fused_adam_kernels import table
 
-from . import arguments, plan
+from . import arguments, plan, shapes
 from . import backend as backends
 from .arena import Arena, State, grow_older
 from .distributed import Ranks, Shards, is_sharded
@@ -109,6 +109,9 @@ class Engine:
         capturing = backends.is_capturing()
         self.moved.clear()  # of a step that failed
         params = list(chain.from_iterable([group["params"] for group in groups]))
+        if shapes.are_all(params):
+            self.stats = shapes.step(groups, state, self.read(params), only, self.guards)
+            return
         options = [(group["amsgrad"], group.get("precision"), group.get("seed")) for group in groups]
         known = self._still_known(params, options) and self.arena.counters_unchanged()
         if state.touched:

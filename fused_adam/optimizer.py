@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fused_adam_kernels import table
 
-from . import arguments, checkpoint, distributed
+from . import arguments, checkpoint, distributed, shapes
 from . import backend as backends
 from . import offload as offloading
 from .arena import State
@@ -140,7 +140,7 @@ class FusedAdam(torch.optim.Adam):
 
     def _move_to_buffers(self) -> None:
         # A copy does so at its first use: while it is unpickled, its storages have the unpickler for an owner.
-        if self._flatten and self._engine.flat is None:
+        if self._flatten and self._engine.flat is None and not shapes.are_all(self._params()):
             with lasting():
                 self._engine.flat = FlatBuffers(self._params())
 

@@ -32,7 +32,12 @@ ALLOWED = {
         *("fused_adam.arena", "fused_adam.convert", "fused_adam.distributed", "fused_adam.flatten"),
         "fused_adam.precision",
     },
+    "fused_adam.shapes": {
+        *("fused_adam.arena", "fused_adam.distributed", "fused_adam.plan", "fused_adam.precision"),
+        "fused_adam_kernels.table",
+    },
     "fused_adam.checkpoint": {
+        "fused_adam.shapes",
         *("fused_adam.arena", "fused_adam.codecs", "fused_adam.convert", "fused_adam.distributed"),
         "fused_adam.precision",
     },
@@ -56,11 +61,13 @@ ALLOWED = {
         "fused_adam.arguments",
         *("fused_adam.arena", "fused_adam.backend", "fused_adam.distributed", "fused_adam.flatten"),
         *("fused_adam.plan", "fused_adam.scalars", "fused_adam.watch", "fused_adam_kernels.table"),
+        "fused_adam.shapes",
     },
     "fused_adam.optimizer": {
         *("fused_adam.arena", "fused_adam.arguments", "fused_adam.backend", "fused_adam.checkpoint"),
         "fused_adam.distributed",
         *("fused_adam.engine", "fused_adam.flatten", "fused_adam.offload", "fused_adam.precision"),
+        "fused_adam.shapes",
         *("fused_adam.scalars", "fused_adam_kernels.table"),
     },
     "fused_adam.offload": {"fused_adam.arena", "fused_adam.distributed", "fused_adam.precision"},
