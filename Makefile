@@ -28,7 +28,6 @@ mutants: .venv/installed
 # Code generation, kernels and their hash under other Tritons: GPU machines carry other versions than CI.
 test-triton: $(TRITONS:%=.venv-triton-%/installed)
 	@for version in $(TRITONS); do echo "triton $$version"; .venv-triton-$$version/bin/python -m pytest -q -n 2 --dist loadfile \
-	-W "ignore:Conversion of an array with ndim:DeprecationWarning" \
 	tests/test_codegen.py tests/test_inspect.py tests/test_launch.py tests/test_kernel.py tests/test_hash.py::test_short_hash_on_the_kernel \
 	|| exit 1; done
 

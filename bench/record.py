@@ -25,7 +25,7 @@ import json
 import sys
 import time
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,7 @@ class Recorder:
 
     def __post_init__(self) -> None:
         self._begin = time.monotonic()
-        self._started = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        self._started = datetime.now(UTC).isoformat(timespec="seconds")
         # At the start: a minute of measuring is itself a load of one.
         self._machine = machine.describe(self.device)
 

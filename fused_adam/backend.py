@@ -58,9 +58,14 @@ def choose(backend: str, device: torch.device) -> str:
 
     Raises RuntimeError if the one asked for cannot run there, saying why and what to do.
     """
+    if device.type == "meta":
+        raise RuntimeError(
+            f"backend={backend!r} cannot run on meta: parameters there have no values; give them some before a step, "
+            "as by to_empty(), or make the model under FakeTensorMode to step on shapes alone"
+        )
     if backend == "auto":
         backend = "reference" if device.type == "cpu" else "triton"
-    reason = {"triton": _no_triton, "reference": _no_reference, "compiled": _no_compiled}[backend](device)
+    reason = {"triton": _no_triton, "compiled": _no_compiled}[backend](device) if backend != "reference" else None
     if reason:
         raise RuntimeError(f"backend={backend!r} cannot run on {device}: {reason}")
     return backend
@@ -78,10 +83,6 @@ def _no_triton(device: torch.device) -> str | None:
     if device.type == "cpu" and not _interpreting():
         return "a CPU runs Triton kernels only with TRITON_INTERPRET=1 set before triton is imported; use 'reference'"
     return None
-
-
-def _no_reference(device: torch.device) -> str | None:
-    return "parameters there have no values" if device.type == "meta" else None
 
 
 def _no_compiled(device: torch.device) -> str | None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import codecs
+from . import codecs, shapes
 from .arena import Arena, Entries, State, apart
 from .convert import convert, decode, parts_of_entry, same_storage, widened
 from .distributed import like, local
@@ -118,6 +118,7 @@ def load(
 
     Raises ValueError before anything is written if groups or shapes do not match, or it is no optimizer's state_dict.
     """
+    shapes.refuse("load_state_dict()", [param for group in groups for param in group["params"]])
     _check_form(state_dict)
     saved_groups = deepcopy(state_dict["param_groups"])
     params = match(groups, saved_groups)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, distributed
+from torch._subclasses import FakeTensor
 from torch.nn.functional import pad
 
 from .norm import halving_sum
@@ -31,7 +32,9 @@ def is_sharded(tensor: object) -> TypeIs[DTensor]:
 def check(param: Tensor) -> None:
     """Raise TypeError or ValueError if the parameter is a DTensor that cannot be stepped shard by shard."""
     if is_sharded(param):
-        if type(param._local_tensor) not in (Tensor, torch.nn.Parameter):
+        part = param._local_tensor
+        fake = isinstance(part, FakeTensor)  # of shapes alone, for estimates of memory
+        if not fake and type(part) not in (Tensor, torch.nn.Parameter):
             raise TypeError(f"a parameter is a DTensor of {type(param._local_tensor).__name__}, but must be of Tensor")
         if any(placement.is_partial() for placement in param.placements):
             raise ValueError(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fused_adam_kernels import table
 
-from . import arguments, plan
+from . import arguments, plan, shapes
 from . import backend as backends
 from .arena import Arena, Home, State, grow_older
 from .distributed import Ranks, Shards, is_sharded
@@ -26,6 +26,7 @@ from .watch import StateWatch, Watch, reader
 ROWS_KEPT = 8
 
 Found = tuple[list[Tensor], list[int]]
+Key = tuple[bool, tuple[int, ...], tuple[int, ...]]
 
 
 @contextlib.contextmanager
@@ -89,7 +90,7 @@ class Engine:
         self.params: list[Tensor] = []
         self.members: dict[int, list[int]] = {}  # id of a parameter -> its positions
         self.options: list[Any] = []
-        self.plans: dict[tuple[bool, tuple[int, ...]], Plan] = {}
+        self.plans: dict[Key, Plan] = {}
         self.usual: Plan | None = None
 
     def step(
@@ -113,9 +114,12 @@ class Engine:
         """
         capturing = backends.is_capturing()
         self.moved.clear()  # of a step that failed
+        params, options = self._members_of(groups)
+        if shapes.are_all(params):
+            self.stats = shapes.step(groups, state, self.read(params), only, self.guards)
+            return
         if self.flat:
             self.flat.always = self.flat.uncounted or any(group["capturable"] for group in groups)
-        params, options = self._members_of(groups)
         known = self._still_known(params, options) and self.arena.counters_unchanged()
         found = self._find(state, self._positions(only)) if known else None
         if found is None:
@@ -207,10 +211,13 @@ class Engine:
             self.usual = kept
         return kept, found
 
-    def _key(self, only: tuple[int, ...] | None) -> tuple[bool, tuple[int, ...]]:
+    def _key(self, only: tuple[int, ...] | None) -> Key:
+        """What plans are kept by: which parameters are stepped, and which of all have their gradients in our buffers."""
         if only is not None:
-            return True, only
-        return False, tuple(compress(count(), map(operator.is_not, self.read_grads(self.params), repeat(None))))
+            return True, only, ()
+        grads = self.read_grads(self.params)
+        in_buffers = self.flat.in_buffers(self.params, grads) if self.flat else ()
+        return False, tuple(compress(count(), map(operator.is_not, grads, repeat(None)))), in_buffers
 
     def _fit(self, kept: Plan, state: State) -> Found | None:
         if not kept.state.holds(state):

@@ -61,17 +61,23 @@ class Place:
     grad: Slot
     grad_view: Tensor
     zeroed: int  # the view's version when `zero_grad()` zeroed it: what has another one now was written to
+    had_gradient: bool = False  # one that the view can hold
 
     def holds(self, param: Tensor) -> bool:
         """Whether the parameter still is where we put it."""
         return param.data_ptr() == self.param.address and param.dtype == self.param.segment.dtype
 
-    def takes(self, param: Tensor, grad: Tensor) -> bool:
-        """Whether the parameter's next gradient, if it is like this one, can be added up in the view.
+    def takes(self, param: Tensor) -> bool:
+        """Whether the parameter's next gradient can be added up in the view.
 
-        One that is frozen gets none, and one of another dtype or layout cannot lie in the buffer.
+        It has to be like the one that is there, or was: in a view a sparse one would be a dense one, which nothing
+        refuses, and one of another dtype cannot lie there. What never had a gradient may never have one, and stays as
+        torch leaves it, whatever goes over all gradients.
         """
-        alike = grad.layout == torch.strided and grad.dtype == param.dtype and param.grad_dtype in (None, param.dtype)
+        grad = param.grad
+        if grad is not None:
+            self.had_gradient = grad.layout == torch.strided and grad.dtype == param.dtype
+        alike = self.had_gradient and param.grad_dtype in (None, param.dtype)
         return alike and param.requires_grad and self.holds(param)
 
     def is_zeroed(self) -> bool:
@@ -89,9 +95,9 @@ def read_grad(params: Sequence[Tensor]) -> list[Tensor | None]:
 class FlatBuffers:
     """Parameters and gradients of one optimizer in flat segments per (device, dtype).
 
-    `zero_grad()` gives every parameter that had a gradient a view of its slot for the next one. A view that nothing has
-    written to since it was zeroed is no gradient: torch would have None there. The view's version counter tells. Where
-    that cannot, views count as gradients, see `always`.
+    `zero_grad()` gives every parameter that ever had a gradient a view of its slot for the next one. A view that nothing
+    has written to since it was zeroed is no gradient: torch would have None there. The view's version counter tells.
+    Where that cannot, views count as gradients, see `always`.
 
     Args:
         params: all parameters. Those not eligible stay where they are and are used through their addresses.
@@ -138,6 +144,13 @@ class FlatBuffers:
     def _is_zeroed(self, param: Tensor, grad: Tensor) -> bool:
         place = self.places.get(param)
         return place is not None and grad is place.grad_view and place.is_zeroed()
+
+    def in_buffers(self, params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> tuple[int, ...]:
+        """The positions of gradients that are views of ours."""
+        places = map(self.places.get, params)
+        return tuple(
+            i for i, (place, grad) in enumerate(zip(places, grads, strict=True)) if place and grad is place.grad_view
+        )
 
     def all_written(self, places: Sequence[Place], views: Sequence[Tensor]) -> bool:
         """Whether each of these views is a gradient."""
@@ -192,7 +205,7 @@ class FlatBuffers:
         others = []
         for param in self.params:
             place, grad = self.places.get(param), param.grad
-            if place is None or grad is None or not place.takes(param, grad):
+            if place is None or not place.takes(param) or (grad is None and not set_to_none):
                 others.append(param)
                 continue
             attached = grad is place.grad_view

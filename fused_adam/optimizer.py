@@ -8,12 +8,12 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import ParamsT
+from torch.optim.optimizer import ParamsT, _device_dtype_check_for_fused
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fused_adam_kernels import table
 
-from . import arguments, checkpoint, distributed
+from . import arguments, checkpoint, distributed, shapes
 from . import backend as backends
 from . import offload as offloading
 from .engine import Engine, lasting
@@ -140,7 +140,7 @@ class FusedAdam(torch.optim.Adam):
 
     def _move_to_buffers(self) -> None:
         # A copy does so at its first use: while it is unpickled, its storages have the unpickler for an owner.
-        if self._flatten and self._engine.flat is None:
+        if self._flatten and self._engine.flat is None and not shapes.are_all(self._params()):
             with lasting():
                 self._engine.flat = FlatBuffers(self._params())
 
@@ -207,6 +207,13 @@ class FusedAdam(torch.optim.Adam):
                     f"precision={group['precision']!r} cannot be combined with {name}={value!r}, because {reason}"
                 )
 
+    def _check_before_step(self, group: dict[str, Any]) -> None:
+        """The same for a group that somebody may have edited since it was added."""
+        self._check_group(group)
+        for param in group["params"] if group["fused"] else ():
+            if param.is_meta:
+                _device_dtype_check_for_fused(param)
+
     @overload
     def step(self, closure: None = None) -> None: ...
     @overload
@@ -239,7 +246,7 @@ class FusedAdam(torch.optim.Adam):
                 loss = closure()
         with torch.no_grad():
             self._move_to_buffers()
-            self._engine.step(self.param_groups, self.state, self._guard(), self._check_group)
+            self._engine.step(self.param_groups, self.state, self._guard(), self._check_before_step)
         return loss
 
     def _end_round(self, closure: object) -> None:
@@ -257,7 +264,7 @@ class FusedAdam(torch.optim.Adam):
     def _step_only(self, params: Sequence[Tensor]) -> None:
         """Step these parameters alone: each has a gradient."""
         self._check_at_home()
-        self._engine.step(self.param_groups, self.state, Guard(), self._check_group, params)
+        self._engine.step(self.param_groups, self.state, Guard(), self._check_before_step, params)
 
     def _check_at_home(self) -> None:
         if self._engine.origins is not None:

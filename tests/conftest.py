@@ -11,6 +11,9 @@ import torch
 
 torch.set_num_threads(1)  # two workers share two cores; results do not depend on it
 
+# A kernel that hangs must not take the whole run with it. Compiling for a dtype mix takes seconds.
+GPU_LIMIT_S = 120
+
 
 def pytest_configure(config: pytest.Config) -> None:
     if config.option.markexpr == "gpu":
@@ -23,8 +26,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     native = config.option.markexpr == "gpu"
     reason = "there is no GPU here" if native else "runs natively, under `pytest -m gpu`"
     for item in items:
-        if item.get_closest_marker("gpu") and not (native and torch.cuda.is_available()):
-            item.add_marker(pytest.mark.skip(reason=reason))
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.timeout(GPU_LIMIT_S))
+            if not (native and torch.cuda.is_available()):
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -260,7 +260,7 @@ class Model:
         for o, i in listed:
             self.weights[i].begin(o)
         multiplier, multiplier_error = 1 / grad_scale, 0.0
-        if listed and (self.max_grad_norm is not None or self.skip_nonfinite):
+        if self.max_grad_norm is not None or self.skip_nonfinite:
             self.norm = math.sqrt(sum(float(np.square(grads[i]).sum()) for _, i in listed)) / grad_scale
             if self.max_grad_norm is not None:  # torch.nn.utils.clip_grad_norm_
                 multiplier *= min(1.0, self.max_grad_norm / (self.norm + 1e-6))

@@ -108,7 +108,7 @@ class Side:
         pair = (self.params, self.optimizer)
         self.params, self.optimizer = copy.deepcopy(pair) if how == "deepcopy" else pickle.loads(pickle.dumps(pair))
         self.guards = []
-        self.optimizer.zero_grad()  # with flatten=True its first use gives every parameter a gradient of zeros
+        self.optimizer.zero_grad()
 
     def set_grad(self, i: int, grad: Tensor | None, keep: bool) -> None:
         """keep: write into the gradient that is there, as backward does."""

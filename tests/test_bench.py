@@ -157,11 +157,12 @@ def test_one_changed_bit_is_found(short_run):
 
 
 def test_a_wrong_optimizer_fails_the_demo(tmp_path, monkeypatch, capsys):
-    class OffByOneInTenThousand(torch.optim.AdamW):
+    # One in ten thousand is within the tolerance of three steps on some texts, and each Python's library is another.
+    class OffByOneInAThousand(torch.optim.AdamW):
         def __init__(self, groups, lr, flatten):
-            super().__init__(groups, lr=lr * (1.0001 if flatten else 1.0002))
+            super().__init__(groups, lr=lr * (1.001 if flatten else 1.002))
 
-    monkeypatch.setattr(demo, "FusedAdamW", OffByOneInTenThousand)
+    monkeypatch.setattr(demo, "FusedAdamW", OffByOneInAThousand)
     assert cli.main(["demo", "--steps", "3", "--device", "cpu", "--out", str(tmp_path / "wrong.png")]) == 1
     printed = capsys.readouterr().out
     assert "DOES NOT AGREE" in printed and "DIFFER IN BITS" in printed

@@ -350,3 +350,24 @@ def test_a_state_dict_holds_what_a_differentiable_step_made():
     clone.grad = torch.ones(3, requires_grad=True) * 2
     optimizer.step()
     assert optimizer.state_dict()["state"][0]["exp_avg"].requires_grad
+
+
+@pytest.mark.gpu
+def test_copies_can_be_sent_from_a_gpu_to_another_process():
+    """What is sent without a copy raises, in this process: CUDA shares whole allocations."""
+    from torch.multiprocessing.reductions import reduce_tensor
+
+    params = [torch.nn.Parameter(torch.ones(100, device="cuda")) for _ in range(3)]
+    optimizer = FusedAdamW(params, flatten=True)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    saved = optimizer.state_dict()
+    with pytest.raises(RuntimeError, match="invalid device pointer"):
+        reduce_tensor(saved["state"][1]["exp_avg"])
+    with pytest.raises(RuntimeError, match="invalid device pointer"):
+        reduce_tensor(params[1].detach())
+    copies = [entry.values() for entry in copy.deepcopy(saved)["state"].values()]
+    for value in (value for values in copies for value in values):
+        reduce_tensor(value)
+    reduce_tensor(copy.deepcopy(params[1]).detach())

@@ -117,7 +117,9 @@ def test_a_parameter_that_moves_to_a_precision_that_would_lose_bits_is_refused()
     train(optimizer, 2)
     before = results(optimizer)
     optimizer.param_groups[1]["params"].insert(0, optimizer.param_groups[0]["params"].pop())
-    with pytest.raises(ValueError, match=r"parameter 0 \(group 1\) has 'remainder', which its precision does not store"):
+    with pytest.raises(
+        ValueError, match=r"parameter 0 \(group 1\) has 'remainder', which its precision does not store"
+    ):
         train(optimizer, 1, first=2)
     assert same_bits(results(optimizer), before)
     optimizer.param_groups[0]["params"] += optimizer.param_groups[1]["params"]
@@ -190,7 +192,7 @@ def test_steps_in_backward_leave_parameters_alone_that_left():
     first, *_ = params = list(module.parameters())
     optimizer = FusedAdamW(module.parameters())
     step_in_backward(module, optimizer)
-    optimizer.param_groups[0]["params"].remove(first)
+    del optimizer.param_groups[0]["params"][0]
     before = first.detach().clone()
     module(torch.ones(2, 4)).sum().backward()
     optimizer.step()
@@ -205,7 +207,9 @@ class Tied(nn.Module):
         self.last.weight = self.first.weight
 
     def forward(self, x, use_reentrant):
-        return checkpoint(self.last, checkpoint(self.first, x, use_reentrant=use_reentrant), use_reentrant=use_reentrant)
+        return checkpoint(
+            self.last, checkpoint(self.first, x, use_reentrant=use_reentrant), use_reentrant=use_reentrant
+        )
 
 
 def test_a_second_gradient_of_tied_weights_has_advice_that_works():
@@ -288,12 +292,13 @@ def test_gradients_of_a_parameter_that_left_are_not_zeroed():
     train(optimizer, 2)
     optimizer.zero_grad()
     theirs.grad.fill_(5)
-    optimizer.param_groups[0]["params"].remove(theirs)
+    del optimizer.param_groups[0]["params"][1]
     other = FusedAdam([theirs])
     optimizer.zero_grad()
     assert (theirs.grad == 5).all()
+    before = theirs.detach().clone()
     other.step()
-    assert (theirs < 1).all()
+    assert (theirs < before).all()
     train(optimizer, 1)
     assert theirs.grad is not None
 
@@ -302,14 +307,15 @@ def test_buffers_of_parameters_that_were_replaced_are_freed():
     """As Accelerate does under FSDP2: other parameters take their places in the groups."""
     module = model()
     optimizer = FusedAdam(module.parameters(), flatten=True)
-    train(optimizer, 2)
+    for param in module.parameters():
+        param.grad = torch.ones_like(param)
+    optimizer.zero_grad()
     flat = optimizer._engine.flat
     buffers = [weakref.ref(x) for x in (flat.grad_segments[0], next(iter(flat.places.values())).param.segment)]
     twin = copy.deepcopy(module)
     optimizer.param_groups[0]["params"] = list(twin.parameters())
-    del module, flat
+    del module, flat, param
     optimizer.zero_grad()
-    optimizer.step()
     gc.collect()
     assert [buffer() for buffer in buffers] == [None, None]
     train(optimizer, 1)

@@ -7,10 +7,13 @@ import os
 import random
 import time
 
-import hypothesis
-import hypothesis.strategies as st
 import pytest
 import torch
+
+pytest.importorskip("hypothesis")  # a machine with a GPU may lack it
+
+import hypothesis
+import hypothesis.strategies as st
 from fuzz_machine import Optimizers
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import run_state_machine_as_test

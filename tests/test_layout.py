@@ -1,6 +1,7 @@
 """The house: who imports whom, what an import costs, and what every module says of itself."""
 
 import ast
+import os
 import pathlib
 import subprocess
 import sys
@@ -16,7 +17,7 @@ MODULES = sorted(
 ALLOWED = {
     "fused_adam": {"fused_adam.groups", "fused_adam.optimizer", "fused_adam.release", "fused_adam.version"},
     "fused_adam.arguments": {"fused_adam.scalars"},
-    "fused_adam.groups": set(),
+    "fused_adam.groups": {"fused_adam.scalars"},
     "fused_adam.release": {"fused_adam.optimizer"},
     "fused_adam.version": set(),
     "fused_adam.arena": {"fused_adam.distributed", "fused_adam.precision"},
@@ -31,9 +32,14 @@ ALLOWED = {
         *("fused_adam.arena", "fused_adam.convert", "fused_adam.distributed", "fused_adam.flatten"),
         "fused_adam.precision",
     },
+    "fused_adam.shapes": {
+        *("fused_adam.arena", "fused_adam.distributed", "fused_adam.plan", "fused_adam.precision"),
+        "fused_adam_kernels.table",
+    },
     "fused_adam.checkpoint": {
+        "fused_adam.shapes",
         *("fused_adam.arena", "fused_adam.codecs", "fused_adam.convert", "fused_adam.distributed"),
-        "fused_adam.precision",
+        *("fused_adam.precision", "fused_adam.scalars"),
     },
     "fused_adam.convert": {
         *("fused_adam.arena", "fused_adam.codecs", "fused_adam.distributed", "fused_adam.precision"),
@@ -55,11 +61,13 @@ ALLOWED = {
         "fused_adam.arguments",
         *("fused_adam.arena", "fused_adam.backend", "fused_adam.distributed", "fused_adam.flatten"),
         *("fused_adam.plan", "fused_adam.scalars", "fused_adam.watch", "fused_adam_kernels.table"),
+        "fused_adam.shapes",
     },
     "fused_adam.optimizer": {
         *("fused_adam.arena", "fused_adam.arguments", "fused_adam.backend", "fused_adam.checkpoint"),
         "fused_adam.distributed",
         *("fused_adam.engine", "fused_adam.flatten", "fused_adam.offload", "fused_adam.precision"),
+        "fused_adam.shapes",
         *("fused_adam.scalars", "fused_adam_kernels.table"),
     },
     "fused_adam.offload": {"fused_adam.arena", "fused_adam.distributed", "fused_adam.precision"},
@@ -79,8 +87,9 @@ ALLOWED = {
     },
     # The update's access pattern without arithmetic, launched as the update is.
     "bench.ceiling": {"fused_adam_kernels.adam"},
-    # The names and bytes of recipes.
+    # The names and bytes of recipes, and the parameters they are for.
     "bench.recipes": {"fused_adam.precision"},
+    "bench.peers": {"fused_adam.precision"},
     # Takes launches away or reshapes them, to time Python alone or to find better shapes: no public name does that.
     "bench.stub": {"fused_adam_kernels.adam", "fused_adam_kernels.launch"},
 }
@@ -130,7 +139,9 @@ def test_every_module_says_what_lives_there(path):
 
 
 def run(code, *options):
-    environment = {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "PATH": "/usr/bin:/bin"}
+    # Torch itself may need what else is set, such as LD_LIBRARY_PATH.
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "PATH": "/usr/bin:/bin"}
+    environment.pop("TRITON_INTERPRET", None)
     return subprocess.run([sys.executable, *options, "-c", code], capture_output=True, text=True, env=environment)
 
 

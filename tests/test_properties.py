@@ -2,9 +2,13 @@
 
 import copy
 
-import hypothesis.strategies as st
 import oracle
+import pytest
 import torch
+
+pytest.importorskip("hypothesis")  # a machine with a GPU may lack it
+
+import hypothesis.strategies as st
 from hypothesis import HealthCheck, given, settings
 from oracle import Options
 from training import MOMENTS, values

@@ -4,6 +4,7 @@ import contextlib
 import io
 import pathlib
 import re
+import tomllib
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ from torch import nn
 
 from fused_adam.precision import parse
 
-README = (pathlib.Path(__file__).parent.parent / "README.md").read_text()
+ROOT = pathlib.Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
 
 
@@ -70,6 +72,18 @@ def test_recipes_cost_what_the_table_says(line):
 
 def test_the_published_hash_is_the_tested_one():
     assert HASH in README
+
+
+def test_the_oldest_versions_are_the_same_everywhere():
+    """torch 2.11 and Triton 3.6 are the oldest that these tests pass with; Python 3.11 is."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    python = project["requires-python"].removeprefix(">=")
+    stated = dict(re.match(r"(\w+)>=([\d.]+)", dependency).groups() for dependency in project["dependencies"])
+    assert {"python": python, **stated} == {"python": "3.11", "torch": "2.11", "triton": "3.6"}
+    wanted = f"(Python >= {python}, torch >= {stated['torch']}, on Linux triton >= {stated['triton']};"
+    assert wanted in README and f"python3 ({python} or newer)" in README
+    assert f"install triton>={stated['triton']}," in (ROOT / "fused_adam" / "backend.py").read_text()
+    assert re.search(rf"^TRITONS := {stated['triton']}\.0 ", (ROOT / "Makefile").read_text(), re.M)
 
 
 def test_every_guarantee_names_tests_that_exist():

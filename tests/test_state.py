@@ -47,7 +47,10 @@ def test_tensors_that_are_put_there_are_used_where_they_are(backend, dtype, prec
     """Of any length: behind the end of the user's memory nothing is read or written."""
     if backend == "compiled" and precision:
         pytest.skip("compiled steps know no recipes")
-    plain, optimizer = new(dtype, precision=precision, backend=backend), new(dtype, precision=precision, backend=backend)
+    plain, optimizer = (
+        new(dtype, precision=precision, backend=backend),
+        new(dtype, precision=precision, backend=backend),
+    )
     train(plain, 2)
     train(optimizer, 2)
     buffers = []
@@ -328,7 +331,10 @@ def test_an_entry_that_lost_something_is_refused_before_anything_changes(key):
     param = members(optimizer)[2]
     optimizer.state[param].pop(key)
     before = [p.detach().clone() for p in members(optimizer)]
-    with pytest.raises(ValueError, match=rf"state of parameter 2 \(group 0\) has 'step'.*lacks '{key}'" if key != "step" else "lacks 'step'"):
+    with pytest.raises(
+        ValueError,
+        match=rf"state of parameter 2 \(group 0\) has 'step'.*lacks '{key}'" if key != "step" else "lacks 'step'",
+    ):
         optimizer.step()
     assert all(map(torch.equal, members(optimizer), before))
     optimizer.state[param] = {}  # as the text says
