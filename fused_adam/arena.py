@@ -83,8 +83,15 @@ class Slot:
         return apart(self.segment[self.start : self.start + self.numel])
 
     def view(self, like: Tensor) -> Tensor:
-        """These elements in the shape and layout of `like` (complex if it is)."""
-        elements = self.flat()
+        """These elements in the shape and layout of `like` (complex if it is), in a storage of their own."""
+        return self._shaped(self.flat(), like)
+
+    def view_within(self, like: Tensor) -> Tensor:
+        """The same as a view of the segment."""
+        return self._shaped(self.segment[self.start : self.start + self.numel], like)
+
+    @staticmethod
+    def _shaped(elements: Tensor, like: Tensor) -> Tensor:
         if like.is_complex():
             elements = torch.view_as_complex(elements.view(-1, 2))
         return elements.as_strided(*dense_layout(like))

@@ -11,41 +11,59 @@ import torch
 from torch import Tensor
 
 from . import codecs, shapes
-from .arena import Arena, Entries, State, apart
+from .arena import Arena, Entries, Slot, State, apart
 from .convert import convert, decode, parts_of_entry, same_storage, widened
 from .distributed import like, local
 from .precision import ENTRIES, WEIGHTS, as_seed, parse
 from .scalars import is_number
 
 
-def export_steps(state_dict: dict[str, Any]) -> dict[str, Any]:
-    """Give every entry a step tensor of its own, on the CPU unless its group is fused or capturable (torch's rule).
+def exported(state_dict: dict[str, Any], arena: Arena) -> dict[str, Any]:
+    """A state_dict that may leave: step tensors of its own, and moments that can be sent to another process.
 
-    Ours are views of one flat buffer on the device: torch.optim would advance a shared one once per parameter,
-    and wait for the device once per parameter. The rest are other tensors over the same memory: torch.multiprocessing
-    moves the storages of what is sent to another process, when it gets there.
+    Steps are on the CPU unless their group is fused or capturable (torch's rule). Ours are views of one flat buffer on
+    the device: torch.optim would advance a shared one once per parameter, and wait for the device as often.
     """
     stays = {
         index: group.get("fused") or group.get("capturable")
         for group in state_dict["param_groups"]
         for index in group["params"]
     }
-    copies: dict[torch.Tensor, Tensor] = {}
+    places = {id(home.view(key)): slot for home in arena.homes.values() for key, slot in home.slots.items()}
+    counts = {id(home.view("step")): home for home in arena.homes.values() if home.counters and home.counters.ours}
+    on_host: dict[int, Tensor] = {}  # one copy for all counters of a buffer
     state = {}
     for index, entry in state_dict["state"].items():
         if isinstance(entry, dict) and isinstance(entry.get("step"), Tensor):
             step = entry["step"]
+            home = counts.get(id(step))
             if step.device.type == "cpu" or stays.get(index):
                 step = step.clone()
-            else:  # one copy to the host for all counters of one buffer
-                base = step._base if step._base is not None else step
-                if base not in copies:
-                    copies[base] = base.cpu()
-                step = copies[base].view(-1)[step.storage_offset()].clone()
-            sent = {key: apart(value) for key, value in entry.items() if key in ENTRIES and _may_be_ours(value)}
+            elif home and home.counters:
+                steps = home.counters.steps
+                if id(steps) not in on_host:
+                    on_host[id(steps)] = steps.cpu()
+                step = on_host[id(steps)][home.counter].clone()
+            else:
+                step = step.cpu()
+            sent = {key: _sendable(entry[key], places) for key in entry if key in ENTRIES}
             entry = {**entry, **sent, "step": step}
         state[index] = entry
     return {**state_dict, "state": state}
+
+
+def _sendable(value: Any, places: Mapping[int, Slot]) -> Any:
+    """The same memory, as torch.multiprocessing can send it.
+
+    On the CPU it moves the storage of what is sent into shared memory, when it gets there: so never a storage that we
+    step on. On a GPU it sends whole allocations alone: so the segment, of which the value is a view.
+    """
+    if not _may_be_ours(value):
+        return value
+    if value.device.type == "cpu":
+        return apart(value)
+    slot = places.get(id(value))
+    return value if slot is None else slot.view_within(value)
 
 
 def _may_be_ours(value: object) -> bool:
@@ -208,11 +226,11 @@ def export_fp32(groups: Sequence[dict[str, Any]], state_dict: dict[str, Any]) ->
         if entry:
             kept = {key: value for key, value in entry.items() if key not in ENTRIES}
             state[number] = {**kept, **{key: like(param, key, value.clone()) for key, value in values.items()}}
-    exported = [
+    groups_of_torch = [
         {key: value for key, value in group.items() if key not in ("precision", "seed")}
         for group in state_dict["param_groups"]
     ]
-    return {"params": weights, "state": export_steps({"state": state, "param_groups": exported})}
+    return {"params": weights, "state": exported({"state": state, "param_groups": groups_of_torch}, Arena())}
 
 
 def _settle(arena: Arena, state: State, param: Tensor, entry: dict[str, Any], wanted: Entries) -> None:

@@ -416,8 +416,12 @@ class FusedAdam(torch.optim.Adam):
         return checkpoint.export_fp32(self.param_groups, super().state_dict())
 
     def state_dict(self) -> dict[str, Any]:
-        """torch's form: loads into torch.optim.Adam(W) and back. Moments are not copied; steps are."""
-        return checkpoint.export_steps(super().state_dict())
+        """torch's form: loads into torch.optim.Adam(W) and back. Moments are not copied; steps are.
+
+        Its tensors may be sent to other processes. On a GPU they are views of flat segments for that: to save one of
+        them alone, take it from `optimizer.state`, or clone it.
+        """
+        return checkpoint.exported(super().state_dict(), self._engine.arena)
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
