@@ -118,10 +118,7 @@ class StepInBackward:
                 self._take(param)
 
     def _take(self, param: Tensor) -> None:
-        # Groups are the user's to edit: which parameters the optimizer has, and where, is asked anew each time.
-        if not self._optimizer._engine.has(self._optimizer.param_groups, param):
-            return
-        if param in self._stepped:
+        if param in self._stepped and self._in_groups([param]):
             raise RuntimeError(
                 f"a parameter of shape {tuple(param.shape)} got a second gradient before optimizer.step(). After "
                 "several calls of backward: call step() after each, or run all but the last under `with "
@@ -150,8 +147,12 @@ class StepInBackward:
         while self._waiting:
             self._step(self._waiting.pop(next(iter(self._waiting))))
 
+    def _in_groups(self, params: list[Tensor]) -> list[Tensor]:
+        """Groups are the user's to edit: what the optimizer no longer has is not ours to step, nor its gradient to free."""
+        return self._optimizer._engine.in_groups(self._optimizer.param_groups, params)
+
     def _step(self, ready: list[Tensor]) -> None:
-        ready = [param for param in ready if param.grad is not None]
+        ready = self._in_groups([param for param in ready if param.grad is not None])
         self._optimizer._step_only(ready)
         for param in ready:
             param.grad = None
