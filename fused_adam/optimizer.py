@@ -54,9 +54,12 @@ class FusedAdam(torch.optim.Adam):
             seed, step, element and the parameter's position in this optimizer. Two optimizers with
             one seed draw the same bits for their first parameters, for their second ones and so on:
             with an optimizer per parameter or per layer, give each a seed of its own.
-        flatten: move parameters and gradients into flat buffers at construction (those that are trained, dense and
-            own their whole storage; others stay). `zero_grad()` then zeroes the buffers whatever `set_to_none` says,
-            so an unused parameter has a zero gradient, as with torch's `set_to_none=False`. Same bits.
+        flatten: move parameters into flat buffers at construction: those that are trained, dense, and the only
+            owners of memory that torch allocated; others stay. From the first `zero_grad()` after its first gradient
+            on, a parameter's gradient is a view of a flat buffer, which backward adds to. Nothing else changes: a view
+            that nothing has written to is no gradient (the README lists what a GPU cannot tell), and the bits are
+            the same. On a GPU flat parameters cannot be sent to other processes, because CUDA sends whole
+            allocations.
         max_grad_norm: clip the gradients' global L2 norm, as `torch.nn.utils.clip_grad_norm_` before the step would,
             without writing them and without waiting for the device. The norm is `optimizer.grad_norm`; with inf it
             is measured, and finite gradients are left alone.
@@ -68,6 +71,9 @@ class FusedAdam(torch.optim.Adam):
             gradient. Scale it yourself: torch's GradScaler looks at `grad` alone, and such a step raises.
         backend: "auto" (triton on GPUs, reference on CPU), "triton", "reference" or "compiled" (the reference
             through torch.compile: CPU only, needs a C++ compiler). All give the same bits.
+
+    `state` is an ordinary dict of dicts, the user's to edit: what stands there at a step is stepped on, where it is if it
+    is stored as we would, else copied into flat memory.
 
     State per parameter is torch's: `step`, `exp_avg`, `exp_avg_sq` and with amsgrad `max_exp_avg_sq`, in the
     parameter's dtype; checkpoints are exchanged with torch.optim.Adam(W) both ways. A precision stores what its name
@@ -320,7 +326,10 @@ class FusedAdam(torch.optim.Adam):
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Reset all gradients; those in flat buffers (`flatten=True`) are zeroed whatever `set_to_none` says.
+        """Reset all gradients.
+
+        With `flatten=True` views of the zeroed buffers take the place of None. Until something writes to them the
+        parameter has no gradient for a step. `set_to_none=False` leaves gradients of zeros, as in torch.
 
         With a `grad_attribute`, its gradients too: "decoupled_grad" as `set_to_none` says, "main_grad" always to zero
         and in place, because it is a view of a buffer that backward adds to.
