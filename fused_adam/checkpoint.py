@@ -7,7 +7,6 @@ from copy import deepcopy
 from itertools import chain
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from . import codecs, shapes

@@ -211,7 +211,7 @@ class Engine:
         return kept, found
 
     def _key(self, only: tuple[int, ...] | None) -> Key:
-        """What plans are kept by: which parameters are stepped, and which of all have their gradients in our buffers."""
+        """What plans are kept by: which parameters are stepped, and whose gradients lie in flat buffers."""
         if only is not None:
             return True, only, ()
         grads = self.read_grads(self.params)

@@ -95,9 +95,9 @@ def read_grad(params: Sequence[Tensor]) -> list[Tensor | None]:
 class FlatBuffers:
     """Parameters and gradients of one optimizer in flat segments per (device, dtype).
 
-    `zero_grad()` gives every parameter that ever had a gradient a view of its slot for the next one. A view that nothing
-    has written to since it was zeroed is no gradient: torch would have None there. The view's version counter tells.
-    Where that cannot, views count as gradients, see `always`.
+    `zero_grad()` gives every parameter that ever had a gradient a view of its slot for the next one. A view that
+    nothing has written to since it was zeroed is no gradient: torch would have None there. The view's version counter
+    tells. Where that cannot, views count as gradients, see `always`.
 
     Args:
         params: all parameters. Those not eligible stay where they are and are used through their addresses.

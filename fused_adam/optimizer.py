@@ -72,8 +72,8 @@ class FusedAdam(torch.optim.Adam):
         backend: "auto" (triton on GPUs, reference on CPU), "triton", "reference" or "compiled" (the reference
             through torch.compile: CPU only, needs a C++ compiler). All give the same bits.
 
-    `state` is an ordinary dict of dicts, the user's to edit: what stands there at a step is stepped on, where it is if it
-    is stored as we would, else copied into flat memory.
+    `state` is an ordinary dict of dicts, the user's to edit: what stands there at a step is stepped on, where it is if
+    it is stored as we would, else copied into flat memory.
 
     State per parameter is torch's: `step`, `exp_avg`, `exp_avg_sq` and with amsgrad `max_exp_avg_sq`, in the
     parameter's dtype; checkpoints are exchanged with torch.optim.Adam(W) both ways. A precision stores what its name

@@ -148,7 +148,7 @@ class StepInBackward:
             self._step(self._waiting.pop(next(iter(self._waiting))))
 
     def _in_groups(self, params: list[Tensor]) -> list[Tensor]:
-        """Groups are the user's to edit: what the optimizer no longer has is not ours to step, nor its gradient to free."""
+        """Those that the optimizer still has: what left it is not ours to step, nor its gradient to free."""
         return self._optimizer._engine.in_groups(self._optimizer.param_groups, params)
 
     def _step(self, ready: list[Tensor]) -> None:

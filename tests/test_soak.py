@@ -195,7 +195,7 @@ def test_a_forked_child_goes_on_and_the_parent_too(options):
 
 @pytest.mark.parametrize("options", RUNS[1:], ids=str)
 def test_a_spawned_child_shares_parameters_and_state(options):
-    """torch.multiprocessing sends tensors as shared memory: the parent's are the child's, as with torch's optimizers."""
+    """torch.multiprocessing sends tensors as shared memory: the parent's are the child's, as with torch's."""
     optimizer, uninterrupted = trained(options, 3), trained(options, 5)
     assert of_child("spawn", optimizer) == as_lists(results(uninterrupted))
     assert same_bits(results(optimizer), results(uninterrupted))

@@ -73,7 +73,7 @@ def test_tensors_that_are_put_there_are_used_where_they_are(backend, dtype, prec
 
 @pytest.mark.parametrize("flatten", [False, True])
 def test_state_that_is_moved_away_leaves_its_memory_at_once(flatten):
-    """And what comes back is stepped on where it is: nothing is held twice. (On the host as a stand-in for a device.)"""
+    """And what comes back is stepped on where it is: nothing is held twice. (The host stands in for a device.)"""
     plain, optimizer = (new(backend="triton", flatten=flatten) for _ in range(2))
     train(plain, 2)
     train(optimizer, 2)
