@@ -36,6 +36,16 @@ def lasting() -> Iterator[None]:
         yield
 
 
+def members_of(groups: Sequence[dict[str, Any]]) -> list[Tensor]:
+    """All parameters, in order."""
+    return list(chain.from_iterable([group["params"] for group in groups]))
+
+
+def options_of(groups: Sequence[dict[str, Any]]) -> list[Any]:
+    """What groups say that launches depend on: first how many parameters are whose."""
+    return [(len(group["params"]), group["amsgrad"], group.get("precision"), group.get("seed")) for group in groups]
+
+
 @dataclass(slots=True, eq=False)
 class Plan:
     """How one set of parameters is stepped. Holds no state: what the user takes out of it is free at once."""
@@ -114,13 +124,13 @@ class Engine:
         """
         capturing = backends.is_capturing()
         self.moved.clear()  # of a step that failed
-        params, options = self._members_of(groups)
+        known = self._still_known(groups) and self.arena.counters_unchanged()
+        params = self.params if known else members_of(groups)
         if shapes.are_all(params):
             self.stats = shapes.step(groups, state, self.read(params), only, self.guards)
             return
         if self.flat:
             self.flat.always = self.flat.uncounted or any(group["capturable"] for group in groups)
-        known = self._still_known(params, options) and self.arena.counters_unchanged()
         found = self._find(state, self._positions(only)) if known else None
         if found is None:
             if capturing:
@@ -152,26 +162,19 @@ class Engine:
                 state,
             )
 
-    @staticmethod
-    def _members_of(groups: Sequence[dict[str, Any]]) -> tuple[list[Tensor], list[Any]]:
-        """All parameters in order, and what groups say that launches depend on: also which of them are whose."""
-        params = list(chain.from_iterable([group["params"] for group in groups]))
-        return params, [
-            (len(group["params"]), group["amsgrad"], group.get("precision"), group.get("seed")) for group in groups
-        ]
-
-    def _still_known(self, params: list[Tensor], options: list[Any]) -> bool:
+    def _still_known(self, groups: Sequence[dict[str, Any]]) -> bool:
+        """Whether groups have the parameters and options that plans were made for, and state is where it was."""
+        params = chain.from_iterable([group["params"] for group in groups])
         return (
-            len(params) == len(self.params)
+            options_of(groups) == self.options  # so there are as many parameters
             and all(map(operator.is_, params, self.params))
-            and options == self.options
             and self.moves == self.arena.moves
         )
 
     def _learn(self, groups: Sequence[dict[str, Any]]) -> None:
         """Take the groups as they are now, and drop what was decided for others."""
         self.forget()
-        self.params, self.options = self._members_of(groups)
+        self.params, self.options = members_of(groups), options_of(groups)
         for i, param in enumerate(self.params):
             self.members.setdefault(id(param), []).append(i)
         if self.flat:
@@ -180,8 +183,7 @@ class Engine:
 
     def in_groups(self, groups: Sequence[dict[str, Any]], params: Sequence[Tensor]) -> list[Tensor]:
         """Those of the parameters that are in a group."""
-        everyone, options = self._members_of(groups)
-        known = self.members if self._still_known(everyone, options) else set(map(id, everyone))
+        known = self.members if self._still_known(groups) else set(map(id, members_of(groups)))
         return [param for param in params if id(param) in known]
 
     def _positions(self, only: Sequence[Tensor] | None) -> tuple[int, ...] | None:
@@ -320,7 +322,7 @@ class Engine:
             live,
             [row.home for row in rows],
             [backends.bind(devices[section.device], section, self.guards) for section in sections],
-            Watch(live, found, idle, self.flat, self.flat.read if self.flat else self.read, self.moved),
+            Watch(live, found, idle, self.flat, self.read, self.moved),
             StateWatch(state, [(live[row.index], row.home, row.dtypes) for row in in_order]),
             [[row.home for row in span.rows] for span in spans if len(span.rows) > 1],
             [param for param in live if not param.is_inference()]

@@ -152,13 +152,10 @@ class FlatBuffers:
             i for i, (place, grad) in enumerate(zip(places, grads, strict=True)) if place and grad is place.grad_view
         )
 
-    def all_written(self, places: Sequence[Place], views: Sequence[Tensor]) -> bool:
-        """Whether each of these views is a gradient."""
-        return (
-            self.always
-            or all(map(operator.ne, [view._version for view in views], [place.zeroed for place in places]))
-            or not any(place.is_zeroed() for place in places)
-        )
+    def all_written(self, places: Sequence[Place]) -> bool:
+        """Whether the view of each place is a gradient."""
+        written = self.always or all([place.grad_view._version != place.zeroed for place in places])
+        return written or not any(place.is_zeroed() for place in places)
 
     def look_for_uncounted(self) -> None:
         """Let all views count from now on if one is not zero that nothing is known to have written to.

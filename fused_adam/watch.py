@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from itertools import repeat
+from itertools import compress, repeat
 from typing import Any
 
 import torch
@@ -76,11 +76,17 @@ class StateWatch:
     def __init__(self, state: State, members: Sequence[tuple[Tensor, Home, dict[str, torch.dtype]]]) -> None:
         self.members = members
         self.params = [param for param, *_ in members]
-        places = [(home.refs[key], home.slots[key]) for _, home, dtypes in members for key in dtypes]
+        places = [
+            (slot.segment, home.refs[key], slot.address)
+            for _, home, dtypes in members
+            for key, slot in home.slots.items()
+            if key in dtypes
+        ]
+        places += [(home.counters.steps, home.refs["step"], home.step_address) for _, home, _ in members if home.counters]
         if len(places) > self.ALL:
-            places = list({id(slot.segment): (ref, slot) for ref, slot in places}.values())
-        self.refs = [ref for ref, _ in places]
-        self.addresses = [slot.address for _, slot in places]
+            places = list({id(segment): (segment, ref, address) for segment, ref, address in places}.values())
+        self.refs = [ref for _, ref, _ in places]
+        self.addresses = [address for *_, address in places]
         self._note(state)
 
     def _note(self, state: State) -> None:
@@ -145,28 +151,31 @@ class Watch:
         self.slots = [slots.get(param, 0) for param in live]
         self.grad_addresses = list(map(data_ptr, grads))
         self.at_home = list(map(operator.eq, self.grad_addresses, self.slots))
-        # Gradients that are the very views we made of our buffers: their addresses say all.
-        places = [buffers.places[param] for param in live if param in buffers.places] if buffers else []
-        views = [place.grad_view for place in places]
-        self.places = places if len(views) == len(grads) and all(map(operator.is_, views, grads)) else None
-        self.views = views
-        self.layouts = Layouts(memory if self.places else [*memory, *grads])
+        # Gradients in our buffers: gradients only if something has written to them.
+        self.places = [buffers.places[param] for param in compress(live, self.at_home)] if buffers else []
+        # If all are the very views that we made of our buffers, their addresses say all.
+        views = [place.grad_view for place in self.places]
+        self.views = views if views and len(views) == len(grads) and all(map(operator.is_, views, grads)) else None
+        self.layouts = Layouts(memory)
+        self.grad_layouts = None if self.views else Layouts(grads)
 
     def gradients(self) -> tuple[list[Tensor], list[int]] | None:
         """This step's gradients of the live parameters and their addresses; None if the plan no longer fits.
 
         Gradients may have moved; parameters, layouts, and who has a gradient may not have changed.
         """
-        if any(map(operator.is_not, self.read(self.idle), repeat(None))):
+        idle = self.buffers.read(self.idle) if self.buffers else self.read(self.idle)
+        if any(map(operator.is_not, idle, repeat(None))):
             return None
-        grads: list[Any] = read_grad(self.live) if self.places else self.read(self.live)
-        if self.places and self.buffers:
-            if not all(map(operator.is_, grads, self.views)) or not self.buffers.all_written(self.places, self.views):
-                return None
+        grads: list[Any] = self.read(self.live)
+        if self.views and not all(map(operator.is_, grads, self.views)):
+            return None
+        if self.places and self.buffers and not self.buffers.all_written(self.places):
+            return None
         memory = self.live
         if self.shards:
             memory, grads = self.shards.parts(), self.shards.gradient_parts(grads, self.moved)
-        if not self.layouts.hold(memory if self.places else [*memory, *grads]):
+        if not self.layouts.hold(memory) or (self.grad_layouts and not self.grad_layouts.hold(grads)):
             return None
         if list(map(data_ptr, memory)) != self.addresses:
             return None
@@ -175,4 +184,5 @@ class Watch:
             if list(map(operator.eq, addresses, self.slots)) != self.at_home:
                 return None
             self.grad_addresses = addresses
-        return grads, addresses
+        # The same list if it can be: whoever compares it with the last one is done at once.
+        return grads, self.grad_addresses
