@@ -147,3 +147,5 @@ def test_a_step_on_meta_says_what_to_do(backend, fused):
     with pytest.raises(RuntimeError, match="`fused=True` requires .* but torch.float32 and meta" if fused else text):
         optimizer.step()
     assert not optimizer.state_dict()["state"]
+    optimizer.zero_grad()
+    optimizer.step()  # without gradients there is nothing to refuse
