@@ -148,7 +148,7 @@ class Watch:
         memory = self.shards.parts() if self.shards else self.live
         self.addresses = list(map(data_ptr, memory))
         slots = buffers.grad_addresses if buffers else {}
-        self.slots = [slots.get(param, 0) for param in live]
+        self.slots = [slots.get(param, -1) for param in live]  # no address: empty gradients have 0
         self.grad_addresses = list(map(data_ptr, grads))
         self.at_home = list(map(operator.eq, self.grad_addresses, self.slots))
         # Gradients in our buffers: gradients only if something has written to them.

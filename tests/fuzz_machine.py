@@ -36,6 +36,21 @@ class Optimizers(Lockstep):
     def add_param_group(self, options, precision, members, seed):
         self._add(options, precision, members, seed)
 
+    @precondition(lambda self: len(self.model.groups) > 1)
+    @rule(source=INDEXES, goal=INDEXES, which=INDEXES, where=INDEXES)
+    def move_to_another_group(self, source, goal, which, where):
+        """Or within one."""
+        groups = self.model.groups
+        source, goal = source % len(groups), goal % len(groups)
+        old, new = groups[source][1], groups[goal][1]
+        which, where = which % len(old), where % (len(new) + 1)
+        if len(old) == 1 or self.model.weights[old[which]].precision != self.model.weights[new[0]].precision:
+            return
+        new.insert(where, old.pop(which))
+        for side in self.sides:
+            lists = [group["params"] for group in side.optimizer.param_groups]
+            lists[goal].insert(where, lists[source].pop(which))
+
     @rule(i=INDEXES)
     def freeze_or_unfreeze(self, i):
         i %= len(self.scales)
@@ -81,6 +96,22 @@ class Optimizers(Lockstep):
             assert before == [side.snapshot(j) for j in range(len(self.scales))]
 
     # State and memory -----------------------------------------------------------------------------------------------
+
+    @rule(how=st.sampled_from(["tensors", "data", "entries", "dict"]))
+    def move_state(self, how):
+        """To other memory, as it is: the next step has to follow."""
+        for side in self.sides:
+            state = side.optimizer.state
+            for param, entry in list(state.items()):
+                if how == "data":
+                    for value in entry.values():
+                        value.data = value.data.clone()
+                elif how != "dict":
+                    entry = {key: value.clone() for key, value in entry.items()}
+                    state[param] = entry if how == "entries" else state[param]
+                    state[param].update(entry)
+            if how == "dict":
+                side.optimizer.state = dict(reversed(state.items()))
 
     @rule(what=st.sampled_from(["write", "replace", "step"]), i=INDEXES, seed=SEEDS)
     def edit_state(self, what, i, seed):
@@ -207,8 +238,10 @@ class Optimizers(Lockstep):
     @rule(which=INDEXES)
     def load(self, which):
         saved = self.saved[which % len(self.saved)]
-        if len(saved["groups"]) != len(self.model.groups):
+        then, now = ([members for _, members in groups] for groups in (saved["groups"], self.model.groups))
+        if list(map(len, then)) != list(map(len, now)):
             self._refuse(saved["state_dict"])
+        if then != now:  # by position it would be other parameters' state
             return
         for side in self.sides:
             with torch.no_grad():
