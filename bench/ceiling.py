@@ -7,7 +7,10 @@ import torch
 import triton
 import triton.language as tl
 
-from fused_adam_kernels.adam import BLOCK, NUM_WARPS
+from fused_adam_kernels.config import launch_config
+
+CONFIG = launch_config(torch.float32, torch.float32, "native", "native")
+BLOCK = CONFIG.block
 
 
 @triton.jit
@@ -33,5 +36,5 @@ def move(p: torch.Tensor, g: torch.Tensor, m: torch.Tensor, v: torch.Tensor) -> 
     """Run it over four tensors of one size, a multiple of BLOCK; returns the bytes that were read and written."""
     if p.numel() % BLOCK:
         raise ValueError(f"numel={p.numel()} must be a multiple of {BLOCK}")
-    move_kernel[(p.numel() // BLOCK,)](p, g, m, v, BLOCK, num_warps=NUM_WARPS)
+    move_kernel[(p.numel() // BLOCK,)](p, g, m, v, BLOCK, num_warps=CONFIG.num_warps)
     return 7 * p.nbytes
