@@ -6,6 +6,14 @@ from typing import Any
 import triton
 
 
+def limits_registers() -> bool:
+    """Whether what compiles here takes a limit of registers: NVIDIA's compiler does, the others refuse the option."""
+    if triton.knobs.runtime.interpret:
+        return False
+    backend: str = triton.runtime.driver.active.get_current_target().backend
+    return backend == "cuda"
+
+
 class Launcher:
     """One kernel with its compile-time arguments, on one device.
 
@@ -27,8 +35,8 @@ class Launcher:
         if self.compiled is None:
             # Without fused multiply-adds: every operation rounds once.
             options: dict[str, Any] = {"num_warps": self.num_warps, "enable_fp_fusion": False}
-            if self.max_registers is not None and triton.runtime.driver.active.get_current_target().backend == "cuda":
-                options["maxnreg"] = self.max_registers  # other compilers refuse the option
+            if self.max_registers is not None and limits_registers():
+                options["maxnreg"] = self.max_registers
             self.compiled = self.kernel[(programs,)](*args, *self.constants, **options)
         else:
             self.compiled[programs, 1, 1](*args, *self.constants)
