@@ -11,7 +11,7 @@ OUT=${OUT:-$here/results}
 mkdir -p "$OUT"
 OUT=$(cd "$OUT" && pwd)
 rm -f "$OUT"/{summary.txt,log.txt,profile.txt,verify.json,variants.json,step-fp32.json,step-bf16.json,host.json}
-cores=$(nproc)
+export cores=$(nproc) # before OMP_NUM_THREADS, which nproc obeys
 export PYTHONUNBUFFERED=1 OMP_NUM_THREADS=1 PYTHONPATH=$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH}
 export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$(mktemp -d)}
 mkdir -p "$TRITON_CACHE_DIR"
@@ -54,13 +54,19 @@ fi
 carried=$(kernels)
 
 if wanted environment; then
-  part environment 40 log.txt '^(GPU|card|tools|machine|not measured: FusedAdamW)|MiB' bash -c '
+  part environment 40 log.txt '^(GPU|card|tools|packages|machine):|MiB' bash -c '
     nvidia-smi --query-gpu=name,driver_version,memory.total,memory.used,clocks.sm,clocks.mem --format=csv,noheader ||
       echo "card: none that nvidia-smi names"
     echo "tools: $(for t in ncu compute-sanitizer nvcc gcc; do command -v $t || echo "no $t"; done | xargs)"
-    echo "machine: $(nproc) cores, $(free -g | awk "/Mem/ {print \$2}") GB"
-    "$0" -c "import torch; print(\"GPU:\", torch.cuda.get_device_name() if torch.cuda.is_available() else \"none here\")"
-    "$0" -m pip list 2> /dev/null | grep -iE "^(torch|triton|numpy|pytest|hypothesis|expecttest|bitsandbytes)"
+    echo "machine: $cores cores, $(free -g | awk "/Mem/ {print \$2}") GB"
+    "$0" - << "END"
+import importlib.metadata as metadata
+names = "torch triton numpy pytest pytest-xdist pytest-timeout hypothesis expecttest".split()
+installed = {one.metadata["Name"].lower(): one.version for one in metadata.distributions() if one.metadata["Name"]}
+print("packages:", ", ".join(name + " " + installed.get(name, "none") for name in names))
+import torch
+print("GPU:", torch.cuda.get_device_name() if torch.cuda.is_available() else "there is no GPU here")
+END
     "$0" -m bench env' "$PYTHON"
 fi
 
@@ -107,9 +113,9 @@ if wanted step; then
   rows='^(FusedAdamW|torch )|FAILED|not measured|error|bandwidth'
   step=("$PYTHON" -m bench step --device cuda)
   models=${SMALL:+gpt2/64,many-small}
-  part "step fp32" 50 log.txt "$rows" "${step[@]}" --model "${models:-llama-3-8b/8,gpt2,many-small}" --seconds 20 \
+  part "step fp32" 60 log.txt "$rows" "${step[@]}" --model "${models:-llama-3-8b/8,gpt2,many-small}" --seconds 18 \
     --peers torch-fused,torch-foreach --json "$OUT/step-fp32.json"
-  part "step bf16" 50 log.txt "$rows" "${step[@]}" --model "${models:-llama-3-8b/8,gpt2}" --dtype bfloat16 --seconds 20 \
+  part "step bf16" 60 log.txt "$rows" "${step[@]}" --model "${models:-llama-3-8b/8,gpt2}" --dtype bfloat16 --seconds 18 \
     --precision none,split32-bf16,sr-bf16,split24-int8 --peers torch-fused --json "$OUT/step-bf16.json"
   part host 35 log.txt "$rows" "$PYTHON" -m bench host --device cuda --tensors 100,1000 --seconds 12 \
     --peers torch-fused,torch-foreach --json "$OUT/host.json"
