@@ -28,7 +28,7 @@ from unittest import mock
 
 import torch
 
-from bench.timing import Copy, Rod, interleaved, seconds_of, statistic, synchronize, warm_up_seconds
+from bench.timing import Copy, Rod, give_back_memory, interleaved, seconds_of, statistic, synchronize, warm_up_seconds
 from fused_adam import FusedAdamW, device
 from fused_adam.precision import parse
 from fused_adam_kernels import config
@@ -328,7 +328,7 @@ def time_all(name: str, builds: dict[str, Build], numel: int, seconds: float, wh
     from bench.ceiling import Move
 
     rods: dict[str, Rod] = {title: Timed(name, build, numel, where) for title, build in builds.items()}
-    rods |= {"copy": Copy(where), "accesses alone": Move(where, 1 << 26)}
+    rods |= {"copy": Copy(where), "accesses alone": Move(where, numel // 2)}
     measures = {title: rod.measure for title, rod in rods.items()}
     samples = interleaved(measures, seconds, warm_up=warm_up_seconds(where))
     rates = {title: [rod.gb_per_s(s) for s in samples[title]] for title, rod in rods.items()}
@@ -397,7 +397,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     f"{row['gb_per_s']['median']:6.0f} GB/s {row['share_of_ceiling']:6.1%} of the ceiling",
                     flush=True,
                 )
-            torch.cuda.empty_cache()
+            give_back_memory()
             if options.json:  # after every mix: a run that is cut short keeps what it has
                 options.json.write_text(json.dumps({"results": results, "wrong": wrong}, indent=1) + "\n")
     for row in wrong:
