@@ -4,7 +4,10 @@ BIN := .venv/bin
 
 TRITONS := 3.6.0 3.9.0
 
-.PHONY: demo bench test test-long mutants test-triton test-integrations lint types wheel clean
+# The Python of the machine with the GPU: Triton's cache serves one build of Triton alone.
+GPU_PYTHON ?= 3.12
+
+.PHONY: demo bench test test-long mutants test-triton test-integrations gpu-run lint types wheel clean
 
 demo: .venv/installed
 	$(BIN)/python -m bench demo
@@ -34,6 +37,10 @@ test-triton: $(TRITONS:%=.venv-triton-%/installed)
 # DDP, FSDP1 and 2, DTensors and ZeRO in several processes, and training frameworks: Transformers, Accelerate, Lightning, PEFT, safetensors.
 test-integrations: .venv-integrations/installed
 	.venv-integrations/bin/python -m pytest -n 2 --dist loadfile tests/integrations
+
+# What a run on another machine's GPU needs, in .gpu: scripts, and kernels compiled here (3 to 5 minutes on 2 cores).
+gpu-run: .venv-triton-3.6.0/installed
+	.venv-triton-3.6.0/bin/python bench/gpu/pack.py --python $(GPU_PYTHON)
 
 lint: .venv/installed
 	$(BIN)/ruff check .
@@ -71,4 +78,4 @@ endef
 	touch $@
 
 clean:
-	rm -rf .venv .venv-triton-* .venv-integrations build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo.png bench.png
+	rm -rf .venv .venv-triton-* .venv-integrations .gpu build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo.png bench.png

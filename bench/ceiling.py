@@ -7,7 +7,12 @@ import torch
 import triton
 import triton.language as tl
 
-from fused_adam_kernels.adam import BLOCK, NUM_WARPS
+from fused_adam_kernels.config import launch_config
+
+from .timing import random_values, seconds_of
+
+CONFIG = launch_config(torch.float32, torch.float32, "native", "native")
+BLOCK = CONFIG.block
 
 
 @triton.jit
@@ -33,5 +38,27 @@ def move(p: torch.Tensor, g: torch.Tensor, m: torch.Tensor, v: torch.Tensor) -> 
     """Run it over four tensors of one size, a multiple of BLOCK; returns the bytes that were read and written."""
     if p.numel() % BLOCK:
         raise ValueError(f"numel={p.numel()} must be a multiple of {BLOCK}")
-    move_kernel[(p.numel() // BLOCK,)](p, g, m, v, BLOCK, num_warps=NUM_WARPS)
+    move_kernel[(p.numel() // BLOCK,)](p, g, m, v, BLOCK, num_warps=CONFIG.num_warps)
     return 7 * p.nbytes
+
+
+class Move:
+    """`move` over four tensors, as `timing.Copy` is a copy: another limit to hold a bandwidth against.
+
+    On some GPUs it is the higher one, because a device-to-device `copy_` does not reach the memory's bandwidth there.
+    """
+
+    def __init__(self, device: torch.device, numel: int) -> None:
+        numel = -(-numel // BLOCK) * BLOCK
+        self.device = device
+        self.tensors = [random_values(numel, device) for _ in range(4)]
+        self.repeats = 1 if device.type == "cpu" else 10
+        self.bytes = move(*self.tensors)  # compiles
+
+    def measure(self) -> float:
+        """Seconds per pass."""
+        return seconds_of(lambda: move(*self.tensors), self.device, self.repeats)
+
+    def gb_per_s(self, seconds: float) -> float:
+        """Of a pass that took so long."""
+        return self.bytes / seconds / 1e9

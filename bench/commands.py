@@ -199,8 +199,7 @@ def run_memory(arguments: argparse.Namespace) -> int:
     with screen.progress("memory") as progress:
         for name, shapes in models_of(arguments, default).items():
             job = measure_step.Job(name, shapes, case, "eager")
-            measure_step.residency(entries, job)  # raises where one does not fit
-            measure_memory.measure(recorder, entries, job, progress)
+            measure_memory.measure(recorder, measure_step.fitting(entries, job, recorder), job, progress)
     found = recorder.record()
     finish(arguments, found, screen)
     return check(found, None, screen)

@@ -11,9 +11,14 @@ A result:
     gb_per_s       statistic of moved bytes over time
     copy_gb_per_s  statistic of `copy_` of a large buffer in the same rounds
     share_of_copy  ratio of the two
+    move_gb_per_s  as copy_gb_per_s, of a kernel with the update's accesses and no arithmetic; null on a CPU
+    ceiling_gb_per_s   the one of the two whose median is higher
+    share_of_ceiling   ratio of gb_per_s to it
     gate           {"error", "allowed", "rms", "allowed_rms"}: see `gate.py`
     buffer_sets    how many sets of parameters, gradients and state are stepped on in turn
     resident       false: memory does not hold all optimizers at once, so each is made anew for every turn
+
+An optimizer that memory does not hold even alone is left out, and the others are measured.
 
 `mode` eager: Python, launches and the device's work. graph: the device's work alone, by replay of a CUDA graph.
 """
@@ -34,13 +39,25 @@ from .machine import cache_bytes, free_bytes
 from .models import Shape, numel
 from .peers import BASELINE, OURS, Case, Entry
 from .record import Recorder
-from .timing import COPY_BYTES, Copy, interleaved, ratio, seconds_of, statistic
+from .timing import (
+    COPY_BYTES,
+    Copy,
+    Rod,
+    give_back_memory,
+    interleaved,
+    ratio,
+    seconds_of,
+    statistic,
+    warm_up_seconds,
+)
 from .workload import Contender, contend, copy_params, make_params, one_line, released
 
 MODES = ("eager", "graph")
-COPY = "copy"
+COPY, MOVE = "copy", "the update's accesses"
 WARM_UP = 2
 TURNS, STEPS_PER_TURN = 5, 3
+# Making an optimizer anew has kept a GPU busy already: its clocks need no whole second of steps.
+TURN_WARM_UP = 0.25
 # Between two steps on one set of buffers this many times the last cache goes by.
 CACHES = 3
 MOST_SETS = 32
@@ -89,24 +106,50 @@ def one_bytes(entry: Entry, job: Job) -> float:
     return elements * (param + grad + state + entry.scratch * param) + moment
 
 
-def residency(entries: Sequence[Entry], job: Job) -> tuple[bool, int]:
-    """Whether memory holds all optimizers at once, and how many sets of buffers each gets so that caches are cold.
+def rod_bytes(device: torch.device) -> int:
+    """Memory of what bandwidths are held against: two buffers to copy, on a GPU as much again for the accesses."""
+    return (2 if device.type == "cpu" else 4) * COPY_BYTES
 
-    Raises MemoryError if it does not even hold one.
+
+def fitting(entries: Sequence[Entry], job: Job, recorder: Recorder) -> list[Entry]:
+    """Those that memory holds, each alone; the others are left out with the reason.
+
+    Raises MemoryError if it does not hold any.
     """
-    need = {entry.name: one_bytes(entry, job) for entry in entries}
-    largest = max(need.values()) + 2 * COPY_BYTES
-    free = free_bytes(job.case.device)
-    if free and largest > SHARE * free:
-        raise MemoryError(
-            f"{job.model} in {job.words['dtype']} needs {largest / 1e9:,.1f} GB on {job.case.device.type} for one "
-            f"optimizer, {free / 1e9:,.1f} GB are free; try a shard ({job.model.partition('/')[0]}/64)"
+    device, free = job.case.device, free_bytes(job.case.device)
+    need = {entry.name: one_bytes(entry, job) + rod_bytes(device) for entry in entries}
+    fit = [entry for entry in entries if not free or need[entry.name] <= SHARE * free]
+
+    def text(number: float) -> str:
+        return (
+            f"needs {number / 1e9:,.1f} GB on {device.type} for one optimizer, {free / 1e9:,.1f} GB are free; "
+            f"try a shard ({job.model.partition('/')[0]}/64)"
         )
-    sets = max(1, math.ceil(CACHES * cache_bytes(job.case.device) / max(1.0, largest)))
-    # The largest number of sets that fits: all take part in turn, so they evict one another too.
-    while sets > 1 and free and sets * sum(need.values()) > SHARE * free:
+
+    if entries and not fit:
+        raise MemoryError(f"{job.model} in {job.words['dtype']} {text(min(need.values()))}")
+    for entry in entries:
+        if entry not in fit:
+            recorder.leave_out(entry.name, text(need[entry.name]), **place(job))
+    return fit
+
+
+def residency(entries: Sequence[Entry], job: Job) -> tuple[bool, int]:
+    """Whether memory holds all optimizers at once, and how many sets of buffers each gets so that caches are cold."""
+    device, free = job.case.device, free_bytes(job.case.device)
+    need = [one_bytes(entry, job) for entry in entries]
+    largest = max(need) + rod_bytes(device)
+    # What goes by between two steps on one set. On a GPU, where an optimizer's steps queue up, that is its other sets
+    # alone: of each at least parameters and gradients. On a CPU every other optimizer and the copy have their turn.
+    between = (
+        largest
+        if device.type == "cpu"
+        else numel(job.shapes) * (job.case.dtype.itemsize + job.case.grad_dtype.itemsize)
+    )
+    sets = min(MOST_SETS, max(1, math.ceil(CACHES * cache_bytes(device) / max(1.0, between))))
+    while sets > 1 and free and sets * sum(need) + largest > SHARE * free:
         sets -= 1
-    return not free or sum(need.values()) * sets + largest <= SHARE * free, min(sets, MOST_SETS)
+    return not free or sets * sum(need) + largest <= SHARE * free, sets
 
 
 class Turns:
@@ -206,6 +249,7 @@ def measure(
     if job.mode == "graph":
         job.case = replace(job.case, options=replace(job.case.options, capturable=True))
     chosen = let_in(entries, job, recorder)
+    chosen = fitting(chosen, job, recorder)
     if not chosen:
         return
     resident, sets = residency(chosen, job)
@@ -216,23 +260,48 @@ def measure(
 
     with released():
         run = measure_resident if resident else measure_in_turns
-        samples = run(chosen, job, sets, seconds, recorder, on_round)
-    recorder.results += results(samples, job, sets, resident)
+        rates, limits = run(chosen, job, sets, seconds, recorder, on_round)
+    recorder.results += results(rates, limits, job, sets, resident)
+
+
+def leave_out(name: str, error: Exception, job: Job, recorder: Recorder) -> None:
+    """Record why an optimizer has no time: ours failed, unless memory was full or a graph could not be captured."""
+    refused = job.mode == "graph" or isinstance(error, torch.OutOfMemoryError)
+    ours = job.families.get(name) == OURS
+    recorder.leave_out(name, one_line(error), failed=ours and not refused, **place(job))
+
+
+def make_rods(job: Job, recorder: Recorder) -> dict[str, Rod]:
+    """What bandwidths are held against here."""
+    device = job.case.device
+    rods: dict[str, Rod] = {COPY: Copy(device)}
+    if device.type != "cpu":
+        try:
+            from .ceiling import Move  # imports triton
+
+            rods[MOVE] = Move(device, COPY_BYTES // 8)
+        except Exception as error:  # a copy is a limit too
+            leave_out(MOVE, error, job, recorder)
+    return rods
 
 
 def try_turns(entry: Entry, sets: Sequence[list[torch.Tensor]], job: Job, recorder: Recorder) -> Turns | None:
-    """As `make_turns`; a reason is recorded."""
-    ours = entry.family == OURS
+    """As `make_turns`; a reason is recorded, and memory is given back."""
+    turns: Turns | str | None = None
     try:
         turns = make_turns(entry, sets, job)
     except Exception as error:
-        refused = job.mode == "graph" or isinstance(error, torch.OutOfMemoryError)
-        recorder.leave_out(entry.name, one_line(error), failed=ours and not refused, **place(job))
+        leave_out(entry.name, error, job, recorder)
+    if turns is None:
+        give_back_memory()  # the error, which held on to it, is gone
         return None
     if isinstance(turns, str):
         recorder.leave_out(entry.name, turns, **place(job))
         return None
     return turns
+
+
+Times = dict[str, list[float]]
 
 
 def measure_resident(
@@ -242,17 +311,36 @@ def measure_resident(
     seconds: float,
     recorder: Recorder,
     on_round: Callable[[float], None],
-) -> dict[str, list[float]]:
-    """All optimizers in memory at once: A B C, A B C, a step each."""
+) -> tuple[Times, Times]:
+    """All optimizers in memory at once: A B C, A B C, a step each. Times of optimizers, and rates of rods."""
     sources = [make_params(job.shapes, job.case, seed) for seed in range(sets)]
-    turns = {}
+    turns: dict[str, Turns] = {}
     for entry in entries:
         made = try_turns(entry, [copy_params(params) for params in sources], job, recorder)
         if made is not None:
             turns[entry.name] = made
-    del sources
-    measures = {name: each.measure for name, each in turns.items()}
-    return interleaved({**measures, COPY: Copy(job.case.device).measure}, seconds, on_round=on_round)
+    del sources, made
+    rods = make_rods(job, recorder)
+
+    def on_error(name: str, error: Exception) -> None:
+        if name not in turns:
+            raise error
+        leave_out(name, error, job, recorder)
+        del turns[name]
+
+    samples = interleaved(
+        {
+            **{name: lambda name=name: turns[name].measure() for name in turns},  # type: ignore[misc]
+            **{name: rod.measure for name, rod in rods.items()},
+        },
+        seconds,
+        on_round=on_round,
+        warm_up=warm_up_seconds(job.case.device),
+        on_error=on_error,
+    )
+    return {name: samples[name] for name in turns}, {
+        name: list(map(rod.gb_per_s, samples[name])) for name, rod in rods.items()
+    }
 
 
 def measure_in_turns(
@@ -262,50 +350,70 @@ def measure_in_turns(
     seconds: float,
     recorder: Recorder,
     on_round: Callable[[float], None],
-) -> dict[str, list[float]]:
-    """One optimizer in memory at a time, made anew for every turn: A B C, A B C, some steps each."""
-    samples: dict[str, list[float]] = {**{entry.name: [] for entry in entries}, COPY: []}
-    left = list(entries)
+) -> tuple[Times, Times]:
+    """One optimizer in memory at a time, made anew for every turn: A B C, A B C, some steps each. As above."""
+    times: Times = {entry.name: [] for entry in entries}
+    rates: Times = {}
     begin = time.monotonic()
     for done in range(1, TURNS + 1):
-        for entry in list(left):
-            with released():
-                made = try_turns(entry, [make_params(job.shapes, job.case)], job, recorder)
-                if made is None:
-                    left.remove(entry)
-                    del samples[entry.name]
-                    continue
-                samples[entry.name].append(statistics.median(made.measure() for _ in range(STEPS_PER_TURN)))
-                del made
+        for entry in entries:
+            if entry.name in times:
+                with released():
+                    taken = take_turn(entry, job, recorder)
+                if taken is None:
+                    del times[entry.name]
+                else:
+                    times[entry.name].append(taken)
         with released():
-            samples[COPY].append(Copy(job.case.device).measure())
+            for name, rod in make_rods(job, recorder).items():
+                rates.setdefault(name, []).append(rod.gb_per_s(rod.measure()))
         on_round(done / TURNS)
         if done >= 2 and time.monotonic() - begin > seconds:
             break
-    return samples
+    # A rod that did not fit in every turn has no pair in some.
+    return times, {name: own for name, own in rates.items() if len(own) == done}
 
 
-def results(samples: dict[str, list[float]], job: Job, sets: int, resident: bool) -> list[dict[str, Any]]:
-    """What one interleaved run gave."""
+def take_turn(entry: Entry, job: Job, recorder: Recorder) -> float | None:
+    """Seconds per step of an optimizer that is made for this turn; None if it has none, and the reason is recorded."""
+    try:
+        turns = try_turns(entry, [make_params(job.shapes, job.case)], job, recorder)
+        if turns is None:
+            return None
+        begin = time.monotonic()
+        while job.case.device.type != "cpu" and time.monotonic() - begin < TURN_WARM_UP:
+            turns.measure()
+        return statistics.median(turns.measure() for _ in range(STEPS_PER_TURN))
+    except Exception as error:
+        leave_out(entry.name, error, job, recorder)
+        return None
+
+
+def results(times: Times, rates: Times, job: Job, sets: int, resident: bool) -> list[dict[str, Any]]:
+    """What one interleaved run gave: `times` of optimizers, `rates` in GB/s of what they are held against."""
     found = []
-    copies = list(map(Copy.gb_per_s, samples.pop(COPY)))
-    ours = [name for name in samples if job.families[name] == OURS]
-    for name, times in samples.items():
-        rates = [job.moved[name] * numel(job.shapes) / seconds / 1e9 for seconds in times]
+    copies, moves = rates[COPY], rates.get(MOVE)
+    ceilings = max(rates.values(), key=statistics.median)
+    ours = [name for name in times if job.families[name] == OURS]
+    for name, own in times.items():
+        reached = [job.moved[name] * numel(job.shapes) / seconds / 1e9 for seconds in own]
         found.append(
             {
                 **job.words,
                 "optimizer": name,
                 "family": job.families[name],
                 "mode": job.mode,
-                "step_ms": statistic([seconds * 1e3 for seconds in times]),
-                "speedup": ratio(samples[BASELINE], times) if BASELINE in samples else None,
-                "pairs": {other: ratio(times, samples[other]) for other in ours if other != name},
+                "step_ms": statistic([seconds * 1e3 for seconds in own]),
+                "speedup": ratio(times[BASELINE], own) if BASELINE in times else None,
+                "pairs": {other: ratio(own, times[other]) for other in ours if other != name},
                 "held_bytes": job.held[name],
                 "moved_bytes": job.moved[name],
-                "gb_per_s": statistic(rates),
+                "gb_per_s": statistic(reached),
                 "copy_gb_per_s": statistic(copies),
-                "share_of_copy": ratio(rates, copies),
+                "share_of_copy": ratio(reached, copies),
+                "move_gb_per_s": statistic(moves) if moves else None,
+                "ceiling_gb_per_s": statistic(ceilings),
+                "share_of_ceiling": ratio(reached, ceilings),
                 "gate": asdict(job.gates[name]),
                 "buffer_sets": sets,
                 "resident": resident,

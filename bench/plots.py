@@ -63,8 +63,10 @@ def draw_step(axes: Axes, results: list[dict[str, Any]]) -> None:
         axes.barh(place, rate["median"], xerr=around, color=COLORS.get(result["family"], OTHER_COLOR), ecolor=GREY)
         text = f" {tables.three_digits(result['step_ms']['median'])} ms, {tables.times(result['speedup'])}"
         axes.text(rate["high"], place, text, va="center", color=INK, fontsize=9)
-    limit = results[0]["copy_gb_per_s"]["median"]
-    axes.axvline(limit, color=LIMIT_COLOR, linewidth=1.5, label=f"copy: {tables.three_digits(limit)} GB/s")
+    ceiling = results[0].get("ceiling_gb_per_s")  # records of earlier versions have none
+    limit = (ceiling or results[0]["copy_gb_per_s"])["median"]
+    name = "ceiling" if results[0].get("move_gb_per_s") else "copy"
+    axes.axvline(limit, color=LIMIT_COLOR, linewidth=1.5, label=f"{name}: {tables.three_digits(limit)} GB/s")
     axes.set_yticks(range(len(results)), [result["optimizer"] for result in results])
     axes.set_xlim(0, 1.25 * max(limit, *(result["gb_per_s"]["high"] for result in results)))
     axes.set_xlabel("GB/s that a perfect step would move (right of it: time, and times as fast as torch fused)")

@@ -48,6 +48,7 @@ def launch_shape(block: int, num_warps: int) -> Iterator[None]:
         block: elements per program. num_warps: warps per program.
     """
     from fused_adam_kernels import adam
+    from fused_adam_kernels.config import Config
 
-    with mock.patch.object(adam, "BLOCK", block), mock.patch.object(adam, "NUM_WARPS", num_warps):
+    with mock.patch.object(adam, "launch_config", lambda *mix: Config(block=block, num_warps=num_warps)):
         yield

@@ -2,7 +2,8 @@
 
 Beside the records of `verify`, `step`, `host`, `memory` and `accuracy` there are three parts of its own:
 "tests" ({"passed": bool, "summary": text}: the native tests, where pytest and a checkout are there),
-"ceiling" ({"gb_per_s": statistic, "dtype"}: a kernel with the update's accesses and no arithmetic) and
+"ceiling" ({"gb_per_s": statistic, "dtype"}: a kernel with the update's accesses and no arithmetic; "copy_gb_per_s":
+statistic of `copy_` in the same rounds; the faster of the two is what an update can reach) and
 "sweep" ({"model", "block", "num_warps", "step_ms": statistic, "gb_per_s": statistic}: on request).
 """
 
@@ -25,7 +26,7 @@ from .models import Shape
 from .peers import Case, Entry, ours
 from .record import Recorder
 from .stub import launch_shape
-from .timing import interleaved, seconds_of, statistic
+from .timing import Copy, Rod, interleaved, seconds_of, statistic, warm_up_seconds
 from .workload import contend, make_params, released
 
 LIMIT_SECONDS = {"cuda": 450.0, "cpu": 450.0, "quick": 45.0}
@@ -145,16 +146,15 @@ def ceiling(suite: Suite, progress: Progress, numel: int = CEILING_NUMEL) -> Rec
 
 
 def measure_ceiling(device: torch.device, numel: int, seconds: float = 2.0) -> dict[str, Any]:
-    """GB/s of `move`."""
-    from .ceiling import move
+    """GB/s of `move`, and of `copy_`."""
+    from .ceiling import Move
 
     with released():
-        tensors = [torch.ones(numel, device=device) for _ in range(4)]
-        moved = move(*tensors)
-        repeats = 1 if device.type == "cpu" else 10
-        measure = {"move": lambda: seconds_of(lambda: move(*tensors), device, repeats)}
-        samples = interleaved(measure, seconds, min_rounds=5)["move"]
-    return {"dtype": "float32", "gb_per_s": statistic([moved / s / 1e9 for s in samples])}
+        rods: dict[str, Rod] = {"gb_per_s": Move(device, numel), "copy_gb_per_s": Copy(device)}
+        measures = {name: rod.measure for name, rod in rods.items()}
+        samples = interleaved(measures, seconds, min_rounds=5, warm_up=warm_up_seconds(device))
+        rates = {name: statistic(list(map(rod.gb_per_s, samples[name]))) for name, rod in rods.items()}
+    return {"dtype": "float32", **rates}
 
 
 def host(suite: Suite, progress: Progress) -> Recorder:
@@ -222,6 +222,7 @@ def measure_sweep(
     samples = interleaved(
         {f"{block}/{warps}": lambda b=block, w=warps: measure(b, w) for block, warps in configs},  # type: ignore[misc]
         seconds,
+        warm_up=warm_up_seconds(device),
     )
     found = []
     for block, warps in configs:

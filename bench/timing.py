@@ -6,11 +6,13 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 COPY_BYTES = 256 << 20
+# A GPU begins at boost clocks, and lowers them within a second of load: rounds before that would be too fast.
+WARM_UP_SECONDS = 1.0
 
 
 def statistic(samples: Sequence[float]) -> dict[str, Any]:
@@ -41,12 +43,31 @@ def seconds_of(call: Callable[[], object], device: torch.device, repeats: int = 
     return (time.perf_counter() - begin) / repeats
 
 
+def warm_up_seconds(device: torch.device) -> float:
+    """How long the device has to work before its clocks are those of a long run."""
+    return 0.0 if device.type == "cpu" else WARM_UP_SECONDS
+
+
+def random_values(numel: int, device: torch.device) -> torch.Tensor:
+    """float32, the same at every call: what power a GPU draws, and so its clocks, depends on the bits it moves."""
+    return torch.rand(numel, generator=torch.Generator(device).manual_seed(0), device=device)
+
+
+def give_back_memory() -> None:
+    """Return memory that nothing uses any more to the device."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 def interleaved(
     measures: Mapping[str, Callable[[], float]],
     seconds: float,
     min_rounds: int = 3,
     max_rounds: int = 200,
     on_round: Callable[[float], None] = lambda share: None,
+    warm_up: float = 0.0,
+    on_error: Callable[[str, Exception], None] | None = None,
 ) -> dict[str, list[float]]:
     """Measure each in turn, A B C A B C, until the time is used up, so that a busy machine slows all alike.
 
@@ -54,16 +75,38 @@ def interleaved(
         measures: each does its work once and returns how long that took, in seconds.
         seconds: when to stop, once there are `min_rounds`.
         on_round: called after every round with the share done.
+        warm_up: for how many seconds rounds go by whose times are not kept.
+        on_error: called with the name of a measure and what it raised, which then has no samples; memory that only
+            it had used is given back. By default the error goes on to the caller.
     """
     samples: dict[str, list[float]] = {name: [] for name in measures}
+
+    def one_round() -> dict[str, float]:
+        found, lost = {}, []
+        for name in samples:
+            try:
+                found[name] = measures[name]()
+            except Exception as error:
+                if on_error is None:
+                    raise
+                on_error(name, error)
+                lost.append(name)
+        for name in lost:
+            del samples[name]
+            give_back_memory()  # the error, which held on to it, is gone
+        return found
+
     gc.collect()
     collecting = gc.isenabled()
     gc.disable()
     begin = time.monotonic()
     try:
+        while time.monotonic() - begin < warm_up:
+            one_round()
+        begin = time.monotonic()
         for done in range(1, max_rounds + 1):
-            for name, measure in measures.items():
-                samples[name].append(measure())
+            for name, value in one_round().items():
+                samples[name].append(value)
             used = (time.monotonic() - begin) / seconds
             on_round(min(1.0, max(used, done / max_rounds)))
             if used >= 1 and done >= min_rounds:
@@ -72,6 +115,18 @@ def interleaved(
         if collecting:
             gc.enable()
     return samples
+
+
+class Rod(Protocol):
+    """What bandwidths are held against: moves a fixed number of bytes."""
+
+    def measure(self) -> float:
+        """Seconds that it takes once."""
+        ...
+
+    def gb_per_s(self, seconds: float) -> float:
+        """Bytes read and written over the time."""
+        ...
 
 
 class Copy:
@@ -83,15 +138,14 @@ class Copy:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.source = torch.ones(COPY_BYTES // 4, device=device)
+        self.source = random_values(COPY_BYTES // 4, device)
         self.target = torch.empty_like(self.source)
         self.repeats = 1 if device.type == "cpu" else 20
         self.measure()
 
-    @staticmethod
-    def gb_per_s(seconds: float) -> float:
+    def gb_per_s(self, seconds: float) -> float:
         """Of a copy that took so long."""
-        return 2 * COPY_BYTES / seconds / 1e9
+        return 2 * self.source.nbytes / seconds / 1e9
 
     def measure(self) -> float:
         """Seconds per copy."""
@@ -101,5 +155,6 @@ class Copy:
 def copy_bandwidth(device: torch.device, seconds: float = 1.0) -> dict[str, Any]:
     """Statistic of the copy bandwidth in GB/s."""
     copy = Copy(device)
-    times = interleaved({"copy": copy.measure}, seconds, min_rounds=5)["copy"]
-    return statistic(list(map(Copy.gb_per_s, times)))
+    measures = {"copy": copy.measure}
+    times = interleaved(measures, seconds, min_rounds=5, warm_up=warm_up_seconds(device))["copy"]
+    return statistic(list(map(copy.gb_per_s, times)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .peers import Case, Entry, Optimizer, make, step_of
+from .timing import give_back_memory
 
 Shapes = Sequence[Sequence[int]]
 
@@ -109,6 +109,4 @@ def released() -> Iterator[None]:
     try:
         yield
     finally:
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        give_back_memory()

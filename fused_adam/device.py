@@ -111,7 +111,9 @@ class DeviceRunner:
         self.prologue, self.programs = scalars.prologue(), scalars.programs(len(rows))
         position = {row.index: i for i, row in enumerate(rows)}
         self.updates = [
-            (self._update(launch), self._blocks(launch, position)) for launch in section.launches if launch.spans
+            (adam.adam_step(*self._mix(launch), launch.amsgrad), self._blocks(launch, position))
+            for launch in section.launches
+            if launch.spans
         ]
         self.norm = Norm(section) if takes_norm else None
         # What a step does without: no overflow, a scale of one, no norm, nowhere to count.
@@ -127,9 +129,9 @@ class DeviceRunner:
         )
 
     @staticmethod
-    def _update(launch: Launch) -> Any:
-        weights, states = launch.recipe.weights or "native", launch.recipe.states or "native"
-        return adam.adam_step(launch.param, launch.grad, weights, states, launch.amsgrad)
+    def _mix(launch: Launch) -> tuple[torch.dtype, torch.dtype, str, str]:
+        """Element types and recipe, as the kernels name them."""
+        return launch.param, launch.grad, launch.recipe.weights or "native", launch.recipe.states or "native"
 
     @staticmethod
     def _row(row: Row, span: Span | None) -> list[int]:
@@ -146,7 +148,8 @@ class DeviceRunner:
         return columns
 
     def _blocks(self, launch: Launch, position: dict[int, int]) -> Tensor:
-        counts = [-(-span.numel // adam.BLOCK) for span in launch.spans]
+        block = adam.launch_config(*self._mix(launch)).block
+        counts = [-(-span.numel // block) for span in launch.spans]
         chunks, total = on_host(counts, torch.int64), sum(counts)
         leaders = on_host([position[span.first.index] for span in launch.spans], torch.int64)
         row = torch.repeat_interleave(leaders, chunks, output_size=total)

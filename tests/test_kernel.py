@@ -185,7 +185,8 @@ def test_neighbours_in_flat_buffers_are_one_row(kernel_device):
     train(optimizer, 2)  # gradients lie in the buffers from the second step on
     [runner] = optimizer._engine.usual.runners
     [(_, blocks)] = runner.updates
-    assert len(blocks) == -(-50 * padded(100) // adam.BLOCK)
+    block = adam.launch_config(torch.float32, torch.float32, "native", "native").block
+    assert len(blocks) == -(-50 * padded(100) // block)
 
 
 def test_gradients_move_between_steps(kernel_device):

@@ -13,8 +13,9 @@ def updated_at(first, dtype, numel=100):
     """One chunk that starts at element `first` of a parameter of which no more than that chunk exists."""
     from fused_adam_kernels import adam, table
 
-    start = first // adam.BLOCK
-    assert start * adam.BLOCK == first
+    block = adam.launch_config(dtype, dtype, "native", "native").block
+    start = first // block
+    assert start * block == first
     tensors = [torch.linspace(low, 1, numel).to(dtype) for low in (-1, -2, -3, 0, 0)]
     buffers = [torch.zeros(numel + 16, dtype=dtype) for _ in NAMES]
     rows = torch.zeros(1, table.ROW, dtype=torch.int64)

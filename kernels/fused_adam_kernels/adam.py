@@ -9,7 +9,6 @@ import triton.language as tl
 from . import table
 from .codecs import (
     GROUP,
-    INTERPRET,
     decode_m,
     decode_v,
     encode_m,
@@ -24,15 +23,9 @@ from .codecs import (
     to_compute,
     to_storage,
 )
+from .config import launch_config
 from .launch import Launcher
 from .math import adam_update
-
-# Elements per program and per turn of its tail loop. The interpreter pays 3-7 ms per program whatever its size.
-# Turns of 256 keep 28 kB of misaligned fp32 rows in flight per multiprocessor (sm_90: 7 programs of 72 registers),
-# turns of 128 keep 14; an H200 needs 25 (4.8 TB/s for 0.7 us over 132).
-BLOCK = 8192 if INTERPRET.value else 1024
-TAIL = BLOCK if INTERPRET.value else 256
-NUM_WARPS = 4
 
 TYPES = {
     torch.float32: tl.float32,
@@ -232,6 +225,7 @@ def constants(
     """The update kernel's compile-time arguments, in its order."""
     m, v, v_max, extra = storage_types(param, weights, states)
     used = (param, grad, m, v_max if amsgrad else m, extra)
+    config = launch_config(param, grad, weights, states)
     return {
         "WEIGHTS": weights,
         "STATES": states,
@@ -244,8 +238,8 @@ def constants(
         **dict(zip(("PARAM_HINT", "GRAD_HINT", "MOMENT_HINT", "V_MAX_HINT", "EXTRA_HINT"), hints(*used), strict=True)),
         "SPAN": 16 // max(dtype.itemsize for dtype in used),
         "AMSGRAD": amsgrad,
-        "BLOCK": BLOCK,
-        "TAIL": TAIL,
+        "BLOCK": config.block,
+        "TAIL": config.tail,
     }
 
 
@@ -258,8 +252,10 @@ def adam_step(param: torch.dtype, grad: torch.dtype, weights: str, states: str, 
         amsgrad: keep the running maximum of the second moment.
 
     rows: int64, shape (P, ROW): parameters of one device. Rows that no block names are left alone.
-    blocks: int32, shape (B, 2): (row, chunk) pairs; each chunk of BLOCK elements once.
+    blocks: int32, shape (B, 2): (row, chunk) pairs; each chunk of `launch_config(...).block` elements once.
     scalars: float32, or float64 for float64 parameters; shape (P, SCALARS), from `prologue`.
     Writes parameters and what is stored for them; reads gradients and never writes them.
     """
-    return Launcher(adam_kernel, list(constants(param, grad, weights, states, amsgrad).values()), NUM_WARPS)
+    config = launch_config(param, grad, weights, states)
+    arguments = list(constants(param, grad, weights, states, amsgrad).values())
+    return Launcher(adam_kernel, arguments, config.num_warps, config.max_registers)

@@ -20,6 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from . import adam, norm, scalars
+from .config import CONFIGS, Config, kind_of
 
 TARGETS = {f"sm_{number}": GPUTarget("cuda", number, 32) for number in (80, 86, 89, 90, 100, 120)}
 TARGETS["gfx942"] = GPUTarget("hip", "gfx942", 64)
@@ -56,21 +57,28 @@ class Variant(NamedTuple):
     elements: int  # per program, or per turn of its loop
     bytes_moved: float | None = None  # per element, each input read once and each output written once
     num_warps: int = 4
+    max_registers: int | None = None  # per thread; on NVIDIA
 
 
 def update(
-    param: torch.dtype, grad: torch.dtype, weights: str, states: str, amsgrad: bool = False,
-    block: int = adam.BLOCK, tail: int = adam.TAIL, num_warps: int = adam.NUM_WARPS,
-) -> Variant:  # fmt: skip
-    """The update kernel as `adam_step` launches it."""
+    param: torch.dtype,
+    grad: torch.dtype,
+    weights: str,
+    states: str,
+    amsgrad: bool = False,
+    config: Config | None = None,
+) -> Variant:
+    """The update kernel as `adam_step` launches it, or under another launch configuration."""
+    config = config or CONFIGS[kind_of(param, grad, weights, states)]
     arguments = {"rows_ptr": "*i64", "blocks_ptr": "*i32", "scalars_ptr": "*fp64" if param == FP64 else "*fp32"}
-    constants = {**adam.constants(param, grad, weights, states, amsgrad), "BLOCK": block, "TAIL": tail}
+    constants = adam.constants(param, grad, weights, states, amsgrad)
+    constants |= {"BLOCK": config.block, "TAIL": config.tail}
     m, v, v_max, extra = adam.storage_types(param, weights, states)
     # Read and written: moments, their maximum, what is beside the parameter, a scale of 2 bytes per 32 of each moment.
     held = m.itemsize + v.itemsize + (v_max.itemsize if amsgrad else 0) + (4 / 32 if states == "int8" else 0)
     held += extra.itemsize if weights in ("master32", "split32", "split24") else 0
     moved = 2 * param.itemsize + grad.itemsize + 2 * held
-    return Variant(adam.adam_kernel, arguments, constants, block, moved, num_warps)
+    return Variant(adam.adam_kernel, arguments, constants, config.block, moved, config.num_warps, config.max_registers)
 
 
 def square_sum(grad: torch.dtype) -> Variant:
@@ -133,7 +141,9 @@ def compiled(variant: Variant, target: GPUTarget) -> Any:
     signature = {name: variant.arguments.get(name, "constexpr") for name in names}
     constants = {(names.index(name),): value for name, value in variant.constants.items()}
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")}
-    options = {"num_warps": variant.num_warps, "enable_fp_fusion": False}
+    options: dict[str, Any] = {"num_warps": variant.num_warps, "enable_fp_fusion": False}
+    if variant.max_registers is not None and target.backend == "cuda":
+        options["maxnreg"] = variant.max_registers
     with triton.knobs.compilation.scope():
         triton.knobs.compilation.always_compile = True
         return triton.compile(ASTSource(variant.kernel, signature, constants, aligned), target=target, options=options)
