@@ -155,9 +155,18 @@ class Engine:
     @staticmethod
     def _members_of(groups: Sequence[dict[str, Any]]) -> tuple[list[Tensor], list[Any]]:
         """All parameters in order, and what groups say that launches depend on: also which of them are whose."""
-        params = list(chain.from_iterable([group["params"] for group in groups]))
-        return params, [
-            (len(group["params"]), group["amsgrad"], group.get("precision"), group.get("seed")) for group in groups
+        members = [group["params"] for group in groups]
+        try:
+            lengths = list(map(len, members))
+        except TypeError:
+            number = next(i for i, params in enumerate(members) if not hasattr(params, "__len__"))
+            raise TypeError(
+                f"param_groups[{number}]['params'] is a {type(members[number]).__name__}, but must be a list: what can "
+                "be read only once has no parameters at the next step"
+            ) from None
+        return list(chain.from_iterable(members)), [
+            (length, group["amsgrad"], group.get("precision"), group.get("seed"))
+            for length, group in zip(lengths, groups, strict=True)
         ]
 
     def _still_known(self, params: list[Tensor], options: list[Any]) -> bool:
