@@ -165,6 +165,20 @@ def test_parameters_that_can_be_read_only_once_are_refused(options):
     assert [optimizer.state[param]["step"] for param in params] == [2, 2]
 
 
+def test_an_export_after_parameters_were_edited_alone_goes_by_position():
+    """Names that are left belong to nobody: the export used to raise."""
+    params = parameters(torch.float32, SHAPES)
+    named = list(zip("abcd", params, strict=True))
+    optimizer = FusedAdamW([{"params": named[:2]}, {"params": named[2:]}])
+    train(optimizer, 1)
+    gone = optimizer.param_groups[0]["params"].pop(0)
+    del optimizer.state[gone]
+    exported = optimizer.export_fp32()
+    assert list(exported["params"]) == [0, "c", "d"]
+    assert all(map(torch.equal, exported["params"].values(), params[1:]))
+    assert list(exported["state"]["state"]) == [0, 1, 2]
+
+
 def test_dicts_given_to_two_optimizers_carry_no_precision():
     groups = [{"params": parameters(torch.bfloat16, [(40,)])}]
     FusedAdamW(groups, precision="split32", seed=7)
