@@ -315,8 +315,12 @@ class Arena:
         steps: dict[torch.device, list[Tensor]] = {}
         usable = self._usable(state, wanted) if in_place else {}
         moved = False
+        dicts: set[int] = set()
         for param, entries in wanted.items():
             entry = state.setdefault(param, {})
+            if id(entry) in dicts:  # one dict for several parameters, as `dict.fromkeys(params, {})` makes
+                entry = state[param] = {**entry}
+            dicts.add(id(entry))
             home = self.homes.setdefault(param, Home())
             home.stored = entries.keys()
             device = local(param).device
@@ -378,12 +382,15 @@ class Arena:
                 if name:
                     candidates[name] = part
                 ranges.append((part.data_ptr(), part.data_ptr() + part.numel() * part.itemsize, name))
-        # Two entries over the same memory would race: all but the first are copied.
-        end = 0
+        # Two entries over the same memory would race: what is ours stays, else the first, and others are copied.
+        end, holder = 0, None
         for first, last, name in sorted(ranges, key=lambda span: span[:2]) if candidates else ():
             if first < end and name:
                 del candidates[name]
-            end = max(end, last)
+                continue
+            if first < end and holder:
+                del candidates[holder]
+            end, holder = last, name
         return candidates
 
     def _make_counters(self, state: State, params: Sequence[Tensor], device: torch.device) -> None:

@@ -157,6 +157,33 @@ def test_two_entries_over_the_same_memory_are_parted():
     assert first == shared.data_ptr() and len({first, *others}) == 3
 
 
+@pytest.mark.parametrize("lender", [0, 2])
+def test_an_entry_that_borrows_from_a_neighbour_is_parted(lender):
+    """What is ours stays where it is, whichever of the two comes first."""
+    optimizer, expected = (new(shapes=[(5,), (5,), (5,)]) for _ in range(2))
+    for each in (optimizer, expected):
+        train(each, 2)
+        lent = each.state[members(each)[lender]]["exp_avg"]
+        each.state[members(each)[1]]["exp_avg"] = lent.clone() if each is expected else lent
+        train(each, 2, first=2)
+    assert same_bits(results(optimizer), results(expected))
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+def test_a_dict_that_parameters_share_is_parted(steps):
+    """As `dict.fromkeys(params, {})` makes. It used to end in a KeyError, with half of the state made."""
+    optimizer, expected = (new(shapes=[(5,), (5,), (5,)]) for _ in range(2))
+    for each in (optimizer, expected):
+        train(each, steps)
+        first, second, third = members(each)
+        entry = each.state[first]
+        for param in (second, third):
+            each.state[param] = {key: value.clone() for key, value in entry.items()} if each is expected else entry
+        train(each, 2, first=steps)
+    assert same_bits(results(optimizer), results(expected))
+    assert len(set(map(id, optimizer.state.values()))) == 3
+
+
 @pytest.mark.parametrize(
     "other",
     [
