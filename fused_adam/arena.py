@@ -151,6 +151,18 @@ class Counters:
     steps: Tensor
     version: int = -1  # of `steps`, after our own last write
     ours: bool = True
+    values: Tensor | None = None  # on the CPU, what our own last write left there
+
+    def unchanged(self) -> bool:
+        """Whether nobody else has written to them since `note`, as far as one can tell without waiting."""
+        # `step.data` and arrays over the memory count no version. On the CPU the values tell, in 2 us.
+        return self.steps._version == self.version and (self.values is None or torch.equal(self.steps, self.values))
+
+    def note(self) -> None:
+        """Take the counts as they are now for our own work."""
+        self.version = self.steps._version
+        if self.steps.device.type == "cpu":
+            self.values = self.steps.clone() if self.values is None else self.values.copy_(self.steps)
 
 
 @dataclass(slots=True, eq=False, weakref_slot=True)
@@ -408,7 +420,7 @@ class Arena:
             rest = {key: value for key, value in entry.items() if key != "step"}
             entry.clear()
             entry.update({"step": view} | rest)  # torch's order: step first
-        counters.version = counters.steps._version
+        counters.note()
 
     def _move_in(self, entry: dict[str, Any], param: Tensor, key: str, slot: Slot) -> None:
         home, part = self.homes[param], local(param).detach()
@@ -423,11 +435,11 @@ class Arena:
 
     def counters_unchanged(self) -> bool:
         """Whether nobody but us has written to a step counter since the last step."""
-        return all(c.steps._version == c.version for c in self.counters)
+        return all(c.unchanged() for c in self.counters)
 
     def read_counters(self) -> None:
         """Learn the values of counters that somebody else has written to. Waits for their device."""
-        values = {id(c): c.steps.tolist() for c in self.counters if c.steps._version != c.version}
+        values = {id(c): c.steps.tolist() for c in self.counters if not c.unchanged()}
         for home in self.homes.values():
             if id(home.counters) in values:
                 home.age = values[id(home.counters)][home.counter]
@@ -436,7 +448,7 @@ class Arena:
     def note_counters(self) -> None:
         """Take the counters as they are now for our own work."""
         for c in self.counters:
-            c.version = c.steps._version
+            c.note()
 
 
 def grow_older(homes: Iterable[Home]) -> None:

@@ -76,11 +76,16 @@ class StateWatch:
     def __init__(self, state: State, members: Sequence[tuple[Tensor, Home, dict[str, torch.dtype]]]) -> None:
         self.members = members
         self.params = [param for param, *_ in members]
-        places = [(home.refs[key], home.slots[key]) for _, home, dtypes in members for key in dtypes]
+        places = [
+            (home.refs[key], home.slots[key].address, id(home.slots[key].segment))
+            for _, home, dtypes in members
+            for key in dtypes
+        ]
+        places += [(home.refs["step"], home.step_address, id(home.counters)) for _, home, _ in members]
         if len(places) > self.ALL:
-            places = list({id(slot.segment): (ref, slot) for ref, slot in places}.values())
-        self.refs = [ref for ref, _ in places]
-        self.addresses = [slot.address for _, slot in places]
+            places = list({segment: (ref, address, segment) for ref, address, segment in places}.values())
+        self.refs = [ref for ref, *_ in places]
+        self.addresses = [address for _, address, _ in places]
         self._note(state)
 
     def _note(self, state: State) -> None:

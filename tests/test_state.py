@@ -184,6 +184,35 @@ def test_a_dict_that_parameters_share_is_parted(steps):
     assert len(set(map(id, optimizer.state.values()))) == 3
 
 
+def fill_data(entry):
+    entry["step"].data.fill_(1)
+
+
+def fill_array(entry):
+    entry["step"].numpy()[...] = 1
+
+
+def swap_data(entry):
+    entry["step"].data = torch.tensor(1.0)
+
+
+@pytest.mark.parametrize("options", [{}, {"backend": "triton"}, {"flatten": True}, {"backend": "compiled"}], ids=str)
+@pytest.mark.parametrize("change", [fill_data, fill_array, swap_data], ids=lambda change: change.__name__)
+def test_a_count_that_is_written_past_autograd_counts(change, options):
+    """Neighbours that are stepped as one had the first one's count; a new memory was never counted up."""
+    optimizer, expected = new(**options), new(**options)
+    for each in (optimizer, expected):
+        train(each, 5)
+        entry = each.state[members(each)[1]]
+        if each is expected:
+            entry["step"] = torch.tensor(1.0)
+        else:
+            change(entry)
+        train(each, 2, first=5)
+    assert same_bits(results(optimizer), results(expected))
+    assert [int(entry["step"]) for entry in optimizer.state.values()] == [7, 3, 7, 7]
+
+
 @pytest.mark.parametrize(
     "other",
     [
