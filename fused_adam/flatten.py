@@ -53,6 +53,19 @@ def is_eligible(param: Tensor) -> bool:
     )
 
 
+def _let_go_of_grad(param: Tensor) -> bool:
+    """Take away the parameter's gradient, unless somebody else holds it or sees its memory, and writes there."""
+    grad = param.grad
+    if grad is None or not owns_its_storage(grad):
+        return False
+    ref = weakref.ref(grad)
+    param.grad = grad = None
+    held = ref()
+    if held is not None:
+        param.grad = held
+    return held is None
+
+
 @dataclass(slots=True, eq=False)
 class Place:
     """One parameter's slots in the flat buffers, and the gradient that lies in its slot."""
@@ -209,7 +222,11 @@ class FlatBuffers:
                 others.append(param)
                 continue
             attached = grad is place.grad_view
+            del grad
             if not attached:
+                if not set_to_none and not _let_go_of_grad(param):
+                    others.append(param)
+                    continue
                 param.grad = place.grad_view
             if set_to_none:
                 place.zeroed = place.grad_view._version
