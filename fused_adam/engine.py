@@ -187,13 +187,6 @@ class Engine:
             self.flat.keep(self.params)
         self.arena.read_counters()
 
-    def has(self, groups: Sequence[dict[str, Any]], param: Tensor) -> bool:
-        """Whether the parameter is in a group."""
-        params, options = self._members_of(groups)
-        if self._still_known(params, options):
-            return id(param) in self.members
-        return any(other is param for other in params)
-
     def _positions(self, only: Sequence[Tensor] | None) -> tuple[int, ...] | None:
         """Where these parameters are among all; those that the optimizer no longer has are left out."""
         if only is None:

@@ -179,6 +179,22 @@ def test_after_a_backward_that_raised():
         assert ours["step"] == theirs["step"] == 2
 
 
+def test_parameters_are_listed_once_per_bucket(monkeypatch):
+    """Once per parameter, backward over 2000 small ones took ten times as long."""
+    params = [nn.Parameter(torch.ones(2)) for _ in range(50)]
+    optimizer = FusedAdamW(params)
+    step_in_backward(params, optimizer)
+    lists = []
+    for owner, name in ((optimizer, "_params"), (optimizer._engine, "_members_of")):
+        method = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args, _method=method: lists.append(1) or _method(*args))
+    for _ in range(3):
+        lists.clear()
+        sum(p.sum() for p in params).backward()
+        assert 0 < len(lists) <= 3
+        optimizer.step()
+
+
 def test_copies_do_not_step_in_backward():
     import copy
 
