@@ -323,6 +323,8 @@ class FusedAdam(torch.optim.Adam):
         and in place, because it is a view of a buffer that backward adds to.
         """
         self._move_to_buffers()
+        if self._engine.release is not None:
+            self._engine.release.drop_failed_backward()
         if self._engine.flat is None:
             super().zero_grad(set_to_none)
         else:

@@ -113,6 +113,18 @@ class StepInBackward:
             self._stepped.clear()
             self._called_back = False  # also after a backward that raised, whose callback never came
 
+    def drop_failed_backward(self) -> None:
+        """After a backward that raised, forget what waits: its gradients are gone. `optimizer.zero_grad()` does so.
+
+        Parameters that were updated before the error stay updated.
+        """
+        with self._lock:
+            if self._called_back:
+                self._waiting.clear()
+                self._waiting_bytes.clear()
+                self._stepped.clear()
+                self._called_back = False
+
     def _arrived(self, param: Tensor) -> None:
         if not self._accumulating:
             with self._lock, torch.no_grad():
