@@ -396,6 +396,24 @@ def test_set_to_none_false_zeroes_gradients_that_others_write_to(ours, theirs, k
 
 
 @both_classes
+def test_parts_of_somebodys_buffer_leave_no_gradient(ours, theirs):
+    """As DDP's buckets are: it takes whatever is there after `zero_grad()` for a gradient."""
+
+    def script(run):
+        numels = [param.numel() for param in run.params]
+        for _ in range(3):
+            run.optimizer.zero_grad()
+            assert [param.grad for param in run.params] == [None] * 4
+            for param, part in zip(run.params, torch.ones(sum(numels)).split(numels), strict=True):
+                param.grad = part.view_as(param)
+            run.step()
+        run.optimizer.zero_grad()
+        run.step()
+
+    assert_agree(ours, theirs, script, [3, 3, 3, 3])
+
+
+@both_classes
 def test_the_norm_is_of_gradients_alone(ours, theirs):
     run, other = Run(ours, max_grad_norm=1.0), Run(theirs)
     for each in (run, other):
