@@ -341,6 +341,7 @@ class Arena:
                 home.layout = layout
                 home.refs = {key: ref for key, ref in home.refs.items() if key == "step"}
             for key, (dtype, _) in entries.items():
+                entry.setdefault(key)  # torch's order, whatever others lack
                 if home.holds(key, entry.get(key), dtype):
                     continue
                 moved = moved or home.counters is not None

@@ -157,6 +157,16 @@ def test_two_entries_over_the_same_memory_are_parted():
     assert first == shared.data_ptr() and len({first, *others}) == 3
 
 
+def test_an_entry_has_torchs_order_whatever_its_neighbours_lack():
+    optimizer = new()
+    train(optimizer, 1)
+    first, second, *_ = members(optimizer)
+    optimizer.state[first]["exp_avg_sq"] = torch.ones(5, dtype=torch.float64)  # to be copied
+    del optimizer.state[second]
+    train(optimizer, 1, first=1)
+    assert list(optimizer.state[second]) == ["step", "exp_avg", "exp_avg_sq"]
+
+
 @pytest.mark.parametrize("lender", [0, 2])
 def test_an_entry_that_borrows_from_a_neighbour_is_parted(lender):
     """What is ours stays where it is, whichever of the two comes first."""
