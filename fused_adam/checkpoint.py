@@ -201,12 +201,18 @@ def _merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     return {**new, **kept, "params": old["params"]}
 
 
+def names_of(group: Mapping[str, Any]) -> Sequence[Any]:
+    """The names of a group's parameters, or their positions: also where somebody has edited the parameters alone."""
+    names = group.get("param_names", ())
+    return names if len(names) == len(group["params"]) else range(len(group["params"]))
+
+
 def export_fp32(groups: Sequence[dict[str, Any]], state_dict: dict[str, Any]) -> dict[str, Any]:
     """Weights by name or position, and a state_dict in torch's form, all float32 copies."""
     weights: dict[Any, Tensor] = {}
     state: dict[Any, Any] = {}
     numbers = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
-    names = [name for group in groups for name in group.get("param_names", group["params"])]
+    names = [name for group in groups for name in names_of(group)]
     params = [param for group in groups for param in group["params"]]
     for number, name, param in zip(numbers, names, params, strict=True):
         # Offloaded state is on the host.

@@ -43,7 +43,14 @@ def members_of(groups: Sequence[dict[str, Any]]) -> list[Tensor]:
 
 def options_of(groups: Sequence[dict[str, Any]]) -> list[Any]:
     """What groups say that launches depend on: first how many parameters are whose."""
-    return [(len(group["params"]), group["amsgrad"], group.get("precision"), group.get("seed")) for group in groups]
+    try:
+        return [(len(group["params"]), group["amsgrad"], group.get("precision"), group.get("seed")) for group in groups]
+    except TypeError:
+        number = next(i for i, group in enumerate(groups) if not hasattr(group["params"], "__len__"))
+        raise TypeError(
+            f"param_groups[{number}]['params'] is a {type(groups[number]['params']).__name__}, but must be a list: what "
+            "can be read only once has no parameters at the next step"
+        ) from None
 
 
 @dataclass(slots=True, eq=False)
@@ -180,11 +187,6 @@ class Engine:
         if self.flat:
             self.flat.keep(self.params)
         self.arena.read_counters()
-
-    def in_groups(self, groups: Sequence[dict[str, Any]], params: Sequence[Tensor]) -> list[Tensor]:
-        """Those of the parameters that are in a group."""
-        known = self.members if self._still_known(groups) else set(map(id, members_of(groups)))
-        return [param for param in params if id(param) in known]
 
     def _positions(self, only: Sequence[Tensor] | None) -> tuple[int, ...] | None:
         """Where these parameters are among all; those that the optimizer no longer has are left out."""

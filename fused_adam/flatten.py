@@ -53,6 +53,19 @@ def is_eligible(param: Tensor) -> bool:
     )
 
 
+def _let_go_of_grad(param: Tensor) -> bool:
+    """Take away the parameter's gradient, unless somebody else holds it, and may write to it."""
+    grad = param.grad
+    if grad is None:
+        return True
+    ref = weakref.ref(grad)
+    param.grad = grad = None
+    held = ref()
+    if held is not None:
+        param.grad = held
+    return held is None
+
+
 @dataclass(slots=True, eq=False)
 class Place:
     """One parameter's slots in the flat buffers, and the gradient that lies in its slot."""
@@ -71,12 +84,15 @@ class Place:
         """Whether the parameter's next gradient can be added up in the view.
 
         It has to be like the one that is there, or was: in a view a sparse one would be a dense one, which nothing
-        refuses, and one of another dtype cannot lie there. What never had a gradient may never have one, and stays as
-        torch leaves it, whatever goes over all gradients.
+        refuses, and one of another dtype cannot lie there. If it is a part of somebody's buffer, he decides who has one:
+        DDP with gradient_as_bucket_view lays a view into its bucket wherever there is a gradient, also where nothing
+        was used. What never had a gradient may never have one, and stays as torch leaves it, whatever goes over all
+        gradients.
         """
         grad = param.grad
-        if grad is not None:
-            self.had_gradient = grad.layout == torch.strided and grad.dtype == param.dtype
+        if grad is not None and grad is not self.grad_view:
+            alike = grad.layout == torch.strided and grad.dtype == param.dtype
+            self.had_gradient = alike and owns_its_storage(grad)
         alike = self.had_gradient and param.grad_dtype in (None, param.dtype)
         return alike and param.requires_grad and self.holds(param)
 
@@ -206,7 +222,11 @@ class FlatBuffers:
                 others.append(param)
                 continue
             attached = grad is place.grad_view
+            del grad
             if not attached:
+                if not set_to_none and not _let_go_of_grad(param):
+                    others.append(param)
+                    continue
                 param.grad = place.grad_view
             if set_to_none:
                 place.zeroed = place.grad_view._version

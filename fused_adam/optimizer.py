@@ -193,10 +193,7 @@ class FusedAdam(torch.optim.Adam):
             group.setdefault("precision", self._precision)
         recipe = parse(group.get("precision"))
         number = next(i for i, other in enumerate(self.param_groups) if other is group)
-        names = group.get("param_names", ())
-        if len(names) != len(group["params"]):  # somebody has edited the parameters alone
-            names = range(len(group["params"]))
-        for name, param in zip(names, group["params"], strict=True):
+        for name, param in zip(checkpoint.names_of(group), group["params"], strict=True):
             if is_traceable_wrapper_subclass(param) and not distributed.is_sharded(param):
                 raise TypeError(f"a parameter is a {type(param).__name__}, but must be a plain tensor or a DTensor")
             distributed.check(param)
@@ -335,6 +332,8 @@ class FusedAdam(torch.optim.Adam):
         and in place, because it is a view of a buffer that backward adds to.
         """
         self._move_to_buffers()
+        if self._engine.release is not None:
+            self._engine.release.drop_failed_backward()
         if self._engine.flat is None:
             super().zero_grad(set_to_none)
         else:

@@ -78,6 +78,7 @@ class StepInBackward:
         self._optimizer, self._bucket_bytes = optimizer, bucket_bytes
         # Parameters whose gradients wait, per stream: what one stream has written, launches on it may read.
         self._waiting: dict[object, list[Tensor]] = {}
+        self._waiting_bytes: dict[object, int] = {}
         self._stepped: set[Tensor] = set()
         self._accumulating = self._called_back = False
         self._lock = threading.RLock()  # autograd has a thread per device
@@ -112,13 +113,27 @@ class StepInBackward:
             self._stepped.clear()
             self._called_back = False  # also after a backward that raised, whose callback never came
 
+    def drop_failed_backward(self) -> None:
+        """After a backward that raised, forget what waits: its gradients are gone. `optimizer.zero_grad()` does so.
+
+        Parameters that were updated before the error stay updated.
+        """
+        with self._lock:
+            if self._called_back:
+                self._waiting.clear()
+                self._waiting_bytes.clear()
+                self._stepped.clear()
+                self._called_back = False
+
     def _arrived(self, param: Tensor) -> None:
         if not self._accumulating:
             with self._lock, torch.no_grad():
                 self._take(param)
 
     def _take(self, param: Tensor) -> None:
-        if param in self._stepped and self._in_groups([param]):
+        if param in self._stepped:
+            if not any(param is member for member in self._optimizer._params()):
+                return  # it has left the optimizer
             raise RuntimeError(
                 f"a parameter of shape {tuple(param.shape)} got a second gradient before optimizer.step(). After "
                 "several calls of backward: call step() after each, or run all but the last under `with "
@@ -133,10 +148,12 @@ class StepInBackward:
             self._called_back = True
         on_host = param.device.type == "cpu"
         stream = None if on_host else torch.get_device_module(param.device).current_stream(param.device)
-        waiting = self._waiting.setdefault(stream, [])
-        waiting.append(param)
-        if sum(p.grad.nbytes for p in waiting if p.grad is not None) >= self._bucket_bytes:
-            self._step(self._waiting.pop(stream))
+        # Nothing here may take longer with more parameters: it runs once for each.
+        self._waiting.setdefault(stream, []).append(param)
+        held = self._waiting_bytes.get(stream, 0) + (0 if param.grad is None else param.grad.nbytes)
+        self._waiting_bytes[stream] = held
+        if held >= self._bucket_bytes:
+            self._step(stream)
 
     def _end_backward(self) -> None:
         with self._lock, torch.no_grad():
@@ -145,14 +162,16 @@ class StepInBackward:
 
     def _step_waiting(self) -> None:
         while self._waiting:
-            self._step(self._waiting.pop(next(iter(self._waiting))))
+            self._step(next(iter(self._waiting)))
 
-    def _in_groups(self, params: list[Tensor]) -> list[Tensor]:
-        """Those that the optimizer still has: what left it is not ours to step, nor its gradient to free."""
-        return self._optimizer._engine.in_groups(self._optimizer.param_groups, params)
-
-    def _step(self, ready: list[Tensor]) -> None:
-        ready = self._in_groups([param for param in ready if param.grad is not None])
-        self._optimizer._step_only(ready)
+    def _step(self, stream: object) -> None:
+        """Step what waits for a launch on this stream."""
+        waiting = self._waiting.pop(stream)
+        del self._waiting_bytes[stream]
+        # Groups are the user's to edit: gradients of parameters that left are not ours to free.
+        members = set(map(id, self._optimizer._params()))
+        ready = [param for param in waiting if param.grad is not None and id(param) in members]
+        if ready:
+            self._optimizer._step_only(ready)
         for param in ready:
             param.grad = None

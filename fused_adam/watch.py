@@ -82,7 +82,9 @@ class StateWatch:
             for key, slot in home.slots.items()
             if key in dtypes
         ]
-        places += [(home.counters.steps, home.refs["step"], home.step_address) for _, home, _ in members if home.counters]
+        places += [
+            (home.counters.steps, home.refs["step"], home.step_address) for _, home, _ in members if home.counters
+        ]
         if len(places) > self.ALL:
             places = list({id(segment): (segment, ref, address) for segment, ref, address in places}.values())
         self.refs = [ref for _, ref, _ in places]

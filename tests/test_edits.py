@@ -149,6 +149,36 @@ def test_a_parameter_that_a_recipe_cannot_store_is_named_when_its_group_is_edite
     assert same_bits(results(optimizer)[:2], before)
 
 
+@pytest.mark.parametrize("options", [{}, {"flatten": True}], ids=str)
+def test_parameters_that_can_be_read_only_once_are_refused(options):
+    """torch.optim reads them once, and steps nothing from then on."""
+    params = parameters(torch.float32, [(40,), (7,)])
+    optimizer = FusedAdamW([{"params": params[:1]}, {"params": params[1:]}], **options)
+    train(optimizer, 1)
+    before = results(optimizer)
+    optimizer.param_groups[1]["params"] = (param for param in params[1:])
+    with pytest.raises(TypeError, match=r"param_groups\[1\]\['params'\] is a generator, but must be a list"):
+        optimizer.step()
+    optimizer.param_groups[1]["params"] = tuple(params[1:])
+    assert same_bits(results(optimizer), before)
+    train(optimizer, 1, first=1)
+    assert [optimizer.state[param]["step"] for param in params] == [2, 2]
+
+
+def test_an_export_after_parameters_were_edited_alone_goes_by_position():
+    """Names that are left belong to nobody: the export used to raise."""
+    params = parameters(torch.float32, SHAPES)
+    named = list(zip("abcd", params, strict=True))
+    optimizer = FusedAdamW([{"params": named[:2]}, {"params": named[2:]}])
+    train(optimizer, 1)
+    gone = optimizer.param_groups[0]["params"].pop(0)
+    del optimizer.state[gone]
+    exported = optimizer.export_fp32()
+    assert list(exported["params"]) == [0, "c", "d"]
+    assert all(map(torch.equal, exported["params"].values(), params[1:]))
+    assert list(exported["state"]["state"]) == [0, 1, 2]
+
+
 def test_dicts_given_to_two_optimizers_carry_no_precision():
     groups = [{"params": parameters(torch.bfloat16, [(40,)])}]
     FusedAdamW(groups, precision="split32", seed=7)

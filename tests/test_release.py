@@ -179,6 +179,50 @@ def test_after_a_backward_that_raised():
         assert ours["step"] == theirs["step"] == 2
 
 
+@pytest.mark.parametrize("bucket_bytes", [1, 32 << 20])
+def test_zero_grad_after_a_backward_that_raised_starts_over(bucket_bytes):
+    """As loops do that skip a batch which runs out of memory. The next backward used to raise, and all after it."""
+    (plain, expected), (module, optimizer) = pair()
+    step_in_backward(module, optimizer, bucket_bytes=bucket_bytes)
+    start = [p.detach().clone() for p in module.parameters()]
+    hook = module[3].register_full_backward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        loss_of(module, 0).backward()
+    hook.remove()
+    updated = [not torch.equal(p, before) for p, before in zip(module.parameters(), start, strict=True)]
+    assert any(updated) is (bucket_bytes == 1)
+    optimizer.zero_grad()
+    fit(module, optimizer)
+    fit(plain, expected)
+    assert optimizer.state[module[0].weight]["step"] == 4
+    if bucket_bytes > 1:  # what was updated before the error stays updated
+        assert same_bits(results(optimizer), results(expected))
+
+
+def test_zero_grad_after_whole_backwards_still_refuses_a_second_gradient():
+    module, optimizer = pair()[0]
+    step_in_backward(module, optimizer)
+    loss_of(module, 0).backward()
+    optimizer.zero_grad()
+    with pytest.raises(RuntimeError, match="second gradient before optimizer.step"):
+        loss_of(module, 1).backward()
+
+
+def test_parameters_are_listed_once_per_bucket(monkeypatch):
+    """Once per parameter, backward over 2000 small ones took ten times as long."""
+    params = [nn.Parameter(torch.ones(2)) for _ in range(50)]
+    optimizer = FusedAdamW(params)
+    step_in_backward(params, optimizer)
+    lists = []
+    method = optimizer._params
+    monkeypatch.setattr(optimizer, "_params", lambda: lists.append(1) or method())
+    for _ in range(3):
+        lists.clear()
+        sum(p.sum() for p in params).backward()
+        assert len(lists) == 1
+        optimizer.step()
+
+
 def test_copies_do_not_step_in_backward():
     import copy
 

@@ -157,6 +157,72 @@ def test_two_entries_over_the_same_memory_are_parted():
     assert first == shared.data_ptr() and len({first, *others}) == 3
 
 
+def test_an_entry_has_torchs_order_whatever_its_neighbours_lack():
+    optimizer = new()
+    train(optimizer, 1)
+    first, second, *_ = members(optimizer)
+    optimizer.state[first]["exp_avg_sq"] = torch.ones(5, dtype=torch.float64)  # to be copied
+    del optimizer.state[second]
+    train(optimizer, 1, first=1)
+    assert list(optimizer.state[second]) == ["step", "exp_avg", "exp_avg_sq"]
+
+
+@pytest.mark.parametrize("lender", [0, 2])
+def test_an_entry_that_borrows_from_a_neighbour_is_parted(lender):
+    """What is ours stays where it is, whichever of the two comes first."""
+    optimizer, expected = (new(shapes=[(5,), (5,), (5,)]) for _ in range(2))
+    for each in (optimizer, expected):
+        train(each, 2)
+        lent = each.state[members(each)[lender]]["exp_avg"]
+        each.state[members(each)[1]]["exp_avg"] = lent.clone() if each is expected else lent
+        train(each, 2, first=2)
+    assert same_bits(results(optimizer), results(expected))
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+def test_a_dict_that_parameters_share_is_parted(steps):
+    """As `dict.fromkeys(params, {})` makes. It used to end in a KeyError, with half of the state made."""
+    optimizer, expected = (new(shapes=[(5,), (5,), (5,)]) for _ in range(2))
+    for each in (optimizer, expected):
+        train(each, steps)
+        first, second, third = members(each)
+        entry = each.state[first]
+        for param in (second, third):
+            each.state[param] = {key: value.clone() for key, value in entry.items()} if each is expected else entry
+        train(each, 2, first=steps)
+    assert same_bits(results(optimizer), results(expected))
+    assert len(set(map(id, optimizer.state.values()))) == 3
+
+
+def fill_data(entry):
+    entry["step"].data.fill_(1)
+
+
+def fill_array(entry):
+    entry["step"].numpy()[...] = 1
+
+
+def swap_data(entry):
+    entry["step"].data = torch.tensor(1.0)
+
+
+@pytest.mark.parametrize("options", [{}, {"backend": "triton"}, {"flatten": True}, {"backend": "compiled"}], ids=str)
+@pytest.mark.parametrize("change", [fill_data, fill_array, swap_data], ids=lambda change: change.__name__)
+def test_a_count_that_is_written_past_autograd_counts(change, options):
+    """Neighbours that are stepped as one had the first one's count; a new memory was never counted up."""
+    optimizer, expected = new(**options), new(**options)
+    for each in (optimizer, expected):
+        train(each, 5)
+        entry = each.state[members(each)[1]]
+        if each is expected:
+            entry["step"] = torch.tensor(1.0)
+        else:
+            change(entry)
+        train(each, 2, first=5)
+    assert same_bits(results(optimizer), results(expected))
+    assert [int(entry["step"]) for entry in optimizer.state.values()] == [7, 3, 7, 7]
+
+
 @pytest.mark.parametrize(
     "other",
     [

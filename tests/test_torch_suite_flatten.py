@@ -369,6 +369,51 @@ def test_set_to_none_false_leaves_gradients_of_zeros(ours, theirs):
 
 
 @both_classes
+@pytest.mark.parametrize("kind", ["held", "parts of one buffer", "arrays"])
+def test_set_to_none_false_zeroes_gradients_that_others_write_to(ours, theirs, kind):
+    """They stay the parameters' gradients, as in torch: what is written to them later counts."""
+
+    def script(run):
+        numels = [param.numel() for param in run.params]
+        parts = torch.zeros(sum(numels)).split(numels)
+        writers = {
+            "held": [torch.zeros_like(param) for param in run.params],
+            "parts of one buffer": [part.view_as(param) for part, param in zip(parts, run.params, strict=True)],
+            "arrays": [torch.zeros_like(param, requires_grad=False).numpy() for param in run.params],
+        }[kind]
+        for param, writer in zip(run.params, writers, strict=True):
+            grad = torch.as_tensor(writer)  # over the array's memory
+            param.grad = grad if kind == "held" else grad.view_as(param)
+            del grad
+        for _ in range(4):
+            run.optimizer.zero_grad(set_to_none=False)
+            for place, (param, writer) in enumerate(zip(run.params, writers, strict=True)):
+                assert not writer.any()
+                torch.as_tensor(writer).add_(gradient(param, place, run.time))
+            run.step()
+
+    assert_agree(ours, theirs, script, [4, 4, 4, 4])
+
+
+@both_classes
+def test_parts_of_somebodys_buffer_leave_no_gradient(ours, theirs):
+    """As DDP's buckets are: it takes whatever is there after `zero_grad()` for a gradient."""
+
+    def script(run):
+        numels = [param.numel() for param in run.params]
+        for _ in range(3):
+            run.optimizer.zero_grad()
+            assert [param.grad for param in run.params] == [None] * 4
+            for param, part in zip(run.params, torch.ones(sum(numels)).split(numels), strict=True):
+                param.grad = part.view_as(param)
+            run.step()
+        run.optimizer.zero_grad()
+        run.step()
+
+    assert_agree(ours, theirs, script, [3, 3, 3, 3])
+
+
+@both_classes
 def test_the_norm_is_of_gradients_alone(ours, theirs):
     run, other = Run(ours, max_grad_norm=1.0), Run(theirs)
     for each in (run, other):

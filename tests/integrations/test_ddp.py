@@ -171,3 +171,35 @@ def releasing(rank):
 
 def test_steps_inside_backward_are_refused():
     run_ranks(WORLD, releasing)
+
+
+class Experts(nn.Module):
+    """One layer per step is used."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.Linear(6, 3) for _ in range(3))
+
+    def forward(self, x, step):
+        return self.layers[step % 3](x).square().mean()
+
+
+def unused_training(rank, flatten, views, set_to_none):
+    model = DistributedDataParallel(Experts(), find_unused_parameters=True, gradient_as_bucket_view=views)
+    optimizer = FusedAdamW(model.parameters(), lr=LR, flatten=flatten)
+    for step in range(6):
+        optimizer.zero_grad(set_to_none)
+        model(torch.full((5, 6), rank + step / 4), step).backward()
+        optimizer.step()
+    return results(optimizer)
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+@pytest.mark.parametrize("views", [False, True])
+def test_experts_that_no_rank_uses_rest(views, set_to_none):
+    """With bucket views DDP took the zeros of flat buffers for gradients, and all experts were stepped."""
+    plain, flat = (run_ranks(WORLD, unused_training, flatten, views, set_to_none) for flatten in (False, True))
+    assert [int(entry["step"]) for entry in plain[0]] == ([2] * 6 if set_to_none else [6, 6, 5, 5, 4, 4])
+    for one, other in zip(plain, flat, strict=True):
+        assert same_bits(one, other)
