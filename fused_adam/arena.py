@@ -58,6 +58,11 @@ def _copies(value: Tensor, dtype: torch.dtype, param: Tensor) -> bool:
     return plain and (dtype.is_complex or not value.is_complex())
 
 
+def reads_cost_nothing(tensor: Tensor) -> bool:
+    """Whether values can be read without waiting for a device."""
+    return tensor.device.type == "cpu"
+
+
 def is_dense(tensor: Tensor) -> bool:
     """Whether the tensor fills its memory without gaps or overlaps, in any order of dimensions."""
     return tensor.is_contiguous() or tensor.stride() == dense_layout(tensor)[1]
@@ -161,7 +166,7 @@ class Counters:
     def note(self) -> None:
         """Take the counts as they are now for our own work."""
         self.version = self.steps._version
-        if self.steps.device.type == "cpu":
+        if reads_cost_nothing(self.steps):
             self.values = self.steps.clone() if self.values is None else self.values.copy_(self.steps)
 
 
