@@ -179,6 +179,49 @@ def test_after_a_backward_that_raised():
         assert ours["step"] == theirs["step"] == 2
 
 
+@pytest.mark.parametrize("matrices_alone", [False, True])
+def test_backward_in_a_closure(matrices_alone):
+    """As Lightning runs it: the closure's loss comes back, and nothing is stepped twice."""
+    (plain, expected), (module, optimizer) = pair()
+    step_in_backward([p for p in module.parameters() if p.ndim == 2 or not matrices_alone], optimizer)
+    for step in range(3):
+        losses = []
+        for m, opt in ((plain, expected), (module, optimizer)):
+
+            def closure(m=m, opt=opt, step=step):
+                opt.zero_grad()
+                loss = loss_of(m, step)
+                loss.backward()
+                return loss
+
+            losses.append(opt.step(closure))
+        assert torch.equal(*losses)
+    assert same_bits(results(optimizer), results(expected))
+    assert all(entry["step"] == 3 for entry in results(optimizer))
+
+
+def test_a_closure_that_does_nothing_ends_the_round():
+    (plain, expected), (module, optimizer) = pair()
+    step_in_backward(module, optimizer)
+    for step in range(2):
+        loss_of(plain, step).backward()
+        expected.step()
+        expected.zero_grad()
+        loss_of(module, step).backward()
+        assert optimizer.step(lambda: 3.0) == 3.0
+    assert same_bits(results(optimizer), results(expected))
+
+
+def test_a_closure_after_backward_gives_no_second_step():
+    module, optimizer = pair()[0]
+    step_in_backward(module, optimizer)
+    loss_of(module, 0).backward()
+    before = results(optimizer)
+    with pytest.raises(RuntimeError, match=r"second gradient before optimizer\.step"):
+        optimizer.step(lambda: loss_of(module, 1).backward())
+    assert same_bits(results(optimizer), before)
+
+
 def test_copies_do_not_step_in_backward():
     import copy
 
@@ -219,18 +262,12 @@ class TestRefused:
         with pytest.raises(ValueError, match="steps in backward already; call remove"):
             step_in_backward(module, optimizer)
 
-    def test_closures(self):
-        module, optimizer = pair()[0]
-        step_in_backward(module, optimizer)
-        with pytest.raises(RuntimeError, match="a closure does not go with step_in_backward"):
-            optimizer.step(lambda: 1.0)
-
     def test_grad_scalers(self):
         module, optimizer = pair(fused=True)[0]
         step_in_backward([p for p in module.parameters() if p.ndim == 2], optimizer)
         scaler = torch.amp.GradScaler("cpu")
         scaler.scale(loss_of(module, 0)).backward()
-        with pytest.raises(RuntimeError, match="a GradScaler does not go with step_in_backward"):
+        with pytest.raises(RuntimeError, match="a GradScaler cannot be combined with step_in_backward"):
             scaler.step(optimizer)
 
     def test_several_processes(self, monkeypatch):

@@ -362,7 +362,8 @@ def differing(rank, what):
     if what == "gradient" and rank:
         params[1].grad = None
     if what == "failure" and rank:
-        optimizer.state[params[0]] = {"step": torch.tensor(-1.0)}
+        moments = {key: torch.zeros_like(params[0]) for key in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[params[0]] = {"step": torch.tensor(-1.0), **moments}
     before = [param.to_local().clone() for param in params]
     for _ in range(2):  # and once more
         with pytest.raises((RuntimeError, ValueError)) as error:
