@@ -19,11 +19,12 @@ def step_in_backward(
 ) -> StepInBackward:
     """Update parameters while backward runs, so that their gradients never exist all at once.
 
-    The loop stays as it is: `loss.backward()`, `optimizer.step()`, `scheduler.step()`, or backward in a closure given to
-    `step()`. Each gradient is used and freed inside backward, with the learning rates of that moment, and the results
-    have the same bits; `step()` then takes the parameters that are not in `model_or_params`, runs its hooks and ends the
-    round. At most `bucket_bytes` and one gradient are alive at a time: small parameters wait for each other, so that
-    launches stay few.
+    The loop stays as it is: `loss.backward()`, `optimizer.step()`, `scheduler.step()`. Backward may
+    also run in a closure given to `step()`. Each gradient is used and freed inside backward, with
+    the learning rates of that moment, and the results have the same bits; `step()` then takes the
+    parameters that are not in `model_or_params`, runs its hooks and ends the round. At most
+    `bucket_bytes` and one gradient are alive at a time: small parameters wait for each other, so
+    that launches stay few.
 
     Args:
         model_or_params: a module, or some of the optimizer's parameters. Frozen ones are left out.
