@@ -211,7 +211,7 @@ class FusedAdam(torch.optim.Adam):
         """The same for a group that somebody may have edited since it was added."""
         self._check_group(group)
         for param in group["params"] if group["fused"] else ():
-            if param.is_meta:
+            if param.is_meta and param.grad is not None:  # torch asks the parameters that it steps
                 _device_dtype_check_for_fused(param)
 
     @overload
