@@ -50,6 +50,8 @@ def main(folder):
     checkpoint.save({"model": weights, "optimizer": state}, checkpoint_id=folder)
 
     model, optimizer = build(mesh)  # or with another number of processes
+    # To see state where there is none, get_state_dict takes a step without gradients, and leaves it counted.
+    optimizer.init_state()
     weights, state = get_state_dict(model, optimizer)
     checkpoint.load({"model": weights, "optimizer": state}, checkpoint_id=folder)
     set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state)

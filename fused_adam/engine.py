@@ -46,16 +46,17 @@ def options_of(groups: Sequence[dict[str, Any]]) -> list[Any]:
     try:
         return [(len(group["params"]), group["amsgrad"], group.get("precision"), group.get("seed")) for group in groups]
     except TypeError:
-        number = next(i for i, group in enumerate(groups) if not hasattr(group["params"], "__len__"))
+        lists = [group["params"] for group in groups]
+        number = next(i for i, params in enumerate(lists) if not hasattr(params, "__len__"))
         raise TypeError(
-            f"param_groups[{number}]['params'] is a {type(groups[number]['params']).__name__}, but must be a list: what "
-            "can be read only once has no parameters at the next step"
+            f"param_groups[{number}]['params'] is a {type(lists[number]).__name__}, but must be a list: what can be "
+            "read only once has no parameters at the next step"
         ) from None
 
 
 @dataclass(slots=True, eq=False)
 class Plan:
-    """How one set of parameters is stepped. Holds no state: what the user takes out of it is free at once."""
+    """How one set of parameters is stepped. Runs on the kernel hold no state: what users take out is free at once."""
 
     live: list[Tensor]  # the parameters, in order
     homes: list[Home]  # of the rows' state
@@ -131,11 +132,12 @@ class Engine:
         """
         capturing = backends.is_capturing()
         self.moved.clear()  # of a step that failed
-        known = self._still_known(groups) and self.arena.counters_unchanged()
+        known = self._still_known(groups)
         params = self.params if known else members_of(groups)
         if shapes.are_all(params):
             self.stats = shapes.step(groups, state, self.read(params), only, self.guards)
             return
+        known = known and self.arena.counters_unchanged()
         if self.flat:
             self.flat.always = self.flat.uncounted or any(group["capturable"] for group in groups)
         found = self._find(state, self._positions(only)) if known else None

@@ -84,7 +84,7 @@ class Place:
         """Whether the parameter's next gradient can be added up in the view.
 
         It has to be like the one that is there, or was: in a view a sparse one would be a dense one, which nothing
-        refuses, and one of another dtype cannot lie there. If it is a part of somebody's buffer, he decides who has one:
+        refuses, and one of another dtype cannot lie there. Parts of somebody's buffer are for him to give and take:
         DDP with gradient_as_bucket_view lays a view into its bucket wherever there is a gradient, also where nothing
         was used. What never had a gradient may never have one, and stays as torch leaves it, whatever goes over all
         gradients.
@@ -170,8 +170,9 @@ class FlatBuffers:
 
     def all_written(self, places: Sequence[Place]) -> bool:
         """Whether the view of each place is a gradient."""
-        written = self.always or all([place.grad_view._version != place.zeroed for place in places])
-        return written or not any(place.is_zeroed() for place in places)
+        if self.always or False not in [place.grad_view._version != place.zeroed for place in places]:
+            return True
+        return not any(place.is_zeroed() for place in places)
 
     def look_for_uncounted(self) -> None:
         """Let all views count from now on if one is not zero that nothing is known to have written to.

@@ -214,7 +214,7 @@ class FusedAdam(torch.optim.Adam):
         """The same for a group that somebody may have edited since it was added."""
         self._check_group(group)
         for param in group["params"] if group["fused"] else ():
-            if param.is_meta and param.grad is not None:
+            if param.is_meta and param.grad is not None:  # torch asks the parameters that it steps
                 _device_dtype_check_for_fused(param)
 
     @overload
@@ -242,27 +242,27 @@ class FusedAdam(torch.optim.Adam):
         self._accelerator_graph_capture_health_check()
         self._check_at_home()
         if self._engine.release is not None:
-            self._end_round(closure)
+            self._refuse_scaler()
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        # After the closure: Lightning runs backward in one, or passes one that does nothing.
+        if self._engine.release is not None:
+            self._engine.release.end_round()
         with torch.no_grad():
             self._move_to_buffers()
             self._engine.step(self.param_groups, self.state, self._guard(), self._check_before_step)
         return loss
 
-    def _end_round(self, closure: object) -> None:
-        """Of steps inside backward: refuse what comes too late, and step what still waits."""
-        if closure is not None:
-            raise RuntimeError("a closure does not go with step_in_backward: it would run backward once more")
+    def _refuse_scaler(self) -> None:
+        """Of steps inside backward: a scaler comes too late."""
         guard = self._guard()
         if guard.found_inf is not None or guard.grad_scale is not None:
             raise RuntimeError(
-                "a GradScaler does not go with step_in_backward: parameters were updated before it could unscale "
-                "gradients or see an overflow; train in bfloat16 without one"
+                "a GradScaler cannot be combined with step_in_backward, because parameters were updated before it "
+                "could unscale gradients or see an overflow; train in bfloat16 without one"
             )
-        self._engine.release.end_round()
 
     def _step_only(self, params: Sequence[Tensor]) -> None:
         """Step these parameters alone: each has a gradient."""
@@ -277,8 +277,9 @@ class FusedAdam(torch.optim.Adam):
         guard = Guard(getattr(self, "found_inf", None), getattr(self, "grad_scale", None))
         if self._grad_attribute != "grad" and (guard.found_inf is not None or guard.grad_scale is not None):
             raise RuntimeError(
-                f"a GradScaler does not go with grad_attribute={self._grad_attribute!r}: it looks for overflows in "
-                "`grad` alone; unscale gradients yourself, and pass skip_nonfinite=True to skip steps that overflowed"
+                f"a GradScaler cannot be combined with grad_attribute={self._grad_attribute!r}, because it looks for "
+                "overflows in `grad` alone; unscale gradients yourself, and pass skip_nonfinite=True to skip steps that "
+                "overflowed"
             )
         return guard
 
@@ -411,7 +412,7 @@ class FusedAdam(torch.optim.Adam):
             raise RuntimeError(f"{name}() cannot be captured in a CUDA graph: call it before or after the capture")
         if self.defaults["differentiable"]:
             raise RuntimeError(
-                f"{name}() does not go with differentiable=True, whose state is part of autograd's graph"
+                f"{name}() cannot be combined with differentiable=True, whose state is part of autograd's graph"
             )
 
     def export_fp32(self) -> dict[str, Any]:

@@ -19,10 +19,12 @@ def step_in_backward(
 ) -> StepInBackward:
     """Update parameters while backward runs, so that their gradients never exist all at once.
 
-    The loop stays as it is: `loss.backward()`, `optimizer.step()`, `scheduler.step()`. Each gradient is used and freed
-    inside backward, with the learning rates of that moment, and the results have the same bits; `step()` then takes
-    the parameters that are not in `model_or_params`, runs its hooks and ends the round. At most `bucket_bytes` and
-    one gradient are alive at a time: small parameters wait for each other, so that launches stay few.
+    The loop stays as it is: `loss.backward()`, `optimizer.step()`, `scheduler.step()`. Backward may
+    also run in a closure given to `step()`. Each gradient is used and freed inside backward, with
+    the learning rates of that moment, and the results have the same bits; `step()` then takes the
+    parameters that are not in `model_or_params`, runs its hooks and ends the round. At most
+    `bucket_bytes` and one gradient are alive at a time: small parameters wait for each other, so
+    that launches stay few.
 
     Args:
         model_or_params: a module, or some of the optimizer's parameters. Frozen ones are left out.
@@ -37,7 +39,7 @@ def step_in_backward(
             elsewhere (grad_attribute), or steps through autograd (differentiable=True).
         RuntimeError: training runs in several processes, whose gradients are not averaged yet when they arrive here.
             Later, from backward: a parameter got a second gradient before `optimizer.step()`. From `step()`: a
-            closure, or a GradScaler, which would know of an overflow only after the updates.
+            GradScaler, which would know of an overflow only after the updates.
     """
     if not isinstance(optimizer, FusedAdam):
         raise TypeError(f"optimizer is a {type(optimizer).__name__}, but must be a FusedAdam or FusedAdamW")
@@ -55,7 +57,7 @@ def step_in_backward(
     }
     for name, (value, reason) in reasons.items():
         if value:
-            raise ValueError(f"{name}={value!r} does not go with step_in_backward: {reason}")
+            raise ValueError(f"{name}={value!r} cannot be combined with step_in_backward, because {reason}")
     if optimizer._engine.release is not None:
         raise ValueError("this optimizer steps in backward already; call remove() on its handle first")
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()

@@ -3,6 +3,7 @@
 import copy
 import functools
 import io
+import os
 import pickle
 import subprocess
 import sys
@@ -108,7 +109,8 @@ def test_numpy_is_not_imported():
         "p = torch.ones(3, requires_grad=True); p.grad = torch.ones(3); "
         "FusedAdam([p], max_grad_norm=1.0, seed=3, flatten=False, backend='reference').step()"
     )
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}  # where nothing is installed
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
 
 

@@ -208,7 +208,7 @@ def test_refusals(cls):
         with pytest.raises(ValueError, match=f"grad_attribute='main_grad' cannot be combined with {other}=True"):
             cls(params, grad_attribute="main_grad", **{other: True})
     optimizer = cls(params, grad_attribute="decoupled_grad")
-    with pytest.raises(ValueError, match="grad_attribute='decoupled_grad' does not go with step_in_backward"):
+    with pytest.raises(ValueError, match="grad_attribute='decoupled_grad' cannot be combined with step_in_backward"):
         step_in_backward(params, optimizer)
     params[1].decoupled_grad = torch.ones(3)
     with pytest.raises(ValueError, match=r"gradient of parameter 1 \(group 0\) is torch.float32 of shape \(3,\)"):
@@ -227,6 +227,6 @@ def test_a_grad_scaler_is_refused_before_anything_changes(unscale, elsewhere_too
     before = results(optimizer)
     if unscale:
         scaler.unscale_(optimizer)
-    with pytest.raises(RuntimeError, match="a GradScaler does not go with grad_attribute='main_grad'"):
+    with pytest.raises(RuntimeError, match="a GradScaler cannot be combined with grad_attribute='main_grad'"):
         scaler.step(optimizer)
     assert same_bits(results(optimizer), before) and not optimizer.state

@@ -1,15 +1,20 @@
 """Accelerate: prepare, accumulate, clip, save_state and load_state, in one process and in two."""
 
+import gc
 import os
+import weakref
 
 import pytest
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState
-from accelerate.utils import DataLoaderConfiguration, set_seed
+from accelerate.utils import DataLoaderConfiguration, DistributedType, set_seed
 from oracle import Options, tolerance
 from ranks import run_ranks
+from shards import whole_results
+from test_ddp import STEPS, alone, loss_of, network
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from training import results, same_bits
 
@@ -148,3 +153,38 @@ def test_two_processes(options, tmp_path):
     for whole, rest, batches in ranks:
         assert batches == EPOCH // 2
         assert same_bits(whole, ranks[0][0]) and same_bits(rest, whole)
+
+
+def with_fsdp2(rank, options, efficient):
+    """The optimizer is made for the whole model; Accelerate puts the shards into its groups."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", OMP_NUM_THREADS="1")
+    accelerator = Accelerator(cpu=True)
+    # Accelerate takes its way of FSDP only where it finds a GPU; what it then does runs on CPUs, too.
+    accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2, cpu_ram_efficient_loading=efficient)
+    accelerator.state.distributed_type = DistributedType.FSDP
+    model = network()
+    optimizer = FusedAdamW(model.parameters(), lr=LR, **options)
+    flat = optimizer._engine.flat
+    slots = [slot for place in flat.places.values() for slot in (place.param, place.grad)] if flat else []
+    buffers = [weakref.ref(slot.segment) for slot in slots]
+    del flat, slots
+    model, prepared_optimizer = accelerator.prepare(model, optimizer)
+    assert all(type(param) is DTensor for param in model.parameters())
+    for step in range(STEPS):
+        prepared_optimizer.zero_grad()
+        gc.collect()
+        assert all(buffer() is None for buffer in buffers)
+        accelerator.backward(loss_of(model, rank, step))
+        prepared_optimizer.step()
+    assert not optimizer._engine.flat or not optimizer._engine.flat.places
+    return whole_results(optimizer), len(buffers)
+
+
+@pytest.mark.parametrize("efficient", [False, True])
+@pytest.mark.parametrize("options", [{}, {"flatten": True}, {"flatten": True, "max_grad_norm": CLIP}], ids=str)
+def test_fsdp2_replaces_the_parameters(options, efficient):
+    """The flat buffers of those that left are let go at the first `zero_grad()`, and the bits are one process's."""
+    expected = alone(options)
+    for found, buffers in run_ranks(2, with_fsdp2, options, efficient):
+        assert same_bits(found, expected)
+        assert buffers == (8 if "flatten" in options else 0)

@@ -3,6 +3,7 @@
 import copy
 import pickle
 import types
+import weakref
 
 import pytest
 import test_hash
@@ -29,6 +30,7 @@ OPTIONS = [
     (torch.bfloat16, {"precision": "split24-bf16", "amsgrad": True}),
     (torch.bfloat16, {"precision": "sr-bf16", "seed": 2**40 + 1}),
 ]
+FEW_SHAPES = [(33, 6), (3,), (17, 7)]
 # 8-bit groups are those of one process where every shard is whole groups.
 WHOLE_GROUPS = [(16, 64), (128,), (4, 8, 4), (32, 32)]
 
@@ -82,7 +84,7 @@ def test_shards_have_the_bits_of_one_process(dtype, options, world):
 @pytest.mark.parametrize("precision", ["sr-bf16", "split24-int8"])
 def test_the_kernel_on_shards(precision):
     """In the interpreter; some shards do not begin at a multiple of 4 elements, as draws of random bits do."""
-    shapes = [(33, 6), (3,), (17, 7)] if precision == "sr-bf16" else WHOLE_GROUPS
+    shapes = FEW_SHAPES if precision == "sr-bf16" else WHOLE_GROUPS
     options = {"precision": precision, "seed": 3, "max_grad_norm": 0.5}
     ranks = run_ranks(2, in_rows, 2, torch.bfloat16, {**options, "backend": "triton"}, shapes)
     expected = results(alone(torch.bfloat16, options, shapes))
@@ -267,6 +269,54 @@ def test_state_goes_to_the_host_and_back(precision):
         assert same_bits(before, meanwhile) and same_bits(after, trained[0])
 
 
+def copied_entry_by_entry(entry):
+    """As verl, NeMo-RL and prime-rl move state: `.to("cpu")`, of a GPU's tensor always another one."""
+    for key, value in entry.items():
+        if isinstance(value, torch.Tensor):
+            entry[key] = value.to("cpu", copy=True)
+
+
+def copied_in_a_new_entry(entry):
+    """Moments alone, all at once: the step counter stays."""
+    entry.update({key: value.clone() for key, value in entry.items() if key != "step"})
+
+
+def copied_within(entry):
+    """The DTensor stays, over other memory."""
+    for value in entry.values():
+        if isinstance(value, DTensor):
+            value._local_tensor = value._local_tensor.clone()
+
+
+def moved_by_loops(rank, options, move):
+    """State goes away and comes back after every step, and at first is made by `init_state()`."""
+    mesh = init_device_mesh("cpu", (2,))
+    optimizer = FusedAdamW(parameters(torch.bfloat16, FEW_SHAPES, mesh, (Shard(0),)), lr=1e-2, **options)
+    optimizer.init_state()
+    freed = []
+    for step in range(STEPS):
+        for _ in ("there", "back"):
+            homes = optimizer._engine.arena.homes.values()
+            memory = [weakref.ref(slot.segment) for home in homes for slot in home.slots.values()]
+            for entry in optimizer.state.values():
+                move(entry)
+            freed.append(all(ref() is None for ref in memory))
+        train(optimizer, 1, first=step)
+    return whole_results(optimizer), freed, [type(value) for value in optimizer.state[optimizer._params()[0]].values()]
+
+
+@pytest.mark.parametrize(("precision", "backend"), [("split32-bf16", "reference"), ("split24-int8", "triton")])
+@pytest.mark.parametrize("move", [copied_entry_by_entry, copied_in_a_new_entry, copied_within])
+def test_state_that_a_loop_moves(move, precision, backend):
+    """What kernels step is free at once, and the bits are those of a training without the loop."""
+    everyone = run_ranks(2, moved_by_loops, {"precision": precision, "backend": backend}, move)
+    [trained, _] = run_ranks(2, in_rows, 2, torch.bfloat16, {"precision": precision}, FEW_SHAPES)
+    for found, freed, types_of_entries in everyone:
+        assert same_bits(found, trained[0])
+        assert all(freed) or move is copied_within or backend == "reference"
+        assert types_of_entries[0] is torch.Tensor and {*types_of_entries[1:]} == {DTensor}
+
+
 def partial_gradient(rank):
     mesh = init_device_mesh("cpu", (2,))
     params = parameters(torch.float32, [(4, 3), (5,)], mesh, [(Replicate(),), (Shard(0),)])
@@ -362,7 +412,8 @@ def differing(rank, what):
     if what == "gradient" and rank:
         params[1].grad = None
     if what == "failure" and rank:
-        optimizer.state[params[0]] = {"step": torch.tensor(-1.0)}
+        moments = {key: torch.zeros_like(params[0]) for key in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[params[0]] = {"step": torch.tensor(-1.0), **moments}
     before = [param.to_local().clone() for param in params]
     for _ in range(2):  # and once more
         with pytest.raises((RuntimeError, ValueError)) as error:

@@ -13,6 +13,7 @@ from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
     get_optimizer_state_dict,
+    get_state_dict,
     set_model_state_dict,
     set_optimizer_state_dict,
 )
@@ -248,3 +249,39 @@ def test_recipes_convert_on_shards():
         torch.testing.assert_close(new["param"], old["param"], rtol=2.0**-16, atol=0)
         assert (new["exp_avg"] - old["exp_avg"]).abs().max() <= old["exp_avg"].abs().max() / 127
         assert (new["exp_avg_sq"] - old["exp_avg_sq"]).abs().max() <= old["exp_avg_sq"].abs().max() * 4 / 255
+
+
+def after_a_look(rank, look, options):
+    """Tools look at the state before the first step."""
+    model = sharded(2)
+    optimizer = FusedAdamW(model.parameters(), lr=LR, weight_decay=0, **options)
+    optimizer.init_state()
+    state = look(model, optimizer)
+    steps = [float(entry["step"]) for entry in optimizer.state.values()]
+    before = whole_results(optimizer)
+    train(model, optimizer, rank, 0, 1)
+    after = whole_results(optimizer)
+    first = [(new["param"] - old["param"]).abs() for old, new in zip(before, after, strict=True)]
+    train(model, optimizer, rank, 1, STEPS)
+    return sorted(state), steps, first, whole_results(optimizer)
+
+
+def optimizer_alone(model, optimizer):
+    return get_optimizer_state_dict(model, optimizer)
+
+
+def model_too(model, optimizer):
+    return get_state_dict(model, optimizer)[1]
+
+
+@pytest.mark.parametrize("options", [{}, {"amsgrad": True}], ids=str)
+@pytest.mark.parametrize("look", [optimizer_alone, model_too])
+def test_a_look_at_the_state_before_training_counts_no_step(look, options):
+    """Without `init_state()` torch takes a dummy step to see it, and the first update is 0.74 lr instead of lr."""
+    expected = alone({"weight_decay": 0, **options})
+    for keys, steps, first, found in run_ranks(2, after_a_look, look, options):
+        assert keys == ["param_groups", "state"] and steps == [0.0] * 4
+        for moved in first:
+            # Less than lr where a gradient is so small that eps counts.
+            torch.testing.assert_close(moved, torch.full_like(moved, LR), rtol=0.02, atol=0)
+        assert same_bits(found, expected)

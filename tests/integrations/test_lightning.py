@@ -1,15 +1,16 @@
-"""Lightning: its clipping, its checkpoints, automatic and manual optimization, a scheduler."""
+"""Lightning and Fabric: clipping, checkpoints, automatic and manual optimization, steps inside backward."""
 
 import lightning
 import pytest
 import torch
+from lightning.fabric import Fabric
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
 from oracle import Options, tolerance
 from torch import nn
 from training import results, same_bits
 
-from fused_adam import FusedAdamW
+from fused_adam import FusedAdamW, step_in_backward
 
 LR, CLIP, PARTS, BATCHES = 1e-2, 0.05, 2, 8  # micro-batches per step, and in an epoch
 STEPS = BATCHES // PARTS
@@ -158,3 +159,77 @@ def test_both_clippings_at_once_are_refused(cls, options, tmp_path):
     """By Lightning, under mixed precision, as for torch's fused step: it would clip gradients still scaled."""
     with pytest.raises(RuntimeError, match="does not allow for gradient clipping"):
         fit(tmp_path, options, cls=cls, precision="bf16-mixed")
+
+
+# --- What methods of the wrapped optimizer set, the optimizer itself goes by
+
+
+class InBackward(Automatic):
+    """Lightning runs backward in the closure that it gives to `step`."""
+
+    def on_train_start(self):
+        self.handle = step_in_backward(self, self.optimizers())
+
+    def on_before_zero_grad(self, optimizer):
+        assert all(param.grad is None for param in self.parameters())
+
+
+class ManualInBackward(Manual):
+    """Steps inside backward, and state that is on the host between two steps."""
+
+    def training_step(self, batch, index):
+        optimizer = self.optimizers()
+        if index == 0:
+            self.handle = step_in_backward(self, optimizer)
+        self.manual_backward(Automatic.training_step(self, batch, index))
+        assert all(param.grad is None for param in self.parameters())
+        optimizer.step()
+        self.lr_schedulers().step()
+        optimizer.offload()
+        with pytest.raises(RuntimeError, match=r"offloaded to the host: call reload\(\)"):
+            optimizer.step()
+        optimizer.reload()
+
+
+def each_batch_a_step(optimizer_class=FusedAdamW):
+    """The loop without Lightning, with steps after backward."""
+    model = Automatic(optimizer_class, {})
+    parts = model.configure_optimizers()
+    for index, batch in enumerate(model.train_dataloader()):
+        model.training_step(batch, index).backward()
+        parts["optimizer"].step()
+        parts["optimizer"].zero_grad()
+        parts["lr_scheduler"]["scheduler"].step()
+    return results(parts["optimizer"])
+
+
+@pytest.mark.parametrize("module", [InBackward, ManualInBackward])
+def test_steps_inside_backward(module, tmp_path):
+    settings = {} if module is ManualInBackward else {"accumulate_grad_batches": 1}
+    model, optimizer = fit(tmp_path, {}, module, clip=None, **settings)
+    assert same_bits(results(optimizer), each_batch_a_step())
+    model.handle.remove()
+    assert not any(param._post_accumulate_grad_hooks for param in model.parameters())
+
+
+def test_fabric_steps_inside_backward_and_offloads():
+    fabric = Fabric(accelerator="cpu", devices=1)
+    plain = Automatic(FusedAdamW, {})
+    parts = plain.configure_optimizers()
+    model, wrapped = fabric.setup(plain.network, parts["optimizer"])
+    assert isinstance(wrapped, FusedAdamW) and wrapped is not parts["optimizer"]
+    handle = step_in_backward(model, wrapped)
+    for index, batch in enumerate(plain.train_dataloader()):
+        if index == BATCHES // 2:  # the rest with steps after backward, by the optimizer itself
+            handle.remove()
+        fabric.backward(model(batch).square().mean())
+        assert all((param.grad is None) == (index < BATCHES // 2) for param in model.parameters())
+        (wrapped if index % 2 else parts["optimizer"]).step()
+        wrapped.zero_grad()
+        parts["lr_scheduler"]["scheduler"].step()
+        wrapped.offload()
+        for either in (wrapped, parts["optimizer"]):
+            with pytest.raises(RuntimeError, match=r"offloaded to the host: call reload\(\)"):
+                either.step()
+        wrapped.reload()
+    assert same_bits(results(parts["optimizer"]), each_batch_a_step())
