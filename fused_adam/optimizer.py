@@ -278,8 +278,7 @@ class FusedAdam(torch.optim.Adam):
         if self._grad_attribute != "grad" and (guard.found_inf is not None or guard.grad_scale is not None):
             raise RuntimeError(
                 f"a GradScaler cannot be combined with grad_attribute={self._grad_attribute!r}, because it looks for "
-                "overflows in `grad` alone; unscale gradients yourself, and pass skip_nonfinite=True to skip steps that "
-                "overflowed"
+                "overflows in `grad` alone: unscale gradients yourself, and skip steps with skip_nonfinite=True"
             )
         return guard
 
