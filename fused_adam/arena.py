@@ -247,6 +247,15 @@ def _is_writable(value: object) -> bool:
     )
 
 
+def _put_in_order(entry: dict[str, Any], wanted: Entries) -> None:
+    """Give an entry torch's order: the step first, then as listed. Some read state by position."""
+    first = {key: entry[key] for key in ("step", *wanted)}
+    if list(entry)[: len(first)] != list(first):
+        others = {key: value for key, value in entry.items() if key not in first}
+        entry.clear()
+        entry.update(first | others)
+
+
 class Arena:
     """The flat state of one optimizer.
 
@@ -326,8 +335,17 @@ class Arena:
             wanted: parameters of any device and dtype; for each the names of its entries, besides `step`.
             in_place: whether what stands there may be used where it is.
 
-        Call `check` first: nothing here raises half-way.
+        Call `check` first. Only memory may run out then: entries that were empty are so again, and others whole.
         """
+        empty = [param for param in wanted if not state.get(param)]
+        try:
+            self._adopt(state, wanted, in_place)
+        except BaseException:
+            for param in empty:
+                state.pop(param, None)
+            raise
+
+    def _adopt(self, state: State, wanted: Mapping[Tensor, Entries], in_place: bool) -> None:
         missing: dict[tuple[str, torch.dtype, torch.device], list[Tensor]] = {}
         steps: dict[torch.device, list[Tensor]] = {}
         usable = self._usable(state, wanted) if in_place else {}
@@ -346,7 +364,6 @@ class Arena:
                 home.layout = layout
                 home.refs = {key: ref for key, ref in home.refs.items() if key == "step"}
             for key, (dtype, _) in entries.items():
-                entry.setdefault(key)  # torch's order, whatever others lack
                 if home.holds(key, entry.get(key), dtype):
                     continue
                 moved = moved or home.counters is not None
@@ -374,6 +391,8 @@ class Arena:
             slots = (slot for segment in segments(numels, dtype.to_real(), device, group) for slot in segment)
             for param, slot in zip(owners, slots, strict=True):
                 self._move_in(state[param], param, key, slot)
+        for param in {param for owners in [*missing.values(), *steps.values()] for param in owners}:
+            _put_in_order(state[param], wanted[param])
         used = {id(home.counters) for home in self.homes.values()}
         self.counters = [c for c in self.counters if id(c) in used]
         self.unpickled = False
@@ -423,9 +442,7 @@ class Arena:
             view, home = counters.steps[i], self.homes[param]
             home.counters, home.counter, home.age = counters, i, age
             home.put("step", view)
-            rest = {key: value for key, value in entry.items() if key != "step"}
-            entry.clear()
-            entry.update({"step": view} | rest)  # torch's order: step first
+            entry["step"] = view
         counters.note()
 
     def _move_in(self, entry: dict[str, Any], param: Tensor, key: str, slot: Slot) -> None:

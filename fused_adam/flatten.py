@@ -83,11 +83,11 @@ class Place:
     def takes(self, param: Tensor) -> bool:
         """Whether the parameter's next gradient can be added up in the view.
 
-        It has to be like the one that is there, or was: in a view a sparse one would be a dense one, which nothing
-        refuses, and one of another dtype cannot lie there. Parts of somebody's buffer are for him to give and take:
-        DDP with gradient_as_bucket_view lays a view into its bucket wherever there is a gradient, also where nothing
-        was used. What never had a gradient may never have one, and stays as torch leaves it, whatever goes over all
-        gradients.
+        It has to be like the one that is there, or was. In a view a sparse gradient would become a dense one, which
+        nothing refuses, and one of another dtype cannot lie there. A gradient that is part of another buffer stays
+        there: DDP with gradient_as_bucket_view puts a view of its bucket wherever it finds a gradient, also for unused
+        parameters. A parameter that never had a gradient gets no view, so that functions which go over all gradients
+        do not give it one.
         """
         grad = param.grad
         if grad is not None and grad is not self.grad_view:

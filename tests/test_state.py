@@ -427,3 +427,39 @@ def test_state_may_be_any_dict(kind):
     train(optimizer, 2, first=1)
     train(expected, 2, first=1)
     assert same_bits(results(optimizer), results(expected))
+
+
+def test_memory_that_runs_out_leaves_no_half_of_a_state(monkeypatch):
+    """Loops catch that, and go on with less."""
+    from fused_adam import arena
+
+    optimizer, expected = new(), new()
+    members(optimizer)[3].requires_grad_(False)
+    train_some = [p for p in members(optimizer) if p.requires_grad]
+    for each in (optimizer, expected):
+        for number, param in enumerate(members(each)):
+            param.grad = torch.ones_like(param) if number < 2 else None
+        each.step()
+    before = [{**optimizer.state[param]} for param in members(optimizer)[:2]]
+    made = arena.segments
+
+    def some(numels, dtype, device, group=1):
+        if len(calls) == 1:
+            raise MemoryError("no more")
+        calls.append(1)
+        return made(numels, dtype, device, group)
+
+    calls = []
+    monkeypatch.setattr(arena, "segments", some)
+    for param in train_some:
+        param.grad = torch.ones_like(param)
+    with pytest.raises(MemoryError):
+        optimizer.step()
+    assert [optimizer.state[param] for param in members(optimizer)[:2]] == before
+    assert len(optimizer.state) == 2
+    monkeypatch.undo()
+    for param in members(expected)[:3]:
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    expected.step()
+    assert same_bits(results(optimizer), results(expected))
