@@ -98,12 +98,11 @@ class Recipe:
             per_element, per_group = STATES[self.states]
             per_element = {**WEIGHTS[self.weights][1], **per_element}
             maximum = MAXIMUM[self.states]
-        if amsgrad:
-            per_element = {**per_element, "max_exp_avg_sq": maximum}
         groups = torch.Size([-(-shape.numel() // GROUP)])
         return {
             **{name: (kind, shape) for name, kind in per_element.items()},
             **{name: (kind, groups) for name, kind in per_group.items()},
+            **({"max_exp_avg_sq": (maximum, shape)} if amsgrad else {}),  # last, as in torch
         }
 
     def held_bytes(self, dtype: torch.dtype, amsgrad: bool = False) -> float:
