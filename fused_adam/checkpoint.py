@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from itertools import chain
@@ -243,6 +244,9 @@ def _settle(arena: Arena, state: State, param: Tensor, entry: dict[str, Any], wa
     home = arena.homes.get(param)
     own: dict[str, Any] = {}
     for key, value in entry.items():
+        # One object per name, as before the first checkpoint: so the next one has the same bytes, which pickle makes
+        # of references to it.
+        key = sys.intern(key) if type(key) is str else key
         view = home.view(key) if home else None
         if key == "step":
             number = float(value)  # waits for its device, if it has one
