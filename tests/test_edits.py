@@ -358,15 +358,13 @@ def test_memory_that_others_see_is_not_moved():
     raw = bytearray(numpy.ones(3, numpy.float32).tobytes())
     lender = torch.ones(3)
     seen = [
-        (torch.from_numpy(array), lambda: array[0]),
-        (torch.as_tensor(array), lambda: array[0]),
-        (torch.frombuffer(raw, dtype=torch.float32), lambda: numpy.frombuffer(raw, numpy.float32)[0]),
-        (torch.from_dlpack(lender), lambda: lender[0].item()),
+        (lambda: torch.from_numpy(array), lambda: array[0]),
+        (lambda: torch.as_tensor(array), lambda: array[0]),
+        (lambda: torch.frombuffer(raw, dtype=torch.float32), lambda: numpy.frombuffer(raw, numpy.float32)[0]),
+        (lambda: torch.from_dlpack(lender), lambda: lender[0].item()),
     ]
-    for tensor, look in seen:
-        tensor.fill_(1)
-        param = nn.Parameter(tensor)
-        del tensor
+    for make, look in seen:
+        param = nn.Parameter(make().fill_(1))  # the only tensor over that memory that anybody holds
         optimizer = FusedAdam([param, nn.Parameter(torch.ones(3))], lr=0.1, flatten=True)
         assert param not in optimizer._engine.flat.places
         for each in members(optimizer):
@@ -406,3 +404,4 @@ def test_copies_share_what_steps_them():
         train(expected, 1, first=number)
     assert same_bits(results(optimizer), results(expected))
     assert twin.state is optimizer.state and twin.param_groups is optimizer.param_groups
+    assert twin._engine is optimizer._engine

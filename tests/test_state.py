@@ -463,3 +463,18 @@ def test_memory_that_runs_out_leaves_no_half_of_a_state(monkeypatch):
     optimizer.step()
     expected.step()
     assert same_bits(results(optimizer), results(expected))
+
+
+def test_one_tensor_of_many_is_replaced():
+    """Too many to read all addresses: the number of the entry's dict tells."""
+    shapes = [(3,)] * 40
+    optimizer, expected = (new(shapes=shapes) for _ in range(2))
+    for each in (optimizer, expected):
+        train(each, 2)
+        entry = each.state[members(each)[17]]
+        train(each, 1, first=2)
+        entry["exp_avg"] = torch.full((3,), 0.5)
+        if each is expected:
+            each._engine.forget()
+        train(each, 1, first=3)
+    assert same_bits(results(optimizer), results(expected))
