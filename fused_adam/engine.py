@@ -41,8 +41,8 @@ def members_of(groups: Sequence[dict[str, Any]]) -> list[Tensor]:
     return list(chain.from_iterable([group["params"] for group in groups]))
 
 
-def options_of(groups: Sequence[dict[str, Any]]) -> list[Any]:
-    """What groups say that launches depend on: first how many parameters are whose."""
+def plan_facts(groups: Sequence[dict[str, Any]]) -> list[Any]:
+    """Per group, what plans are made for: the number of its parameters, AMSGrad, precision and seed."""
     try:
         return [(len(group["params"]), group["amsgrad"], group.get("precision"), group.get("seed")) for group in groups]
     except TypeError:
@@ -56,7 +56,7 @@ def options_of(groups: Sequence[dict[str, Any]]) -> list[Any]:
 
 @dataclass(slots=True, eq=False)
 class Plan:
-    """How one set of parameters is stepped. Runs on the kernel hold no state: what users take out is free at once."""
+    """How one set of parameters is stepped. On the kernel, plans do not keep state alive."""
 
     live: list[Tensor]  # the parameters, in order
     homes: list[Home]  # of the rows' state
@@ -175,7 +175,7 @@ class Engine:
         """Whether groups have the parameters and options that plans were made for, and state is where it was."""
         params = chain.from_iterable([group["params"] for group in groups])
         return (
-            options_of(groups) == self.options  # so there are as many parameters
+            plan_facts(groups) == self.options  # so there are as many parameters
             and all(map(operator.is_, params, self.params))
             and self.moves == self.arena.moves
         )
@@ -183,7 +183,7 @@ class Engine:
     def _learn(self, groups: Sequence[dict[str, Any]]) -> None:
         """Take the groups as they are now, and drop what was decided for others."""
         self.forget()
-        self.params, self.options = members_of(groups), options_of(groups)
+        self.params, self.options = members_of(groups), plan_facts(groups)
         for i, param in enumerate(self.params):
             self.members.setdefault(id(param), []).append(i)
         if self.flat:
