@@ -26,12 +26,12 @@ test-long: .venv/installed
 
 # Small faults, one at a time, in a copy: do the tests notice each? (About 15 minutes on 2 cores.)
 mutants: .venv/installed
-	$(BIN)/python tests/mutants.py
+	$(BIN)/python tests/fuzz/mutants.py
 
 # Code generation, kernels and their hash under other Tritons: GPU machines carry other versions than CI.
 test-triton: $(TRITONS:%=.venv-triton-%/installed)
 	@for version in $(TRITONS); do echo "triton $$version"; .venv-triton-$$version/bin/python -m pytest -q -n 2 --dist loadfile \
-	tests/test_codegen.py tests/test_inspect.py tests/test_launch.py tests/test_kernel.py tests/test_hash.py::test_short_hash_on_the_kernel \
+	tests/numerics/test_codegen.py tests/numerics/test_inspect.py tests/numerics/test_launch.py tests/numerics/test_kernel.py tests/numerics/test_hash.py::test_short_hash_on_the_kernel \
 	|| exit 1; done
 
 # DDP, FSDP1 and 2, DTensors and ZeRO in several processes, and training frameworks: Transformers, Accelerate, Lightning, PEFT, safetensors.
@@ -51,7 +51,7 @@ types: .venv/installed
 
 # The wheel and the sdist, installed beside Hugging Face's `kernels`, used from another folder, and removed again.
 wheel: .venv/installed
-	$(BIN)/python tests/wheel_check.py
+	$(BIN)/python tests/helpers/wheel_check.py
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

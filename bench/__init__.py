@@ -1,1 +1,3 @@
-"""The benchmark command `fused-adam-bench`. It uses fused_adam's public names only; nothing imports it."""
+"""The benchmark command `fused-adam-bench`. It uses fused_adam's public names only; nothing imports
+it.
+"""

@@ -1,4 +1,6 @@
-"""Argument types of the command line: text in, a checked value out, or one line that says what is allowed."""
+"""Argument types of the command line: text in, a checked value out, or one line that says what is
+allowed.
+"""
 
 from __future__ import annotations
 
@@ -70,7 +72,9 @@ def device(text: str) -> torch.device:
         raise argparse.ArgumentTypeError(f"{text!r} is not known; allowed: {', '.join(DEVICES)}")
     if text == "cuda" and not torch.cuda.is_available():
         raise argparse.ArgumentTypeError("'cuda' is not available here; allowed: auto, cpu")
-    return torch.device("cuda" if text == "cuda" or (text == "auto" and torch.cuda.is_available()) else "cpu")
+    return torch.device(
+        "cuda" if text == "cuda" or (text == "auto" and torch.cuda.is_available()) else "cpu"
+    )
 
 
 def dtype(text: str) -> torch.dtype:

@@ -1,6 +1,8 @@
-"""What memory gives to the update's access pattern without its arithmetic: four reads and three writes per element.
+"""What memory gives to the update's access pattern without its arithmetic: four reads and three
+writes per element.
 
-The only Triton kernel outside fused_adam_kernels: it is a measuring rod, and no part of the optimizer.
+The only Triton kernel outside fused_adam_kernels: it is a measuring rod, and no part of the
+optimizer.
 """
 
 import torch
@@ -35,7 +37,9 @@ def move_kernel(
 
 
 def move(p: torch.Tensor, g: torch.Tensor, m: torch.Tensor, v: torch.Tensor) -> int:
-    """Run it over four tensors of one size, a multiple of BLOCK; returns the bytes that were read and written."""
+    """Run it over four tensors of one size, a multiple of BLOCK; returns the bytes that were read
+    and written.
+    """
     if p.numel() % BLOCK:
         raise ValueError(f"numel={p.numel()} must be a multiple of {BLOCK}")
     move_kernel[(p.numel() // BLOCK,)](p, g, m, v, BLOCK, num_warps=CONFIG.num_warps)
@@ -43,9 +47,11 @@ def move(p: torch.Tensor, g: torch.Tensor, m: torch.Tensor, v: torch.Tensor) -> 
 
 
 class Move:
-    """`move` over four tensors, as `timing.Copy` is a copy: another limit to hold a bandwidth against.
+    """`move` over four tensors, as `timing.Copy` is a copy: another limit to hold a bandwidth
+    against.
 
-    On some GPUs it is the higher one, because a device-to-device `copy_` does not reach the memory's bandwidth there.
+    On some GPUs it is the higher one, because a device-to-device `copy_` does not reach the
+    memory's bandwidth there.
     """
 
     def __init__(self, device: torch.device, numel: int) -> None:

@@ -1,4 +1,6 @@
-"""What each sub-command does with its arguments: measure, show, record, draw, check. Parsing is in `cli.py`."""
+"""What each sub-command does with its arguments: measure, show, record, draw, check. Parsing is in
+`cli.py`.
+"""
 
 from __future__ import annotations
 
@@ -36,14 +38,18 @@ FLATTEN = {"both": None, "on": True, "off": False}
 
 
 def recorder_of(arguments: argparse.Namespace) -> Recorder:
-    """An empty record with the command's options in it. Raises ValueError for a precision that is not known."""
+    """An empty record with the command's options in it. Raises ValueError for a precision that is
+    not known.
+    """
     if getattr(arguments, "threads", None):
         torch.set_num_threads(arguments.threads)
     if arguments.device.type == "cpu":
         interpreted()  # before anything imports triton
     if getattr(arguments, "dtype", torch.float32) is None:
         arguments.dtype = common_dtype(arguments.precision or ())
-    options = {name: plain(value) for name, value in vars(arguments).items() if name not in NOT_RECORDED}
+    options = {
+        name: plain(value) for name, value in vars(arguments).items() if name not in NOT_RECORDED
+    }
     return Recorder(arguments.command, options, arguments.device)
 
 
@@ -66,7 +72,9 @@ def entries_of(arguments: argparse.Namespace, recorder: Recorder) -> list[Entry]
 
     Raises ValueError for a precision that is not known.
     """
-    ours = all_of_ours(arguments.device, arguments.backend, FLATTEN[arguments.flatten], arguments.precision or ())
+    ours = all_of_ours(
+        arguments.device, arguments.backend, FLATTEN[arguments.flatten], arguments.precision or ()
+    )
     chosen = []
     for name, entry in peers().items():
         if arguments.peers is not None:
@@ -79,9 +87,13 @@ def entries_of(arguments: argparse.Namespace, recorder: Recorder) -> list[Entry]
     return [*ours, *chosen]
 
 
-def timed(entries: Sequence[Entry], arguments: argparse.Namespace, recorder: Recorder) -> list[Entry]:
+def timed(
+    entries: Sequence[Entry], arguments: argparse.Namespace, recorder: Recorder
+) -> list[Entry]:
     """Without kernels in Triton's interpreter, whose time says nothing."""
-    slow = [entry for entry in entries if entry.backend == "triton" and arguments.device.type == "cpu"]
+    slow = [
+        entry for entry in entries if entry.backend == "triton" and arguments.device.type == "cpu"
+    ]
     for entry in slow:
         recorder.leave_out(entry.name, "runs in Triton's interpreter here, whose time says nothing")
     return [entry for entry in entries if entry not in slow]
@@ -124,7 +136,9 @@ def failures(found: Record) -> list[dict[str, Any]]:
 
 
 def check(found: Record, limit: float | None, screen: Screen) -> int:
-    """Exit code: 1 if an optimizer of ours failed, or is not `limit` times as fast as torch fused wherever measured."""
+    """Exit code: 1 if an optimizer of ours failed, or is not `limit` times as fast as torch fused
+    wherever measured.
+    """
     code = 0
     for entry in failures(found):
         screen.print(f"FAILED: {entry['name']}: {entry['reason']}")
@@ -158,14 +172,20 @@ def run_host(arguments: argparse.Namespace) -> int:
     if arguments.dtensors:
         entries.append(measure_host.dtensor_entry(arguments.backend or "auto"))
     with screen.progress("host") as progress:
-        measure_host.measure(recorder, entries, case, counts, seconds, arguments.grads == "new", warm, progress)
+        measure_host.measure(
+            recorder, entries, case, counts, seconds, arguments.grads == "new", warm, progress
+        )
     found = recorder.record()
     finish(arguments, found, screen)
     return check(found, arguments.check, screen)
 
 
-def models_of(arguments: argparse.Namespace, default: Sequence[str]) -> dict[str, list[models.Shape]]:
-    """Shapes by model name; `default` where none was named. Raises ValueError that says what is allowed."""
+def models_of(
+    arguments: argparse.Namespace, default: Sequence[str]
+) -> dict[str, list[models.Shape]]:
+    """Shapes by model name; `default` where none was named. Raises ValueError that says what is
+    allowed.
+    """
     if arguments.shapes:
         return {arguments.shapes.stem: models.read_shapes(arguments.shapes)}
     if arguments.hf_config:
@@ -177,7 +197,9 @@ def models_of(arguments: argparse.Namespace, default: Sequence[str]) -> dict[str
 def run_step(arguments: argparse.Namespace) -> int:
     """Time whole steps on models' parameters."""
     screen, recorder = screen_of(arguments), recorder_of(arguments)
-    shapes = models_of(arguments, ["many-small", "resnet50"] if arguments.quick else ["gpt2", "many-small"])
+    shapes = models_of(
+        arguments, ["many-small", "resnet50"] if arguments.quick else ["gpt2", "many-small"]
+    )
     entries, case = timed(entries_of(arguments, recorder), arguments, recorder), case_of(arguments)
     modes = measure_step.MODES if arguments.device.type == "cuda" else measure_step.MODES[:1]
     seconds = (arguments.seconds or (10.0 if arguments.quick else 60.0)) / len(shapes) / len(modes)
@@ -199,7 +221,9 @@ def run_memory(arguments: argparse.Namespace) -> int:
     with screen.progress("memory") as progress:
         for name, shapes in models_of(arguments, default).items():
             job = measure_step.Job(name, shapes, case, "eager")
-            measure_memory.measure(recorder, measure_step.fitting(entries, job, recorder), job, progress)
+            measure_memory.measure(
+                recorder, measure_step.fitting(entries, job, recorder), job, progress
+            )
     found = recorder.record()
     finish(arguments, found, screen)
     return check(found, None, screen)
@@ -248,7 +272,9 @@ def run_verify(arguments: argparse.Namespace) -> int:
     return check(found, None, screen)
 
 
-def verify_step(recorder: Recorder, device: torch.device, progress: Callable[[str, float], None]) -> None:
+def verify_step(
+    recorder: Recorder, device: torch.device, progress: Callable[[str, float], None]
+) -> None:
     """A glance at the speed: ours beside torch fused on one model."""
     part = Recorder("step", {}, device)
     job = measure_step.Job("resnet50", models.shapes_of("resnet50"), Case(device), "eager")
@@ -266,7 +292,9 @@ def run_suite(arguments: argparse.Namespace) -> int:
     options = Options(amsgrad=arguments.amsgrad, clip=arguments.clip)
     seconds = arguments.seconds or limit
     dtype = common_dtype(arguments.precision or ())
-    plan = suite.Suite(arguments.device, entries, options, arguments.quick, arguments.sweep, seconds, dtype)
+    plan = suite.Suite(
+        arguments.device, entries, options, arguments.quick, arguments.sweep, seconds, dtype
+    )
     with screen.progress("suite") as progress:
         suite.run(plan, recorder, progress)
     found = recorder.record()

@@ -1,4 +1,6 @@
-"""The demo: one GPT trained in lockstep by torch's AdamW and by ours, then compared. No drawing, no tables here."""
+"""The demo: one GPT trained in lockstep by torch's AdamW and by ours, then compared. No drawing, no
+tables here.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,8 @@ LAST_STEPS = 20
 class Run:
     """One model, its optimizer, and what was measured on them, step by step.
 
-    losses: nats per character; step_ms: zero_grad, forward, backward and optimizer; optimizer_ms: `optimizer.step()`.
+    losses: nats per character; step_ms: zero_grad, forward, backward and optimizer; optimizer_ms:
+        `optimizer.step()`.
     validation_loss: nats per character, after the last step.
     """
 
@@ -85,7 +88,9 @@ class Run:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The runs by name, and the two questions answered: do the losses agree, and does `flatten` change a bit?"""
+    """The runs by name, and the two questions answered: do the losses agree, and does `flatten`
+    change a bit?
+    """
 
     runs: dict[str, Run]
     verdict: Verdict
@@ -114,11 +119,18 @@ class Outcome:
 def state_tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     """All tensors of the optimizer's state, in the order of its parameters."""
     params = [param for group in optimizer.param_groups for param in group["params"]]
-    return [value for param in params for _, value in sorted(optimizer.state[param].items()) if torch.is_tensor(value)]
+    return [
+        value
+        for param in params
+        for _, value in sorted(optimizer.state[param].items())
+        if torch.is_tensor(value)
+    ]
 
 
 def same_bits(one: Run, other: Run) -> bool:
-    """Whether all losses, final weights and states of two runs are equal in every bit (NaNs and signs of zero too)."""
+    """Whether all losses, final weights and states of two runs are equal in every bit (NaNs and
+    signs of zero too).
+    """
 
     def tensors(run: Run) -> list[Tensor]:
         losses = torch.tensor([*run.losses, run.validation_loss], dtype=torch.float64)
@@ -128,11 +140,15 @@ def same_bits(one: Run, other: Run) -> bool:
         return tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
 
     mine, theirs = tensors(one), tensors(other)
-    return len(mine) == len(theirs) and all(torch.equal(bits(a), bits(b)) for a, b in zip(mine, theirs, strict=True))
+    return len(mine) == len(theirs) and all(
+        torch.equal(bits(a), bits(b)) for a, b in zip(mine, theirs, strict=True)
+    )
 
 
 def schedule(steps: int) -> Callable[[int], float]:
-    """The learning rate's factor per step: a linear rise over the first tenth, then half a cosine down to a tenth."""
+    """The learning rate's factor per step: a linear rise over the first tenth, then half a cosine
+    down to a tenth.
+    """
     warm_up = max(1, steps // 10)
 
     def factor(step: int) -> float:
@@ -145,7 +161,10 @@ def schedule(steps: int) -> Callable[[int], float]:
 def param_groups(model: GPT) -> list[dict[str, Any]]:
     """Decay for matrices, none for vectors."""
     return [
-        {"params": [param for param in model.parameters() if param.dim() >= 2], "weight_decay": WEIGHT_DECAY},
+        {
+            "params": [param for param in model.parameters() if param.dim() >= 2],
+            "weight_decay": WEIGHT_DECAY,
+        },
         {"params": [param for param in model.parameters() if param.dim() < 2], "weight_decay": 0.0},
     ]
 
@@ -160,22 +179,35 @@ def make_run(name: str, shape: Shape, steps: int, seed: int, device: torch.devic
     if name in (FUSED, FLAT):
         optimizer = FusedAdamW(groups, lr=LR, flatten=name == FLAT)
     else:
-        optimizer = torch.optim.AdamW(groups, lr=LR * (YARDSTICK_LR_FACTOR if name == YARDSTICK else 1))
-    return Run(name, model, optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, schedule(steps)))
+        optimizer = torch.optim.AdamW(
+            groups, lr=LR * (YARDSTICK_LR_FACTOR if name == YARDSTICK else 1)
+        )
+    return Run(
+        name, model, optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, schedule(steps))
+    )
 
 
 @contextlib.contextmanager
 def determinism() -> Iterator[None]:
-    """Repeatable arithmetic in torch while it lasts; the settings and the global generator's state are put back."""
-    # cuBLAS reads it once, when it first starts; it stays set: https://docs.nvidia.com/cuda/cublas/#results-reproducibility
+    """Repeatable arithmetic in torch while it lasts; the settings and the global generator's state
+    are put back.
+    """
+    # cuBLAS reads it once, when it first starts; it stays set:
+    # https://docs.nvidia.com/cuda/cublas/#results-reproducibility
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     memory: Any = torch.utils.deterministic
-    deterministic, fill = torch.are_deterministic_algorithms_enabled(), memory.fill_uninitialized_memory
-    warn_only, threads = torch.is_deterministic_algorithms_warn_only_enabled(), torch.get_num_threads()
+    deterministic, fill = (
+        torch.are_deterministic_algorithms_enabled(),
+        memory.fill_uninitialized_memory,
+    )
+    warn_only, threads = (
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+        torch.get_num_threads(),
+    )
     torch.use_deterministic_algorithms(True)
     memory.fill_uninitialized_memory = False  # it would write every new tensor once more
-    # Bits then do not rest on the number of cores. Two threads take 45 ms a step instead of 72, but beside one busy
-    # process 132 ms instead of 70: they wait for each other.
+    # Bits then do not rest on the number of cores. Two threads take 45 ms a step instead of 72, but
+    # beside one busy process 132 ms instead of 70: they wait for each other.
     torch.set_num_threads(1)
     try:
         with torch.random.fork_rng(devices=[]):  # models are made on the CPU
@@ -187,9 +219,14 @@ def determinism() -> Iterator[None]:
 
 
 def train(
-    corpus: Corpus, steps: int, seed: int, device: torch.device, on_step: Callable[[Sequence[Run]], None]
+    corpus: Corpus,
+    steps: int,
+    seed: int,
+    device: torch.device,
+    on_step: Callable[[Sequence[Run]], None],
 ) -> Outcome:
-    """Train all runs on the same batches, one step of each in turn, so that a busy machine slows all alike.
+    """Train all runs on the same batches, one step of each in turn, so that a busy machine slows
+    all alike.
 
     Args:
         on_step: called with all runs after every step.
@@ -201,14 +238,22 @@ def train(
         runs = {name: make_run(name, shape, steps, seed, device) for name in names}
         generator = torch.Generator().manual_seed(seed)
         for _ in range(steps):
-            inputs, targets = (x.to(device) for x in draw_batch(corpus.train, BATCH, shape.context, generator))
+            inputs, targets = (
+                x.to(device) for x in draw_batch(corpus.train, BATCH, shape.context, generator)
+            )
             for run in runs.values():
                 run.train_step(inputs, targets, synchronize)
             on_step(list(runs.values()))
-        batches = [draw_batch(corpus.validation, BATCH, shape.context, generator) for _ in range(VALIDATION_BATCHES)]
+        batches = [
+            draw_batch(corpus.validation, BATCH, shape.context, generator)
+            for _ in range(VALIDATION_BATCHES)
+        ]
         with torch.no_grad():
             for run in runs.values():
-                losses = [run.model(inputs.to(device), targets.to(device)).item() for inputs, targets in batches]
+                losses = [
+                    run.model(inputs.to(device), targets.to(device)).item()
+                    for inputs, targets in batches
+                ]
                 run.validation_loss = statistics.fmean(losses)
     verdict = judge(*(runs[name].losses for name in (TORCH, FUSED, YARDSTICK)))
     return Outcome(runs, verdict, same_bits(runs[FUSED], runs[FLAT]), device, seed)

@@ -13,14 +13,17 @@ STEPS = 250
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Returns 0 if the losses agree and `flatten` changes no bit, else 1; with --precision, if every recipe passes.
+    """Returns 0 if the losses agree and `flatten` changes no bit, else 1; with --precision, if
+    every recipe passes.
 
     Raises ValueError if `--seeds` comes without `--precision`.
     """
     if arguments.precision:
         return recipes_command.run(arguments)
     if arguments.seeds:
-        raise ValueError(f"--seeds {arguments.seeds} goes with --precision alone; leave it out, or use --seed")
+        raise ValueError(
+            f"--seeds {arguments.seeds} goes with --precision alone; leave it out, or use --seed"
+        )
     steps = arguments.steps or STEPS
     recorder = Recorder("demo", {"steps": steps, "seed": arguments.seed}, arguments.device)
     with demo_report.progress(steps) as on_step:

@@ -38,7 +38,9 @@ STYLE: dict[Any, Any] = {
 
 
 def smooth(values: Sequence[float], width: int = SMOOTH_STEPS) -> list[float]:
-    """The mean over `width` steps around each step: fewer at the start, where losses fall fast, and at the end."""
+    """The mean over `width` steps around each step: fewer at the start, where losses fall fast, and
+    at the end.
+    """
     result = []
     for i in range(len(values)):
         reach = min(width // 2, i)
@@ -48,7 +50,9 @@ def smooth(values: Sequence[float], width: int = SMOOTH_STEPS) -> list[float]:
 
 
 def draw(outcome: Outcome, path: Path) -> None:
-    """Write the picture as a PNG. Raises OSError if the file cannot be written, ImportError without matplotlib."""
+    """Write the picture as a PNG. Raises OSError if the file cannot be written, ImportError without
+    matplotlib.
+    """
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -76,7 +80,9 @@ def _titles(outcome: Outcome) -> tuple[str, str]:
         title = "FusedAdamW follows torch's AdamW, but flatten=True changes bits"
     else:
         title = "Three optimizers, one curve: FusedAdamW follows torch's AdamW"
-    text = f"GPT of {parameters:.1f} M parameters learning the characters of Python's standard library"
+    text = (
+        f"GPT of {parameters:.1f} M parameters learning the characters of Python's standard library"
+    )
     return title, f"{text}; seed {outcome.seed}, {outcome.device_name}"
 
 
@@ -84,8 +90,21 @@ def _draw_losses(axes: Axes, outcome: Outcome) -> None:
     steps = range(1, outcome.steps + 1)
     for name, line in LINES.items():
         run = outcome.runs[name]
-        axes.plot(steps, smooth(run.losses), label=f"{name}: {run.train_loss:.6f} at the end", zorder=3, **line)
-    axes.plot(steps, outcome.runs[TORCH].losses, color=GREY, linewidth=0.7, alpha=0.55, label="single steps")
+        axes.plot(
+            steps,
+            smooth(run.losses),
+            label=f"{name}: {run.train_loss:.6f} at the end",
+            zorder=3,
+            **line,
+        )
+    axes.plot(
+        steps,
+        outcome.runs[TORCH].losses,
+        color=GREY,
+        linewidth=0.7,
+        alpha=0.55,
+        label="single steps",
+    )
     axes.set_title(f"Training loss, mean of {SMOOTH_STEPS} steps", loc="left", fontsize=12)
     axes.set_ylabel("loss (nats per character)")
     axes.legend(loc="upper right", handlelength=3.5)
@@ -95,12 +114,18 @@ def _draw_differences(axes: Axes, outcome: Outcome) -> None:
     steps = range(1, outcome.steps + 1)
     reference, yardstick = outcome.runs[TORCH].losses, outcome.runs[YARDSTICK].losses
     limits = tolerances(reference, yardstick)
-    # A log axis has no zero: equal losses are drawn on a line of their own, below the smallest difference there is.
+    # A log axis has no zero: equal losses are drawn on a line of their own, below the smallest
+    # difference there is.
     equal = resolution(min(filter(math.isfinite, reference), default=1.0)) / 4
 
     def dots(name: str, label: str, color: str, size: float) -> float:
-        distances = [max(abs(a - b), equal) for a, b in zip(outcome.runs[name].losses, reference, strict=True)]
-        axes.plot(steps, distances, "o", color=color, markersize=size, markeredgewidth=0, label=label)
+        distances = [
+            max(abs(a - b), equal)
+            for a, b in zip(outcome.runs[name].losses, reference, strict=True)
+        ]
+        axes.plot(
+            steps, distances, "o", color=color, markersize=size, markeredgewidth=0, label=label
+        )
         return max(filter(math.isfinite, distances), default=equal)
 
     axes.set_yscale("log")
@@ -112,7 +137,9 @@ def _draw_differences(axes: Axes, outcome: Outcome) -> None:
     axes.plot(steps, limits, color="#c9372c", linewidth=1.5, label=label)
     axes.set_ylim(equal / 2, top)
     axes.set_yticks([equal, *(10.0**k for k in range(-7, 1) if 10.0**k < top)])
-    axes.yaxis.set_major_formatter(lambda y, _: "equal" if y == equal else f"$10^{{{round(math.log10(y))}}}$")
+    axes.yaxis.set_major_formatter(
+        lambda y, _: "equal" if y == equal else f"$10^{{{round(math.log10(y))}}}$"
+    )
     axes.minorticks_off()
     axes.set_title("How far each step's loss lies from torch's", loc="left", fontsize=12)
     axes.set_ylabel("|loss $-$ torch's loss| (nats)")

@@ -1,4 +1,5 @@
-"""What the demo shows on the terminal: progress, table, verdict; through rich, or as plain text without it.
+"""What the demo shows on the terminal: progress, table, verdict; through rich, or as plain text
+without it.
 
 No training and no judgement here.
 """
@@ -33,7 +34,14 @@ def progress(steps: int) -> Iterator[Advance]:
     if not has_rich():
         yield lambda runs: _print_progress(runs, steps)
         return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TaskID,
+        TextColumn,
+        TimeRemainingColumn,
+    )
 
     columns = (
         TextColumn("{task.description:<19}"),
@@ -43,13 +51,14 @@ def progress(steps: int) -> Iterator[Advance]:
         TimeRemainingColumn(elapsed_when_finished=True),
     )
     with Progress(*columns) as bars:
-        tasks: dict[str, int] = {}
+        tasks: dict[str, TaskID] = {}
 
         def advance(runs: Sequence[Run]) -> None:
             for run in runs:
                 if run.name not in tasks:
                     tasks[run.name] = bars.add_task(run.name, total=steps, loss="")
-                bars.update(tasks[run.name], completed=len(run.losses), loss=f"{run.losses[-1]:.4f}")  # type: ignore[arg-type]
+                loss = f"{run.losses[-1]:.4f}"
+                bars.update(tasks[run.name], completed=len(run.losses), loss=loss)
 
         yield advance
 
@@ -57,7 +66,11 @@ def progress(steps: int) -> Iterator[Advance]:
 def _print_progress(runs: Sequence[Run], steps: int) -> None:
     done = len(runs[0].losses)
     if done == steps or done % max(1, steps // 10) == 0:
-        print(f"step {done}/{steps}  " + "  ".join(f"{run.name} {run.losses[-1]:.4f}" for run in runs), flush=True)
+        print(
+            f"step {done}/{steps}  "
+            + "  ".join(f"{run.name} {run.losses[-1]:.4f}" for run in runs),
+            flush=True,
+        )
 
 
 def rows(outcome: Outcome) -> list[tuple[str, ...]]:
@@ -80,9 +93,7 @@ def rows(outcome: Outcome) -> list[tuple[str, ...]]:
 
 def print_table(outcome: Outcome) -> None:
     """Print one row per optimizer, and on a CPU what its times do not say."""
-    title = (
-        f"{outcome.device_name}; train loss: mean of the last {min(LAST_STEPS, outcome.steps)} of {outcome.steps} steps"
-    )
+    title = f"{outcome.device_name}; train loss: mean of the last {min(LAST_STEPS, outcome.steps)} of {outcome.steps} steps"
     (_print_rich if has_rich() else _print_plain)(title, rows(outcome))
     if outcome.device.type == "cpu":
         print(ON_CPU)
@@ -94,7 +105,12 @@ def _print_rich(title: str, rows: Sequence[tuple[str, ...]]) -> None:
     from rich.table import Table
 
     table = Table(
-        title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, collapse_padding=True
+        title=title,
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        show_edge=False,
+        collapse_padding=True,
     )
     for column in COLUMNS:
         table.add_column(column, justify="left" if column == "run" else "right", no_wrap=True)
@@ -108,7 +124,9 @@ def _print_plain(title: str, rows: Sequence[tuple[str, ...]]) -> None:
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     print(title)
     for line in lines:
-        print("  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)).rstrip())
+        print(
+            "  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)).rstrip()
+        )
 
 
 def verdict_text(outcome: Outcome) -> str:

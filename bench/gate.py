@@ -1,4 +1,6 @@
-"""The parity gate: a few small steps beside a float64 run. An optimizer that does something else gets no time."""
+"""The parity gate: a few small steps beside a float64 run. An optimizer that does something else
+gets no time.
+"""
 
 from __future__ import annotations
 
@@ -19,15 +21,18 @@ GRADIENT_SIZES = (1.0, 0.3, 0.1, 0.03, 0.01)
 LR, WEIGHT_DECAY, BETAS = 1e-2, 20.0, (0.9, 0.95)
 EPS = 1e-3  # 1e-8 is nothing in float16: torch's own paths divide by zero there
 PARAM_SIZE = 0.05  # as far as the steps go, so that rounding is small beside them
-# torch's paths reach 0.004 in bfloat16; a missing AMSGrad takes 0.015, another beta 0.2, no decay 0.9.
+# torch's paths reach 0.004 in bfloat16; a missing AMSGrad takes 0.015, another beta 0.2, no decay
+# 0.9.
 ALLOWED_RMS, ALLOWED_RMS_LOSSY = 0.01, 0.05
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """error: the largest |parameter - float64 run|, of at most `allowed` (None where only the direction is judged).
+    """error: the largest |parameter - float64 run|, of at most `allowed` (None where only the
+    direction is judged).
 
-    rms: the root mean square of that difference over the way the float64 run went, at most `allowed_rms`.
+    rms: the root mean square of that difference over the way the float64 run went, at most
+        `allowed_rms`.
     """
 
     error: float
@@ -78,11 +83,18 @@ def judge(entry: Entry, case: Case) -> Judgement | str:
             param.grad.copy_(grad)
         contender.step()
     found = torch.cat([param.detach().double().flatten() for param in params])
-    goal, begin = (torch.cat([tensor.flatten() for tensor in tensors]) for tensors in (truth, start))
+    goal, begin = (
+        torch.cat([tensor.flatten() for tensor in tensors]) for tensors in (truth, start)
+    )
     error = (found - goal).abs().max().item()
     rms = ((found - goal).square().mean() / (goal - begin).square().mean()).sqrt().item()
-    # With fewer digits the sum of roundings allows more than the steps' own size: there the direction decides.
-    strict = not entry.quantised and case.dtype in (torch.float32, torch.float64) and case.grad_dtype == case.dtype
+    # With fewer digits the sum of roundings allows more than the steps' own size: there the
+    # direction decides.
+    strict = (
+        not entry.quantised
+        and case.dtype in (torch.float32, torch.float64)
+        and case.grad_dtype == case.dtype
+    )
     largest = begin.abs().max().item()
     allowed = tolerance(case.dtype, case.dtype, len(steps), largest, options) if strict else None
     return Judgement(error, allowed, rms, ALLOWED_RMS_LOSSY if entry.quantised else ALLOWED_RMS)

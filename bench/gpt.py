@@ -35,7 +35,9 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         batch, time, width = x.shape
-        q, k, v = self.qkv(x).view(batch, time, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        q, k, v = (
+            self.qkv(x).view(batch, time, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        )
         scores = q @ k.transpose(-2, -1) * (width // self.heads) ** -0.5
         weights = scores.masked_fill(self.later[:time, :time], float("-inf")).softmax(-1)
         mixed: Tensor = self.out((weights @ v).transpose(1, 2).reshape(batch, time, width))
@@ -50,7 +52,9 @@ class Block(nn.Module):
         self.norm1, self.norm2 = nn.LayerNorm(shape.width), nn.LayerNorm(shape.width)
         self.attention = Attention(shape)
         self.mlp = nn.Sequential(
-            nn.Linear(shape.width, 4 * shape.width), nn.GELU(), nn.Linear(4 * shape.width, shape.width)
+            nn.Linear(shape.width, 4 * shape.width),
+            nn.GELU(),
+            nn.Linear(4 * shape.width, shape.width),
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -82,7 +86,8 @@ class GPT(nn.Module):
         """Mean cross-entropy in nats per character.
 
         Args:
-            inputs, targets: int64, shape (batch, time), character numbers; time at most the context.
+            inputs, targets: int64, shape (batch, time), character numbers; time at most the
+                context.
         """
         x = self.characters(inputs) + self.positions[: inputs.shape[1]]
         logits = self.head(self.norm(self.blocks(x)))

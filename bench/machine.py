@@ -60,7 +60,11 @@ def free_bytes(device: torch.device) -> int:
 
 def versions() -> dict[str, str]:
     """Of everything that is installed and matters."""
-    found = {"fused_adam": __version__, "torch": torch.__version__, "python": platform.python_version()}
+    found = {
+        "fused_adam": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
     for package in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[package] = metadata.version(package)
@@ -68,14 +72,17 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """Of the checkout this runs from, `-dirty` behind it if files differ from it; None outside a checkout."""
+    """Of the checkout this runs from, `-dirty` behind it if files differ from it; None outside a
+    checkout.
+    """
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(Path(__file__).parent), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        # Installed into a virtual environment inside some checkout, this is none of that checkout's files.
+        # Installed into a virtual environment inside some checkout, this is none of that checkout's
+        # files.
         git("ls-files", "--error-unmatch", Path(__file__).name)
         # Recorded runs are written into the checkout itself.
         dirty = git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":!/bench/results")
@@ -90,7 +97,9 @@ def describe(device: torch.device) -> dict[str, Any]:
     found: dict[str, Any] = {
         "device": device.type,
         "cpu": cpu_name(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "memory_bytes": cpu_memory_bytes()[0],
         "cache_bytes": cache_bytes(device),
@@ -112,7 +121,14 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 def line(machine: dict[str, Any]) -> str:
     """The machine in one line, from a record."""
-    place = machine.get("gpu") or f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads"
+    place = (
+        machine.get("gpu")
+        or f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads"
+    )
     versions = machine["versions"]
-    software = [f"{name} {versions[name]}" for name in ("torch", "triton", "python", "fused_adam") if name in versions]
+    software = [
+        f"{name} {versions[name]}"
+        for name in ("torch", "triton", "python", "fused_adam")
+        if name in versions
+    ]
     return f"{place}; {', '.join(software)}; commit {machine['commit'] or 'unknown'}"

@@ -1,9 +1,11 @@
 """`accuracy`: how far optimizers are from a float64 run of the same formula, per option and dtype.
 
-A result: {"option", "dtype", "optimizer", "family", "steps", "elements", "mean_error", "max_error"}: of
+A result: {"option", "dtype", "optimizer", "family", "steps", "elements", "mean_error",
+"max_error"}: of
 |parameter - float64 run| / |float64 run| after `steps` steps, null if it overflowed. Parameters and gradients are drawn
-around one and exactly representable in the dtype, so that only the optimizer's own roundings count. Under a precision
-recipe the parameter is all that is stored of it, master weight or remainder included.
+around one and exactly representable in the dtype, so that only the optimizer's own roundings count.
+Under a precision recipe the parameter is all that is stored of it, master weight or remainder
+included.
 """
 
 from __future__ import annotations
@@ -70,7 +72,9 @@ def measure(
 ) -> None:
     """Every option, dtype and optimizer."""
     total = len(OPTIONS) * len(dtypes)
-    for number, (dtype, option) in enumerate((dtype, option) for dtype in dtypes for option in OPTIONS):
+    for number, (dtype, option) in enumerate(
+        (dtype, option) for dtype in dtypes for option in OPTIONS
+    ):
         name = str(dtype).removeprefix("torch.")
         progress(f"{name}, {option}", number / total)
         options = OPTIONS[option]
@@ -81,10 +85,21 @@ def measure(
             try:
                 found = measure_one(entry, case, start, grads, truth)
             except Exception as error:  # another project's step may fail however it likes
-                recorder.leave_out(entry.name, one_line(error), failed=entry.family == OURS, option=option, dtype=name)
+                recorder.leave_out(
+                    entry.name,
+                    one_line(error),
+                    failed=entry.family == OURS,
+                    option=option,
+                    dtype=name,
+                )
                 continue
             if isinstance(found, str):
                 recorder.leave_out(entry.name, found)
                 continue
-            words = {"option": option, "dtype": name, "optimizer": entry.name, "family": entry.family}
+            words = {
+                "option": option,
+                "dtype": name,
+                "optimizer": entry.name,
+                "family": entry.family,
+            }
             recorder.results.append({**words, "steps": steps, "elements": numel, **found})

@@ -1,11 +1,14 @@
-"""`host`: what a step costs in Python, against the number of tensors. The tensors are too small to cost anything else.
+"""`host`: what a step costs in Python, against the number of tensors. The tensors are too small to
+cost anything else.
 
 A result: {"tensors", "optimizer", "family", "grads" ("kept" or "new"), "caches" ("cold" or
 "warm"), "step_us": statistic, "ns_per_parameter": float
-(of the median, the fixed part included), "speedup": ratio of torch fused's time to this one's, or null}.
+(of the median, the fixed part included), "speedup": ratio of torch fused's time to this one's, or
+null}.
 
-"FusedAdamW triton, no launch" is the whole Python of the Triton path, its kernel launches taken out. "FusedAdamW
-DTensor" steps DTensors that one process holds whole: all that a shard costs but communication.
+"FusedAdamW triton, no launch" is the whole Python of the Triton path, its kernel launches taken
+out. "FusedAdamW DTensor" steps DTensors that one process holds whole: all that a shard costs but
+communication.
 """
 
 from __future__ import annotations
@@ -44,7 +47,9 @@ def dtensor_entry(backend: str) -> Entry:
 
 
 def as_dtensors(params: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-    """The same parameters and gradients, cut into rows over one process, in a group that is made if there is none."""
+    """The same parameters and gradients, cut into rows over one process, in a group that is made if
+    there is none.
+    """
     from torch._C._distributed_c10d import HashStore
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import DTensor, Shard
@@ -65,11 +70,16 @@ def as_dtensors(params: Sequence[Tensor], device: torch.device) -> list[Tensor]:
 class Stepper:
     """Times one contender's steps, in seconds."""
 
-    def __init__(self, contender: Contender, device: torch.device, new_grads: bool, warm: bool) -> None:
+    def __init__(
+        self, contender: Contender, device: torch.device, new_grads: bool, warm: bool
+    ) -> None:
         self.contender, self.device, self.warm = contender, device, warm
         self.stubbed = contender.entry.name == STUBBED
         # Two sets in turn: gradients of a new backward lie somewhere else than those of the last.
-        self.grads = [[p.grad.clone() for p in contender.params if p.grad is not None] for _ in range(2 * new_grads)]
+        self.grads = [
+            [p.grad.clone() for p in contender.params if p.grad is not None]
+            for _ in range(2 * new_grads)
+        ]
 
     def measure(self) -> float:
         with stubbed_launches() if self.stubbed else contextlib.nullcontext():
@@ -96,15 +106,24 @@ class Stepper:
 
 
 def make_steppers(
-    entries: Sequence[Entry], tensors: int, case: Case, new_grads: bool, warm: bool, recorder: Recorder
+    entries: Sequence[Entry],
+    tensors: int,
+    case: Case,
+    new_grads: bool,
+    warm: bool,
+    recorder: Recorder,
 ) -> dict[str, Stepper]:
-    """One per optimizer that can be made and survives its first steps; the others are left out with the reason."""
+    """One per optimizer that can be made and survives its first steps; the others are left out with
+    the reason.
+    """
     source = make_params([(NUMEL,)] * tensors, case)
     steppers: dict[str, Stepper] = {}
     for entry in entries:
         try:
             params = copy_params(source)
-            contender = contend(entry, as_dtensors(params, case.device) if entry.name == DTENSOR else params, case)
+            contender = contend(
+                entry, as_dtensors(params, case.device) if entry.name == DTENSOR else params, case
+            )
             if isinstance(contender, str):
                 recorder.leave_out(entry.name, contender)
                 continue
@@ -132,10 +151,11 @@ def measure(
 
     Args:
         seconds: in all.
-        new_grads: every step finds other gradient tensors, as after `zero_grad()` and `backward()`; flat buffers
-            then have none in them, so that `flatten=True` has nothing to gain.
-        warm: a step that is not timed comes before every timed one. Else the steps of the other optimizers come
-            before it, and have taken the processor's caches, as a forward and backward pass would have.
+        new_grads: every step finds other gradient tensors, as after `zero_grad()` and `backward()`;
+            flat buffers then have none in them, so that `flatten=True` has nothing to gain.
+        warm: a step that is not timed comes before every timed one. Else the steps of the other
+            optimizers come before it, and have taken the processor's caches, as a forward and
+            backward pass would have.
     """
     entries = [*entries]
     reason = no_interpreter() if case.device.type == "cpu" else None
@@ -149,13 +169,19 @@ def measure(
         with released():
             steppers = make_steppers(entries, tensors, case, new_grads, warm, recorder)
             samples = interleaved(
-                {name: stepper.measure for name, stepper in steppers.items()}, seconds / len(counts), max_rounds=1000
+                {name: stepper.measure for name, stepper in steppers.items()},
+                seconds / len(counts),
+                max_rounds=1000,
             )
             recorder.results += results(samples, families, tensors, new_grads, warm)
 
 
 def results(
-    samples: dict[str, list[float]], families: dict[str, str], tensors: int, new_grads: bool, warm: bool
+    samples: dict[str, list[float]],
+    families: dict[str, str],
+    tensors: int,
+    new_grads: bool,
+    warm: bool,
 ) -> list[dict[str, Any]]:
     """What one interleaved run gave."""
     found = []

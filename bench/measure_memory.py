@@ -1,9 +1,10 @@
 """`memory`: what an optimizer holds and what it takes for a moment.
 
-A result: {"model", "tensors", "parameters", "dtype", "grad_dtype", "amsgrad", "optimizer", "family", "state_bytes"
-(per parameter, step counters not counted), "held_bytes", "construct_peak_bytes", "step_peak_bytes" (per parameter:
-what constructing and the first step leave behind, the most they took, the most a later step took on top; null
-where the system does not tell)}.
+A result: {"model", "tensors", "parameters", "dtype", "grad_dtype", "amsgrad", "optimizer",
+"family", "state_bytes" (per parameter, step counters not counted), "held_bytes",
+"construct_peak_bytes", "step_peak_bytes" (per parameter: what constructing and the first step leave
+behind, the most they took, the most a later step took on top; null where the system does not
+tell)}.
 
 On a GPU by torch's allocator, on Linux by the resident size of the process, which knows pages only.
 """
@@ -57,16 +58,25 @@ class Meter:
         self._can_reset()
 
     def now(self) -> int:
-        return torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else self._status("VmRSS:")
+        return (
+            torch.cuda.memory_allocated(self.device)
+            if self.device.type == "cuda"
+            else self._status("VmRSS:")
+        )
 
     def peak(self) -> int:
-        return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else self._status("VmHWM:")
+        return (
+            torch.cuda.max_memory_allocated(self.device)
+            if self.device.type == "cuda"
+            else self._status("VmHWM:")
+        )
 
 
 def measure_one(entry: Entry, job: Job) -> dict[str, Any] | str:
     """One optimizer; or the reason for its absence."""
     meter = Meter(job.case.device)
-    # Modules and compiled code that a first step brings in are not what it holds for these parameters.
+    # Modules and compiled code that a first step brings in are not what it holds for these
+    # parameters.
     first = contend(entry, make_params([(8,)], job.case), job.case)
     if isinstance(first, str):
         return first
@@ -102,7 +112,9 @@ def measure_one(entry: Entry, job: Job) -> dict[str, Any] | str:
     }
 
 
-def measure(recorder: Recorder, entries: Sequence[Entry], job: Job, progress: Callable[[str, float], None]) -> None:
+def measure(
+    recorder: Recorder, entries: Sequence[Entry], job: Job, progress: Callable[[str, float], None]
+) -> None:
     """One optimizer after the other, each in memory alone."""
     for number, entry in enumerate(entries):
         progress(f"{job.model}: {entry.name}", number / len(entries))
@@ -110,7 +122,9 @@ def measure(recorder: Recorder, entries: Sequence[Entry], job: Job, progress: Ca
             try:
                 found = measure_one(entry, job)
             except Exception as error:  # another project's step may fail however it likes
-                recorder.leave_out(entry.name, one_line(error), failed=entry.family == OURS, model=job.model)
+                recorder.leave_out(
+                    entry.name, one_line(error), failed=entry.family == OURS, model=job.model
+                )
                 continue
         if isinstance(found, str):
             recorder.leave_out(entry.name, found)

@@ -1,4 +1,5 @@
-"""`step`: how long a whole step takes on a model's parameters, and how far that is from the memory's limit.
+"""`step`: how long a whole step takes on a model's parameters, and how far that is from the
+memory's limit.
 
 A result:
     model, tensors, parameters, dtype, grad_dtype, amsgrad, clip, optimizer, family
@@ -11,16 +12,17 @@ A result:
     gb_per_s       statistic of moved bytes over time
     copy_gb_per_s  statistic of `copy_` of a large buffer in the same rounds
     share_of_copy  ratio of the two
-    move_gb_per_s  as copy_gb_per_s, of a kernel with the update's accesses and no arithmetic; null on a CPU
-    ceiling_gb_per_s   the one of the two whose median is higher
-    share_of_ceiling   ratio of gb_per_s to it
-    gate           {"error", "allowed", "rms", "allowed_rms"}: see `gate.py`
+    move_gb_per_s  as copy_gb_per_s, of a kernel with the update's accesses and no arithmetic; null
+    on a CPU ceiling_gb_per_s   the one of the two whose median is higher share_of_ceiling   ratio
+    of gb_per_s to it gate           {"error", "allowed", "rms", "allowed_rms"}: see `gate.py`
     buffer_sets    how many sets of parameters, gradients and state are stepped on in turn
-    resident       false: memory does not hold all optimizers at once, so each is made anew for every turn
+    resident       false: memory does not hold all optimizers at once, so each is made anew for
+        every turn
 
 An optimizer that memory does not hold even alone is left out, and the others are measured.
 
-`mode` eager: Python, launches and the device's work. graph: the device's work alone, by replay of a CUDA graph.
+`mode` eager: Python, launches and the device's work. graph: the device's work alone, by replay of a
+    CUDA graph.
 """
 
 from __future__ import annotations
@@ -97,7 +99,9 @@ class Job:
 
 
 def one_bytes(entry: Entry, job: Job) -> float:
-    """Memory that one optimizer with its parameters and gradients takes while it steps; state as torch's."""
+    """Memory that one optimizer with its parameters and gradients takes while it steps; state as
+    torch's.
+    """
     param, grad = job.case.dtype.itemsize, job.case.grad_dtype.itemsize
     state = (3 if job.case.options.amsgrad else 2) * param
     elements = numel(job.shapes)
@@ -107,7 +111,9 @@ def one_bytes(entry: Entry, job: Job) -> float:
 
 
 def rod_bytes(device: torch.device) -> int:
-    """Memory of what bandwidths are held against: two buffers to copy, on a GPU as much again for the accesses."""
+    """Memory of what bandwidths are held against: two buffers to copy, on a GPU as much again for
+    the accesses.
+    """
     return (2 if device.type == "cpu" else 4) * COPY_BYTES
 
 
@@ -135,12 +141,15 @@ def fitting(entries: Sequence[Entry], job: Job, recorder: Recorder) -> list[Entr
 
 
 def residency(entries: Sequence[Entry], job: Job) -> tuple[bool, int]:
-    """Whether memory holds all optimizers at once, and how many sets of buffers each gets so that caches are cold."""
+    """Whether memory holds all optimizers at once, and how many sets of buffers each gets so that
+    caches are cold.
+    """
     device, free = job.case.device, free_bytes(job.case.device)
     need = [one_bytes(entry, job) for entry in entries]
     largest = max(need) + rod_bytes(device)
-    # What goes by between two steps on one set. On a GPU, where an optimizer's steps queue up, that is its other sets
-    # alone: of each at least parameters and gradients. On a CPU every other optimizer and the copy have their turn.
+    # What goes by between two steps on one set. On a GPU, where an optimizer's steps queue up, that
+    # is its other sets alone: of each at least parameters and gradients. On a CPU every other
+    # optimizer and the copy have their turn.
     between = (
         largest
         if device.type == "cpu"
@@ -215,7 +224,9 @@ def let_in(entries: Sequence[Entry], job: Job, recorder: Recorder) -> list[Entry
     for entry in entries:
         ours = entry.family == OURS
         if job.mode == "graph" and not entry.captures:
-            recorder.leave_out(entry.name, "its step cannot be captured in a CUDA graph", **place(job))
+            recorder.leave_out(
+                entry.name, "its step cannot be captured in a CUDA graph", **place(job)
+            )
             continue
         try:
             verdict = judge(entry, job.case)
@@ -265,7 +276,9 @@ def measure(
 
 
 def leave_out(name: str, error: Exception, job: Job, recorder: Recorder) -> None:
-    """Record why an optimizer has no time: ours failed, unless memory was full or a graph could not be captured."""
+    """Record why an optimizer has no time: ours failed, unless memory was full or a graph could not
+    be captured.
+    """
     refused = job.mode == "graph" or isinstance(error, torch.OutOfMemoryError)
     ours = job.families.get(name) == OURS
     recorder.leave_out(name, one_line(error), failed=ours and not refused, **place(job))
@@ -285,7 +298,9 @@ def make_rods(job: Job, recorder: Recorder) -> dict[str, Rod]:
     return rods
 
 
-def try_turns(entry: Entry, sets: Sequence[list[torch.Tensor]], job: Job, recorder: Recorder) -> Turns | None:
+def try_turns(
+    entry: Entry, sets: Sequence[list[torch.Tensor]], job: Job, recorder: Recorder
+) -> Turns | None:
     """As `make_turns`; a reason is recorded, and memory is given back."""
     turns: Turns | str | None = None
     try:
@@ -312,7 +327,9 @@ def measure_resident(
     recorder: Recorder,
     on_round: Callable[[float], None],
 ) -> tuple[Times, Times]:
-    """All optimizers in memory at once: A B C, A B C, a step each. Times of optimizers, and rates of rods."""
+    """All optimizers in memory at once: A B C, A B C, a step each. Times of optimizers, and rates
+    of rods.
+    """
     sources = [make_params(job.shapes, job.case, seed) for seed in range(sets)]
     turns: dict[str, Turns] = {}
     for entry in entries:
@@ -351,7 +368,9 @@ def measure_in_turns(
     recorder: Recorder,
     on_round: Callable[[float], None],
 ) -> tuple[Times, Times]:
-    """One optimizer in memory at a time, made anew for every turn: A B C, A B C, some steps each. As above."""
+    """One optimizer in memory at a time, made anew for every turn: A B C, A B C, some steps each.
+    As above.
+    """
     times: Times = {entry.name: [] for entry in entries}
     rates: Times = {}
     begin = time.monotonic()
@@ -375,7 +394,9 @@ def measure_in_turns(
 
 
 def take_turn(entry: Entry, job: Job, recorder: Recorder) -> float | None:
-    """Seconds per step of an optimizer that is made for this turn; None if it has none, and the reason is recorded."""
+    """Seconds per step of an optimizer that is made for this turn; None if it has none, and the
+    reason is recorded.
+    """
     try:
         turns = try_turns(entry, [make_params(job.shapes, job.case)], job, recorder)
         if turns is None:
@@ -389,8 +410,12 @@ def take_turn(entry: Entry, job: Job, recorder: Recorder) -> float | None:
         return None
 
 
-def results(times: Times, rates: Times, job: Job, sets: int, resident: bool) -> list[dict[str, Any]]:
-    """What one interleaved run gave: `times` of optimizers, `rates` in GB/s of what they are held against."""
+def results(
+    times: Times, rates: Times, job: Job, sets: int, resident: bool
+) -> list[dict[str, Any]]:
+    """What one interleaved run gave: `times` of optimizers, `rates` in GB/s of what they are held
+    against.
+    """
     found = []
     copies, moves = rates[COPY], rates.get(MOVE)
     ceilings = max(rates.values(), key=statistics.median)

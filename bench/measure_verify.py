@@ -25,11 +25,14 @@ def plan(device: torch.device, quick: bool) -> list[tuple[str, int, bool]]:
     if device.type != "cpu":
         return [("triton", LONG, False), ("triton", LONG, True)]
     reference = [("reference", SHORT if quick else LONG, flatten) for flatten in (False, True)]
-    # The interpreter takes milliseconds per program: half a minute for the short hash on a busy machine.
+    # The interpreter takes milliseconds per program: half a minute for the short hash on a busy
+    # machine.
     return reference if quick else [*reference, ("triton", SHORT, False)]
 
 
-def measure(recorder: Recorder, device: torch.device, quick: bool, progress: Callable[[str, float], None]) -> None:
+def measure(
+    recorder: Recorder, device: torch.device, quick: bool, progress: Callable[[str, float], None]
+) -> None:
     """Check the hashes, then measure the copy bandwidth."""
     # Bits do not rest on threads; thousands of tiny steps are faster on one.
     threads = torch.get_num_threads()
@@ -48,8 +51,16 @@ def measure(recorder: Recorder, device: torch.device, quick: bool, progress: Cal
             recorder.leave_out(words, one_line(error), failed=True)
             continue
         expected = promise.HASHES[steps]
-        check = {"check": "hash", "backend": backend, "flatten": flatten, "steps": steps, "family": OURS}
-        recorder.results.append({**check, "digest": digest, "expected": expected, "same": digest == expected})
+        check = {
+            "check": "hash",
+            "backend": backend,
+            "flatten": flatten,
+            "steps": steps,
+            "family": OURS,
+        }
+        recorder.results.append(
+            {**check, "digest": digest, "expected": expected, "same": digest == expected}
+        )
         if digest != expected:
             recorder.leave_out(words, f"wrong: {digest[:16]} is not {expected[:16]}", failed=True)
     torch.set_num_threads(threads)

@@ -1,4 +1,6 @@
-"""Parameter shapes of known models, from the few numbers of their architectures. No weights, no tensors here."""
+"""Parameter shapes of known models, from the few numbers of their architectures. No weights, no
+tensors here.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,12 @@ def gpt2(
     norm = [(width,), (width,)]
     attention = [(width, 3 * width), (3 * width,), (width, width), (width,)]
     mlp = [(width, inner), (inner,), (inner, width), (width,)]
-    return [(vocabulary, width), (context, width), *[*norm, *attention, *norm, *mlp] * blocks, *norm]
+    return [
+        (vocabulary, width),
+        (context, width),
+        *[*norm, *attention, *norm, *mlp] * blocks,
+        *norm,
+    ]
 
 
 def llama(
@@ -47,11 +54,21 @@ def llama(
     mlp: list[Shape] = [(inner, width), (inner, width), (width, inner)]
     mlp += [(inner,), (inner,), (width,)] if mlp_bias else []
     block = [*attention, *mlp, (width,), (width,)]
-    return [(vocabulary, width), *block * blocks, (width,), *([] if tied else [(vocabulary, width)])]
+    return [
+        (vocabulary, width),
+        *block * blocks,
+        (width,),
+        *([] if tied else [(vocabulary, width)]),
+    ]
 
 
 def vit(
-    width: int, blocks: int, patch: int = 16, image: int = 224, inner: int | None = None, classes: int = 1000
+    width: int,
+    blocks: int,
+    patch: int = 16,
+    image: int = 224,
+    inner: int | None = None,
+    classes: int = 1000,
 ) -> list[Shape]:
     """Dosovitskiy et al. 2021, with torchvision's fused projection of queries, keys and values."""
     inner = inner or 4 * width
@@ -99,12 +116,16 @@ ALLOWED = f"{', '.join(MODELS)}; each with /N for the first of N FSDP shards, as
 
 
 def shard(shapes: Sequence[Shape], ranks: int) -> list[Shape]:
-    """What FSDP2 leaves on the first of `ranks` ranks: the first of equal parts of dimension 0 of every parameter."""
+    """What FSDP2 leaves on the first of `ranks` ranks: the first of equal parts of dimension 0 of
+    every parameter.
+    """
     return [(-(-shape[0] // ranks), *shape[1:]) for shape in shapes]
 
 
 def shapes_of(name: str) -> list[Shape]:
-    """Of a model by name, `/N` behind it for one of N shards. Raises ValueError that says what is allowed."""
+    """Of a model by name, `/N` behind it for one of N shards. Raises ValueError that says what is
+    allowed.
+    """
     model, slash, ranks = name.partition("/")
     if model not in MODELS or (slash and not (ranks.isdecimal() and 1 <= int(ranks) <= 1 << 20)):
         raise ValueError(f"{name!r} is not known; allowed: {ALLOWED}")
@@ -118,11 +139,15 @@ def numel(shapes: Sequence[Shape]) -> int:
 
 
 def read_shapes(path: Path) -> list[Shape]:
-    """From a JSON file: a list of shapes, or an object of shapes by name. Raises ValueError, naming the file."""
+    """From a JSON file: a list of shapes, or an object of shapes by name. Raises ValueError, naming
+    the file.
+    """
     content = read_json(path)
     found = list(content.values()) if isinstance(content, dict) else content
     if not isinstance(found, list) or not found or not all(map(is_shape, found)):
-        raise ValueError(f"{str(path)!r} must hold a list (or an object) of shapes, as in [[768, 3072], [768]]")
+        raise ValueError(
+            f"{str(path)!r} must hold a list (or an object) of shapes, as in [[768, 3072], [768]]"
+        )
     return [tuple(shape) for shape in found]
 
 
@@ -160,7 +185,13 @@ def _hf_llama(c: Mapping[str, Any]) -> list[Shape]:
 
 def _hf_vit(c: Mapping[str, Any]) -> list[Shape]:
     classes = len(c["id2label"]) if "id2label" in c else 1000
-    sizes = (c["hidden_size"], c["num_hidden_layers"], c["patch_size"], c["image_size"], c["intermediate_size"])
+    sizes = (
+        c["hidden_size"],
+        c["num_hidden_layers"],
+        c["patch_size"],
+        c["image_size"],
+        c["intermediate_size"],
+    )
     return vit(*sizes, classes=classes)
 
 
@@ -172,7 +203,9 @@ HF_TYPES: dict[str, Callable[[Mapping[str, Any]], list[Shape]]] = {
 
 
 def read_hf_config(path: Path) -> list[Shape]:
-    """From a Hugging Face config.json, or the folder that holds it. Raises ValueError that says what is allowed."""
+    """From a Hugging Face config.json, or the folder that holds it. Raises ValueError that says
+    what is allowed.
+    """
     path = path / "config.json" if path.is_dir() else path
     if not path.is_file():
         raise ValueError(f"--hf-config {str(path)!r} is not a file that is there")
@@ -183,4 +216,6 @@ def read_hf_config(path: Path) -> list[Shape]:
     try:
         return HF_TYPES[kind](config)
     except KeyError as error:
-        raise ValueError(f"{str(path)!r} lacks {error.args[0]!r}, which model_type {kind!r} needs") from None
+        raise ValueError(
+            f"{str(path)!r} lacks {error.args[0]!r}, which model_type {kind!r} needs"
+        ) from None

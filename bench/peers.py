@@ -40,11 +40,13 @@ class Entry:
 
     make: parameters and options -> the optimizer; what it raises is the reason for its absence.
     limits: a case -> why it is not served, or None.
-    quantised: its state or weights are lossy beyond rounding: judged by direction, not by rounding errors.
+    quantised: its state or weights are lossy beyond rounding: judged by direction, not by rounding
+        errors.
     clips: its step clips by itself; else `clip_grad_norm_` goes before it.
     scratch: memory the step takes for the moment, in copies of the parameters.
     slow: compiles for long, so it takes part only where it is named. backend: of ours.
-    captures: made with `capturable=True`, its step counts on inside a CUDA graph; others would repeat one step.
+    captures: made with `capturable=True`, its step counts on inside a CUDA graph; others would
+        repeat one step.
     """
 
     name: str
@@ -71,7 +73,11 @@ def adamw_arguments(options: Options) -> dict[str, Any]:
 
 def torch_arguments(options: Options) -> dict[str, Any]:
     """As above, with what only torch's own signature has."""
-    return {**adamw_arguments(options), "amsgrad": options.amsgrad, "capturable": options.capturable}
+    return {
+        **adamw_arguments(options),
+        "amsgrad": options.amsgrad,
+        "capturable": options.capturable,
+    }
 
 
 # Ours.
@@ -87,7 +93,11 @@ def ours(backend: str, flatten: bool, precision: str | None = None) -> Entry:
         arguments = {**torch_arguments(options), "max_grad_norm": options.clip, **extra}
         return FusedAdamW(params, **arguments)
 
-    words = ["FusedAdamW", *([] if backend == "auto" else [backend]), *(["flatten"] if flatten else [])]
+    words = [
+        "FusedAdamW",
+        *([] if backend == "auto" else [backend]),
+        *(["flatten"] if flatten else []),
+    ]
     name = " ".join([*words, *([] if precision is None else [precision])])
 
     def limits(case: Case) -> str | None:
@@ -99,11 +109,22 @@ def ours(backend: str, flatten: bool, precision: str | None = None) -> Entry:
         names = [str(dtype).removeprefix("torch.") for dtype in (*allowed, case.dtype)]
         return f"precision {precision!r} is for {' or '.join(names[:-1])} parameters, not {names[-1]} (see --dtype)"
 
-    return Entry(name, OURS, make, limits, quantised=precision is not None, clips=True, backend=backend, captures=True)
+    return Entry(
+        name,
+        OURS,
+        make,
+        limits,
+        quantised=precision is not None,
+        clips=True,
+        backend=backend,
+        captures=True,
+    )
 
 
 def dtypes_of(precision: str | None) -> Sequence[torch.dtype]:
-    """The parameters that a recipe serves. Raises ValueError, naming the option, if there is no such recipe."""
+    """The parameters that a recipe serves. Raises ValueError, naming the option, if there is no
+    such recipe.
+    """
     try:
         weights = parse(precision).weights
     except ValueError as error:
@@ -117,7 +138,8 @@ def recipes_of(precision: Sequence[str]) -> list[str | None]:
 
 
 def common_dtype(precision: Sequence[str]) -> torch.dtype:
-    """The first of float32, bfloat16 and float16 that all these recipes serve. Raises ValueError as `dtypes_of` does.
+    """The first of float32, bfloat16 and float16 that all these recipes serve. Raises ValueError as
+    `dtypes_of` does.
 
     There is one: every recipe serves bfloat16.
     """
@@ -128,7 +150,8 @@ def common_dtype(precision: Sequence[str]) -> torch.dtype:
 def all_of_ours(
     device: torch.device, backend: str | None, flatten: bool | None, precision: Sequence[str] = ()
 ) -> list[Entry]:
-    """Every variant of ours that was asked for; None: each that is of use on this device. "none" is no recipe.
+    """Every variant of ours that was asked for; None: each that is of use on this device. "none" is
+    no recipe.
 
     Raises ValueError if a precision is asked for that is none, or that none of the backends has.
     """
@@ -142,7 +165,9 @@ def all_of_ours(
             f"--precision {','.join(precision)} cannot be combined with --backend compiled, because "
             f"{NO_COMPILED_RECIPES}; allowed: auto, triton, reference"
         )
-    return [ours(name, flat, recipe) for recipe in recipes for name in backends for flat in flattens]
+    return [
+        ours(name, flat, recipe) for recipe in recipes for name in backends for flat in flattens
+    ]
 
 
 # torch's own paths.
@@ -170,7 +195,8 @@ class Compiled(torch.optim.AdamW):
 
     def __init__(self, params: list[Tensor], **arguments: Any) -> None:
         if params[0].device.type != "cpu":
-            # A tensor: a number would be compiled in, and another one compiled anew. On a CPU torch takes none.
+            # A tensor: a number would be compiled in, and another one compiled anew. On a CPU torch
+            # takes none.
             arguments |= {"lr": torch.tensor(arguments["lr"]), "capturable": True}
         super().__init__(params, foreach=True, **arguments)
         self._compiled = torch.compile(super().step, fullgraph=False)
@@ -187,7 +213,9 @@ def make_compiled(params: list[Tensor], options: Options) -> Optimizer:
 # Everybody else. Each module is imported only when its optimizer is made.
 
 
-def from_module(module: str, name: str, package: str, **extra: Any) -> Callable[[list[Tensor], Options], Optimizer]:
+def from_module(
+    module: str, name: str, package: str, **extra: Any
+) -> Callable[[list[Tensor], Options], Optimizer]:
     """Make `module.name`; raises ImportError that says how to get it."""
 
     def make(params: list[Tensor], options: Options) -> Optimizer:
@@ -218,9 +246,13 @@ def gpu_only(case: Case) -> str | None:
 def make_deepspeed(params: list[Tensor], options: Options) -> Optimizer:
     """DeepSpeed has one class per device; both compile themselves when they are first made."""
     if params[0].device.type == "cpu":
-        make = from_module("deepspeed.ops.adam", "DeepSpeedCPUAdam", "pip install deepspeed", adamw_mode=True)
+        make = from_module(
+            "deepspeed.ops.adam", "DeepSpeedCPUAdam", "pip install deepspeed", adamw_mode=True
+        )
     else:
-        make = from_module("deepspeed.ops.adam", "FusedAdam", "pip install deepspeed", adam_w_mode=True)
+        make = from_module(
+            "deepspeed.ops.adam", "FusedAdam", "pip install deepspeed", adam_w_mode=True
+        )
     return make(params, options)
 
 
@@ -230,7 +262,12 @@ def peers() -> dict[str, Entry]:
     compile_ = Entry("torch compile", TORCH, make_compiled, limits=same_grad_dtype, slow=True)
     pypi = "pip install"
     others = [
-        Entry("optimi", OTHER, from_module("optimi", "AdamW", f"{pypi} torch-optimi"), limits=no_amsgrad),
+        Entry(
+            "optimi",
+            OTHER,
+            from_module("optimi", "AdamW", f"{pypi} torch-optimi"),
+            limits=no_amsgrad,
+        ),
         Entry(
             "flashoptim",
             OTHER,
@@ -262,7 +299,12 @@ def peers() -> dict[str, Entry]:
         Entry(
             "apex",
             OTHER,
-            from_module("apex.optimizers", "FusedAdam", "build NVIDIA/apex from source with nvcc", adam_w_mode=True),
+            from_module(
+                "apex.optimizers",
+                "FusedAdam",
+                "build NVIDIA/apex from source with nvcc",
+                adam_w_mode=True,
+            ),
             limits=gpu_only,
         ),
         Entry(
@@ -297,14 +339,21 @@ def make(entry: Entry, params: list[Tensor], case: Case) -> Optimizer | str:
         return entry.make(params, case.options)
     # Whatever another project's constructor raises is a reason, not our failure.
     except Exception as error:
-        # Ours must not fail, but for a backend that cannot run here, or a recipe that this dtype does not have.
+        # Ours must not fail, but for a backend that cannot run here, or a recipe that this dtype
+        # does not have.
         if entry.family == OURS and not entry.quantised and not isinstance(error, RuntimeError):
             raise
         text = " ".join(str(error).split()) or type(error).__name__
-        return text if isinstance(error, (ImportError, RuntimeError)) else f"{type(error).__name__}: {text}"
+        return (
+            text
+            if isinstance(error, (ImportError, RuntimeError))
+            else f"{type(error).__name__}: {text}"
+        )
 
 
-def step_of(entry: Entry, optimizer: Optimizer, params: list[Tensor], options: Options) -> Callable[[], object]:
+def step_of(
+    entry: Entry, optimizer: Optimizer, params: list[Tensor], options: Options
+) -> Callable[[], object]:
     """One whole step: with clipping wherever it happens."""
     if options.clip is None or entry.clips:
         return optimizer.step

@@ -1,4 +1,6 @@
-"""Pictures of records: bandwidth bars beside the copy limit, host cost curves. Needs matplotlib; measures nothing."""
+"""Pictures of records: bandwidth bars beside the copy limit, host cost curves. Needs matplotlib;
+measures nothing.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ def drawable(records: Sequence[Record]) -> list[tuple[str, list[dict[str, Any]]]
 
 
 def draw(records: Sequence[Record], path: Path) -> None:
-    """Write one picture of all `step` and `host` results. Raises ValueError if there are none, OSError."""
+    """Write one picture of all `step` and `host` results. Raises ValueError if there are none,
+    OSError.
+    """
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -60,16 +64,26 @@ def draw_step(axes: Axes, results: list[dict[str, Any]]) -> None:
     for place, result in enumerate(results):
         rate = result["gb_per_s"]
         around = [[rate["median"] - rate["low"]], [rate["high"] - rate["median"]]]
-        axes.barh(place, rate["median"], xerr=around, color=COLORS.get(result["family"], OTHER_COLOR), ecolor=GREY)
+        axes.barh(
+            place,
+            rate["median"],
+            xerr=around,
+            color=COLORS.get(result["family"], OTHER_COLOR),
+            ecolor=GREY,
+        )
         text = f" {tables.three_digits(result['step_ms']['median'])} ms, {tables.times(result['speedup'])}"
         axes.text(rate["high"], place, text, va="center", color=INK, fontsize=9)
     ceiling = results[0].get("ceiling_gb_per_s")  # records of earlier versions have none
     limit = (ceiling or results[0]["copy_gb_per_s"])["median"]
     name = "ceiling" if results[0].get("move_gb_per_s") else "copy"
-    axes.axvline(limit, color=LIMIT_COLOR, linewidth=1.5, label=f"{name}: {tables.three_digits(limit)} GB/s")
+    axes.axvline(
+        limit, color=LIMIT_COLOR, linewidth=1.5, label=f"{name}: {tables.three_digits(limit)} GB/s"
+    )
     axes.set_yticks(range(len(results)), [result["optimizer"] for result in results])
     axes.set_xlim(0, 1.25 * max(limit, *(result["gb_per_s"]["high"] for result in results)))
-    axes.set_xlabel("GB/s that a perfect step would move (right of it: time, and times as fast as torch fused)")
+    axes.set_xlabel(
+        "GB/s that a perfect step would move (right of it: time, and times as fast as torch fused)"
+    )
     axes.set_title(tables.step_title(results[0]), loc="left", fontsize=11)
     axes.legend(loc="lower right")
 

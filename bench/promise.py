@@ -1,7 +1,8 @@
-"""The promise in one number: SHA-256 of all weights and moments after a fixed training, to be checked on any machine.
+"""The promise in one number: SHA-256 of all weights and moments after a fixed training, to be
+checked on any machine.
 
-The same training and hashes as in the tests, which a stranger's machine need not have. Integer arithmetic makes the
-gradients, so that no random generator of any version takes part.
+The same training and hashes as in the tests, which a stranger's machine need not have. Integer
+arithmetic makes the gradients, so that no random generator of any version takes part.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ SIZES = (1, 131, 1000)
 
 
 def noise(numel: int, seed: int) -> Tensor:
-    """float64 numbers in [-1, 1), the same on every machine: a multiplicative hash, then an exact scaling."""
+    """float64 numbers in [-1, 1), the same on every machine: a multiplicative hash, then an exact
+    scaling.
+    """
     x = (torch.arange(numel, dtype=torch.int64) + 1) * 2654435761 + seed * 40503
     x = (x ^ (x >> 15)) * 2246822519 % 2**32
     x = (x ^ (x >> 13)) * 3266489917 % 2**32
@@ -36,7 +39,9 @@ def noise(numel: int, seed: int) -> Tensor:
 
 
 def digest(steps: int, device: torch.device, backend: str, flatten: bool) -> str:
-    """Train `steps` steps and hash; with the learning rate of a scheduler and gradients that follow the weights."""
+    """Train `steps` steps and hash; with the learning rate of a scheduler and gradients that follow
+    the weights.
+    """
     names = [
         (f"{numel}-{dtype}-{group}", numel, dtype, group)
         for group in range(len(GROUPS))
@@ -51,7 +56,9 @@ def digest(steps: int, device: torch.device, backend: str, flatten: bool) -> str
         {"params": [params[name] for name, _, _, group in names if group == number], **options}
         for number, options in enumerate(GROUPS)
     ]
-    optimizer = FusedAdam(groups, lr=1e-2, decoupled_weight_decay=True, backend=backend, flatten=flatten)
+    optimizer = FusedAdam(
+        groups, lr=1e-2, decoupled_weight_decay=True, backend=backend, flatten=flatten
+    )
     rates = [group["lr"] for group in optimizer.param_groups]
     for step in range(steps):
         for group, rate in zip(optimizer.param_groups, rates, strict=True):

@@ -1,7 +1,9 @@
-"""`demo --precision`: one GPT trained under each recipe, over seeds, and judged. No drawing, no tables here.
+"""`demo --precision`: one GPT trained under each recipe, over seeds, and judged. No drawing, no
+tables here.
 
-Weights, gradients and states are stored as the recipe says; the model computes in float32 on the weights as they are
-stored, so that what differs between the runs is the optimizer alone (and since CPUs without bf16 units emulate it).
+Weights, gradients and states are stored as the recipe says; the model computes in float32 on the
+weights as they are stored, so that what differs between the runs is the optimizer alone (and since
+CPUs without bf16 units emulate it).
 """
 
 from __future__ import annotations
@@ -38,14 +40,17 @@ WIDTH, HEADS, BLOCKS = 64, 4, 1
 # All runs are held to the same excerpts, whatever their seed.
 VALIDATION_EXCERPTS = 512
 CURVE_POINTS = 50
-# A recipe may be as far from fp32 AdamW, on the mean over seeds, as fp32 AdamW's own best and worst seeds are apart.
+# A recipe may be as far from fp32 AdamW, on the mean over seeds, as fp32 AdamW's own best and worst
+# seeds are apart.
 SPREAD_FACTOR = 1.0
 
 Result = dict[str, Any]
 
 
 def names_of(text: str) -> list[str]:
-    """The recommended recipes for `all`, else the one named. Raises ValueError if there is none of this name."""
+    """The recommended recipes for `all`, else the one named. Raises ValueError if there is none of
+    this name.
+    """
     if text == "all":
         return list(RECOMMENDED)
     recipe = parse(text)
@@ -65,10 +70,12 @@ def stated_bytes(name: str) -> float:
 
 
 def train_run(name: str, steps: int, seed: int, device: torch.device) -> Result:
-    """Train one model: for one seed the same initial weights (up to their dtype) and batches under every name.
+    """Train one model: for one seed the same initial weights (up to their dtype) and batches under
+    every name.
 
-    Returns train_loss (mean of the last steps), validation_loss, curve (the training loss, mean of each of
-    CURVE_POINTS equal parts), in nats per character; parameters; state_bytes per parameter, step counters not counted.
+    Returns train_loss (mean of the last steps), validation_loss, curve (the training loss, mean of
+    each of CURVE_POINTS equal parts), in nats per character; parameters; state_bytes per parameter,
+    step counters not counted.
     """
     corpus = load_corpus()
     with determinism():
@@ -98,7 +105,9 @@ def train_run(name: str, steps: int, seed: int, device: torch.device) -> Result:
             losses.append(loss.item())
         with torch.no_grad():
             excerpts = torch.Generator().manual_seed(0)
-            validation = loss_of(draw_batch(corpus.validation, VALIDATION_EXCERPTS, shape.context, excerpts)).item()
+            validation = loss_of(
+                draw_batch(corpus.validation, VALIDATION_EXCERPTS, shape.context, excerpts)
+            ).item()
     parameters = sum(param.numel() for param in model.parameters())
     held = sum(tensor.nbytes for tensor in state_tensors(optimizer) if tensor.dim())
     points = min(CURVE_POINTS, steps)
@@ -113,9 +122,14 @@ def train_run(name: str, steps: int, seed: int, device: torch.device) -> Result:
 
 
 def train(
-    names: Sequence[str], steps: int, seeds: Sequence[int], device: torch.device, tell: Callable[[str, float], None]
+    names: Sequence[str],
+    steps: int,
+    seeds: Sequence[int],
+    device: torch.device,
+    tell: Callable[[str, float], None],
 ) -> list[Result]:
-    """Train torch's two and all `names` with all seeds, each run in a process with one thread; then judge.
+    """Train torch's two and all `names` with all seeds, each run in a process with one thread; then
+    judge.
 
     Args:
         tell: called with words and the share done, after each run.
@@ -127,9 +141,13 @@ def train(
     workers = min(len(jobs), os.cpu_count() or 1) if device.type == "cpu" else 1
     # Processes of their own: torch's threads do not survive a fork.
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        # Ctrl-C reaches them, too: they would write a traceback each. What is ignored here is ignored in a child.
+        # Ctrl-C reaches them, too: they would write a traceback each. What is ignored here is
+        # ignored in a child.
         with uninterrupted():
-            futures = {pool.submit(train_run, name, steps, seed, device): (name, seed) for name, seed in jobs}
+            futures = {
+                pool.submit(train_run, name, steps, seed, device): (name, seed)
+                for name, seed in jobs
+            }
         try:
             for future in as_completed(futures):
                 job = futures[future]
@@ -137,10 +155,14 @@ def train(
                 loss = found[job]["validation_loss"]
                 tell(f"{job[0]}, seed {job[1]}: validation loss {loss:.4f}", len(found) / len(jobs))
         except KeyboardInterrupt:
-            for child in multiprocessing.active_children():  # else the pool waits until they are done
+            for (
+                child
+            ) in multiprocessing.active_children():  # else the pool waits until they are done
                 child.terminate()
             raise
-    results = [summary(name, [found[name, seed] for seed in seeds]) for name in (FP32, BF16, *names)]
+    results = [
+        summary(name, [found[name, seed] for seed in seeds]) for name in (FP32, BF16, *names)
+    ]
     judge(results)
     return results
 
@@ -161,8 +183,8 @@ def uninterrupted() -> Iterator[None]:
 def summary(name: str, runs: Sequence[Result]) -> Result:
     """The runs of one name, a list entry per seed: JSON-ready, but that losses may not be finite.
 
-    name, weights (dtype), parameters, state_bytes (measured) and stated_state_bytes per parameter, train_losses,
-    validation_losses, curves.
+    name, weights (dtype), parameters, state_bytes (measured) and stated_state_bytes per parameter,
+    train_losses, validation_losses, curves.
     """
     return {
         "name": name,
@@ -179,10 +201,11 @@ def summary(name: str, runs: Sequence[Result]) -> Result:
 def judge(results: Sequence[Result]) -> None:
     """Add to each result difference (mean validation loss less fp32 AdamW's), limit, and passed.
 
-    A recipe passes if its mean is at most torch bf16 AdamW's and |difference| at most `limit`: SPREAD_FACTOR times what
-    lies between fp32 AdamW's best and worst seed. The two of torch are what is held against, not judged (None), but
-    for within_limit, which says for all whether the limit alone is met: torch bf16 AdamW within it means that this run
-    is too short or too small to tell.
+    A recipe passes if its mean is at most torch bf16 AdamW's and |difference| at most `limit`:
+    SPREAD_FACTOR times what lies between fp32 AdamW's best and worst seed. The two of torch are
+    what is held against, not judged (None), but for within_limit, which says for all whether the
+    limit alone is met: torch bf16 AdamW within it means that this run is too short or too small to
+    tell.
     """
     means = {result["name"]: statistics.fmean(result["validation_losses"]) for result in results}
     reference = next(result for result in results if result["name"] == FP32)["validation_losses"]

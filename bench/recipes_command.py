@@ -1,4 +1,6 @@
-"""`demo --precision`: train, show, draw and record. The training and the verdict are in `recipes.py`."""
+"""`demo --precision`: train, show, draw and record. The training and the verdict are in
+`recipes.py`.
+"""
 
 from __future__ import annotations
 

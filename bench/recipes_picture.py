@@ -1,4 +1,6 @@
-"""The picture of `demo --precision`: how far each recipe ends from fp32 AdamW, and how it gets there. No judgement."""
+"""The picture of `demo --precision`: how far each recipe ends from fp32 AdamW, and how it gets
+there. No judgement.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ TORCH_COLOR, OURS_COLOR, BAND = "#c9372c", "#0b63c5", "#dbe7f5"
 
 
 def draw(record: Record, path: Path) -> None:
-    """Write the picture as a PNG. Raises OSError if the file cannot be written, ImportError without matplotlib."""
+    """Write the picture as a PNG. Raises OSError if the file cannot be written, ImportError without
+    matplotlib.
+    """
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -27,7 +31,11 @@ def draw(record: Record, path: Path) -> None:
         upper, lower = figure.subplots(2, 1, height_ratios=[0.36 * len(results), 2.4])
         figure.subplots_adjust(left=0.2, right=0.97, top=0.83, bottom=0.1, hspace=0.55)
         figure.text(
-            0.02, 0.94, "How far from fp32 AdamW does each precision recipe end?", fontsize=16, fontweight="bold"
+            0.02,
+            0.94,
+            "How far from fp32 AdamW does each precision recipe end?",
+            fontsize=16,
+            fontweight="bold",
         )
         text = (
             f"GPT of {results[0]['parameters']:,} parameters on Python's standard library, {options['steps']} steps, "
@@ -48,19 +56,34 @@ def _finite(value: float | None) -> float:
 
 
 def _draw_ends(axes: Axes, results: list[dict[str, Any]]) -> None:
-    """A row per optimizer: a dot per seed, a bar at their mean, all as distance to fp32 AdamW's mean."""
+    """A row per optimizer: a dot per seed, a bar at their mean, all as distance to fp32 AdamW's
+    mean.
+    """
     center = statistics.fmean(map(_finite, results[0]["validation_losses"]))
     limit = _finite(results[0]["limit"])
     if math.isfinite(limit):
-        axes.axvspan(-limit, limit, color=BAND, linewidth=0, label="as far as fp32 AdamW's seeds are apart")
+        axes.axvspan(
+            -limit, limit, color=BAND, linewidth=0, label="as far as fp32 AdamW's seeds are apart"
+        )
     for place, result in enumerate(results):
         distances = [_finite(loss) - center for loss in result["validation_losses"]]
-        axes.plot(distances, [place] * len(distances), "o", color=_color(place), alpha=0.45, markersize=6)
-        axes.plot([statistics.fmean(distances)], [place], "|", color=_color(place), markersize=15, markeredgewidth=3.5)
+        axes.plot(
+            distances, [place] * len(distances), "o", color=_color(place), alpha=0.45, markersize=6
+        )
+        axes.plot(
+            [statistics.fmean(distances)],
+            [place],
+            "|",
+            color=_color(place),
+            markersize=15,
+            markeredgewidth=3.5,
+        )
     names = [f"{result['name']}\u2009, {result['state_bytes']:.3g} B" for result in results]
     axes.set_yticks(range(len(results)), names, fontsize=10)
     axes.set_ylim(len(results) - 0.4, -0.6)
-    axes.set_title("Validation loss at the end: dots are seeds, bars their mean", loc="left", fontsize=12)
+    axes.set_title(
+        "Validation loss at the end: dots are seeds, bars their mean", loc="left", fontsize=12
+    )
     axes.set_xlabel("loss less fp32 AdamW's mean (nats per character)")
     axes.legend(loc="lower right", fontsize=9)
 
@@ -71,14 +94,27 @@ def _draw_curves(axes: Axes, results: list[dict[str, Any]], steps: int) -> None:
     places = [steps * (i + 0.5) / len(reference[0]) for i in range(len(reference[0]))]
     for place, result in enumerate(results[1:], start=1):
         pairs = zip(result["curves"], reference, strict=True)
-        differences = [[_finite(a) - _finite(b) for a, b in zip(*pair, strict=True)] for pair in pairs]
+        differences = [
+            [_finite(a) - _finite(b) for a, b in zip(*pair, strict=True)] for pair in pairs
+        ]
         mean = [statistics.fmean(values) for values in zip(*differences, strict=True)]
         label = {1: result["name"], 2: "each of the recipes"}.get(place)
         width = 2.6 if place == 1 else 1.2
-        axes.plot(places, mean, color=_color(place), linewidth=width, alpha=1 if place == 1 else 0.7, label=label)
+        axes.plot(
+            places,
+            mean,
+            color=_color(place),
+            linewidth=width,
+            alpha=1 if place == 1 else 0.7,
+            label=label,
+        )
     axes.axhline(0, color=INK, linewidth=0.8)
     axes.set_xlim(0, steps)
-    axes.set_title("Training loss less fp32 AdamW's on the same batches, mean over seeds", loc="left", fontsize=12)
+    axes.set_title(
+        "Training loss less fp32 AdamW's on the same batches, mean over seeds",
+        loc="left",
+        fontsize=12,
+    )
     axes.set_xlabel("training step")
     axes.set_ylabel("nats")
     axes.legend(loc="upper left", fontsize=9)

@@ -1,4 +1,6 @@
-"""A record of `demo --precision` -> its table and what the verdict says. Nothing is trained or judged here."""
+"""A record of `demo --precision` -> its table and what the verdict says. Nothing is trained or
+judged here.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,16 @@ from typing import Any
 from .record import Record
 from .show import Table
 
-COLUMNS = ["optimizer", "weights", "state B/param.", "stated", "train loss", "valid. loss", "less fp32's", "verdict"]
+COLUMNS = [
+    "optimizer",
+    "weights",
+    "state B/param.",
+    "stated",
+    "train loss",
+    "valid. loss",
+    "less fp32's",
+    "verdict",
+]
 
 
 def spread(losses: list[float | None]) -> str:
@@ -27,7 +38,9 @@ def verdict(result: dict[str, Any]) -> str:
 
 
 def recipe_tables(record: Record) -> list[Table]:
-    """A row per optimizer; below, the rule of the verdict with its numbers, and whether this run can tell."""
+    """A row per optimizer; below, the rule of the verdict with its numbers, and whether this run
+    can tell.
+    """
     results, options = record["results"], record["arguments"]
     rows = [
         [
@@ -54,5 +67,7 @@ def recipe_tables(record: Record) -> list[Table]:
         "the model computes in float32 on the weights as stored: what differs is the optimizer alone",
     ]
     if bf16["within_limit"]:
-        notes.append(f"{bf16['name']} is within that limit too: this run does not tell good from bad by it")
+        notes.append(
+            f"{bf16['name']} is within that limit too: this run does not tell good from bad by it"
+        )
     return [Table(title, COLUMNS, [*rows], notes)]

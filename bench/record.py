@@ -1,22 +1,28 @@
-"""The record of a run: one JSON object, the same envelope for every command. No measuring, no tables here.
+"""The record of a run: one JSON object, the same envelope for every command. No measuring, no
+tables here.
 
-Schema "fused-adam-bench/1". A reader refuses another name; a new key does not change it, another meaning does.
+Schema "fused-adam-bench/1". A reader refuses another name; a new key does not change it, another
+meaning does.
 
     schema     "fused-adam-bench/1"
-    command    "step", "host", "memory", "accuracy", "verify", "suite", "demo", "env", or "recipes" for
+    command    "step", "host", "memory", "accuracy", "verify", "suite", "demo", "env", or "recipes"
+    for
                `demo --precision`
     arguments  the command's options, by name, as text, numbers, booleans or lists of them
-    machine    device, cpu, cores, threads, memory_bytes, cache_bytes, load (of one minute, at the start), system,
+    machine    device, cpu, cores, threads, memory_bytes, cache_bytes, load (of one minute, at the
+    start), system,
                versions, commit, and on a GPU gpu, gpu_memory_bytes, gpu_capability, gpu_runtime
     started    when, UTC, ISO 8601
     seconds    how long it took
     results    one object per measurement: see the module of the command (`measure_step.py`, ...)
-    left_out   what was asked for and not measured: {"name", "reason"}, where it matters "case", and "failed": true if
+    left_out   what was asked for and not measured: {"name", "reason"}, where it matters "case", and
+    "failed": true if
                it is an optimizer of ours that broke or was wrong
     notes      what a reader of the numbers has to know, in words
 
-A statistic is {"median", "low", "high", "rounds"}: median and quartiles over the rounds of one interleaved run.
-A ratio is such a statistic of time / time in the same round. Times end in _us or _ms, sizes in _bytes.
+A statistic is {"median", "low", "high", "rounds"}: median and quartiles over the rounds of one
+interleaved run. A ratio is such a statistic of time / time in the same round. Times end in _us or
+_ms, sizes in _bytes.
 """
 
 from __future__ import annotations
@@ -35,7 +41,17 @@ from . import machine
 from .arguments import STDOUT
 
 SCHEMA = "fused-adam-bench/1"
-KEYS = ("schema", "command", "arguments", "machine", "started", "seconds", "results", "left_out", "notes")
+KEYS = (
+    "schema",
+    "command",
+    "arguments",
+    "machine",
+    "started",
+    "seconds",
+    "results",
+    "left_out",
+    "notes",
+)
 
 Record = dict[str, Any]
 
@@ -58,7 +74,9 @@ class Recorder:
         self._machine = machine.describe(self.device)
 
     def leave_out(self, name: str, reason: str, failed: bool = False, **case: Any) -> None:
-        """Note what was asked for and could not be measured. failed: it is ours, and should have been."""
+        """Note what was asked for and could not be measured. failed: it is ours, and should have
+        been.
+        """
         entry: dict[str, Any] = {"name": name, "reason": reason}
         entry |= {"case": case} if case else {}
         entry |= {"failed": True} if failed else {}

@@ -1,4 +1,6 @@
-"""Tables and progress on the terminal: through rich, or as plain text without it. Knows no command's numbers."""
+"""Tables and progress on the terminal: through rich, or as plain text without it. Knows no
+command's numbers.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ def has_rich() -> bool:
 
 
 class Screen:
-    """Where a command's text goes: standard output, or standard error while a record takes standard output."""
+    """Where a command's text goes: standard output, or standard error while a record takes standard
+    output.
+    """
 
     def __init__(self, file: TextIO | None = None) -> None:
         self._file = file
@@ -55,7 +59,13 @@ class Screen:
         from rich.console import Console
         from rich.table import Table as RichTable
 
-        drawn = RichTable(title=table.title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+        drawn = RichTable(
+            title=table.title,
+            title_justify="left",
+            box=box.SIMPLE_HEAD,
+            pad_edge=False,
+            show_edge=False,
+        )
         for number, column in enumerate(table.columns):
             drawn.add_column(column, justify="right" if number else "left", no_wrap=not number)
         for row in table.rows:
@@ -83,7 +93,9 @@ class Screen:
         columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
         with Progress(*columns, console=Console(file=self.file), transient=True) as bars:
             task = bars.add_task(label, total=1.0)
-            yield lambda text, share: bars.update(task, description=f"{label}: {text}", completed=share)
+            yield lambda text, share: bars.update(
+                task, description=f"{label}: {text}", completed=share
+            )
 
 
 def plain_lines(table: Table) -> list[str]:
@@ -93,7 +105,11 @@ def plain_lines(table: Table) -> list[str]:
     out = [table.title]
     for line in lines:
         first, *rest = zip(line, widths, strict=True)
-        out.append("  ".join([f"{first[0]:<{first[1]}}", *(f"{cell:>{width}}" for cell, width in rest)]).rstrip())
+        out.append(
+            "  ".join(
+                [f"{first[0]:<{first[1]}}", *(f"{cell:>{width}}" for cell, width in rest)]
+            ).rstrip()
+        )
     return out
 
 
@@ -101,5 +117,9 @@ def markdown_lines(table: Table) -> list[str]:
     """The table as Markdown, its title as a paragraph above, its notes below."""
     rule = ["---", *["---:"] * (len(table.columns) - 1)]
     rows = [table.columns, rule, *table.rows]
-    lines = [table.title, "", *("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)]
+    lines = [
+        table.title,
+        "",
+        *("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows),
+    ]
     return lines + (["", *table.notes] if table.notes else [])

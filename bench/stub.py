@@ -1,4 +1,6 @@
-"""The one place of bench that reaches into the kernels: launches taken away, so that Python's part can be timed."""
+"""The one place of bench that reaches into the kernels: launches taken away, so that Python's part
+can be timed.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,8 @@ def no_interpreter() -> str | None:
 
 @contextlib.contextmanager
 def stubbed_launches() -> Iterator[None]:
-    """While it lasts every kernel launch of fused_adam does nothing: plans, tables and uploads go on.
+    """While it lasts every kernel launch of fused_adam does nothing: plans, tables and uploads go
+    on.
 
     Raises ImportError without triton.
     """
@@ -42,7 +45,8 @@ def stubbed_launches() -> Iterator[None]:
 
 @contextlib.contextmanager
 def launch_shape(block: int, num_warps: int) -> Iterator[None]:
-    """While it lasts the update is launched with other sizes. Optimizers made under it must be stepped under it.
+    """While it lasts the update is launched with other sizes. Optimizers made under it must be
+    stepped under it.
 
     Args:
         block: elements per program. num_warps: warps per program.
@@ -50,5 +54,7 @@ def launch_shape(block: int, num_warps: int) -> Iterator[None]:
     from fused_adam_kernels import adam
     from fused_adam_kernels.config import Config
 
-    with mock.patch.object(adam, "launch_config", lambda *mix: Config(block=block, num_warps=num_warps)):
+    with mock.patch.object(
+        adam, "launch_config", lambda *mix: Config(block=block, num_warps=num_warps)
+    ):
         yield

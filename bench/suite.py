@@ -1,10 +1,12 @@
-"""`suite`: everything, in one record, under eight minutes on a GPU. Each part is a record of its own in `results`.
+"""`suite`: everything, in one record, under eight minutes on a GPU. Each part is a record of its
+own in `results`.
 
-Beside the records of `verify`, `step`, `host`, `memory` and `accuracy` there are three parts of its own:
-"tests" ({"passed": bool, "summary": text}: the native tests, where pytest and a checkout are there),
-"ceiling" ({"gb_per_s": statistic, "dtype"}: a kernel with the update's accesses and no arithmetic; "copy_gb_per_s":
-statistic of `copy_` in the same rounds; the faster of the two is what an update can reach) and
-"sweep" ({"model", "block", "num_warps", "step_ms": statistic, "gb_per_s": statistic}: on request).
+Beside the records of `verify`, `step`, `host`, `memory` and `accuracy` there are three parts of its
+own: "tests" ({"passed": bool, "summary": text}: the native tests, where pytest and a checkout are
+there), "ceiling" ({"gb_per_s": statistic, "dtype"}: a kernel with the update's accesses and no
+arithmetic; "copy_gb_per_s": statistic of `copy_` in the same rounds; the faster of the two is what
+an update can reach) and "sweep" ({"model", "block", "num_warps", "step_ms": statistic, "gb_per_s":
+statistic}: on request).
 """
 
 from __future__ import annotations
@@ -31,9 +33,22 @@ from .workload import contend, make_params, released
 
 LIMIT_SECONDS = {"cuda": 450.0, "cpu": 450.0, "quick": 45.0}
 # Small ones first: what the time does not allow is at the end.
-MODELS = ("many-small", "resnet50", "gpt2", "vit-b16", "llama-3-8b/64", "one-big", "llama-3-8b/8", "gpt2-xl")
+MODELS = (
+    "many-small",
+    "resnet50",
+    "gpt2",
+    "vit-b16",
+    "llama-3-8b/64",
+    "one-big",
+    "llama-3-8b/8",
+    "gpt2-xl",
+)
 WHOLE = "llama-3-8b"
-MIXES = ((torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32))
+MIXES = (
+    (torch.float32, torch.float32),
+    (torch.bfloat16, torch.bfloat16),
+    (torch.bfloat16, torch.float32),
+)
 MOST_ON_CPU = 200_000_000
 CEILING_NUMEL = 1 << 28
 SWEEP = tuple((block, warps) for block in (512, 1024, 2048, 4096) for warps in (4, 8))
@@ -122,7 +137,9 @@ def tests(suite: Suite, progress: Progress) -> Recorder:
         progress("pytest -m gpu", 0.0)
         command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider"]
         try:
-            done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=TESTS_SECONDS)
+            done = subprocess.run(
+                command, cwd=root, capture_output=True, text=True, timeout=TESTS_SECONDS
+            )
             text = (done.stdout.strip() or done.stderr.strip() or "no output").splitlines()[-1]
             part.results.append({"passed": done.returncode == 0, "summary": text})
             if done.returncode:
@@ -153,7 +170,9 @@ def measure_ceiling(device: torch.device, numel: int, seconds: float = 2.0) -> d
         rods: dict[str, Rod] = {"gb_per_s": Move(device, numel), "copy_gb_per_s": Copy(device)}
         measures = {name: rod.measure for name, rod in rods.items()}
         samples = interleaved(measures, seconds, min_rounds=5, warm_up=warm_up_seconds(device))
-        rates = {name: statistic(list(map(rod.gb_per_s, samples[name]))) for name, rod in rods.items()}
+        rates = {
+            name: statistic(list(map(rod.gb_per_s, samples[name]))) for name, rod in rods.items()
+        }
     return {"dtype": "float32", **rates}
 
 
@@ -161,7 +180,9 @@ def host(suite: Suite, progress: Progress) -> Recorder:
     """Python time per step."""
     part = suite.part("host")
     counts = measure_host.COUNTS[: 2 if suite.quick else None]
-    measure_host.measure(part, suite.entries, suite.case(), counts, 0.07 * suite.seconds, False, False, progress)
+    measure_host.measure(
+        part, suite.entries, suite.case(), counts, 0.07 * suite.seconds, False, False, progress
+    )
     return part
 
 
@@ -229,7 +250,9 @@ def measure_sweep(
         times, contender = samples[f"{block}/{warps}"], contenders[f"{block}/{warps}"]
         rates = [contender.moved_bytes(clip=False) / s / 1e9 for s in times]
         words = {"model": model, "block": block, "num_warps": warps}
-        found.append({**words, "step_ms": statistic([s * 1e3 for s in times]), "gb_per_s": statistic(rates)})
+        found.append(
+            {**words, "step_ms": statistic([s * 1e3 for s in times]), "gb_per_s": statistic(rates)}
+        )
     return found
 
 
@@ -253,7 +276,9 @@ def step(suite: Suite, progress: Progress) -> Recorder:
         if number and left <= 0:
             part.leave_out(words, f"no time left of {suite.seconds:.0f} s")
             continue
-        job = measure_step.Job(model, shapes, Case(suite.device, dtype, grad_dtype, suite.options), mode)
+        job = measure_step.Job(
+            model, shapes, Case(suite.device, dtype, grad_dtype, suite.options), mode
+        )
         seconds = min(20.0, max(1.0, 0.5 * left / (len(jobs) - number)))
         try:
             measure_step.measure(part, suite.entries, job, seconds, progress)

@@ -1,4 +1,6 @@
-"""Records -> tables. Every number that a command prints goes through here, live or from a file; nothing is measured."""
+"""Records -> tables. Every number that a command prints goes through here, live or from a file;
+nothing is measured.
+"""
 
 from __future__ import annotations
 
@@ -73,9 +75,14 @@ def host_tables(record: Record) -> list[Table]:
         slope = rise / (last["tensors"] - first["tensors"])
         return f"{first['step_us']['median'] - slope * first['tensors']:,.0f} + {slope:.3f} n"
 
-    grads = "the same gradient tensors every step" if results[0]["grads"] == "kept" else "new gradient tensors per step"
+    grads = (
+        "the same gradient tensors every step"
+        if results[0]["grads"] == "kept"
+        else "new gradient tensors per step"
+    )
     steps = table(
-        f"us per step ({grads}, {results[0]['caches']} caches)", lambda result: spread(result["step_us"], three_digits)
+        f"us per step ({grads}, {results[0]['caches']} caches)",
+        lambda result: spread(result["step_us"], three_digits),
     )
     steps.columns = [*steps.columns, "first to last"]
     steps.rows = [[*row, line(row[0])] for row in steps.rows]
@@ -93,7 +100,8 @@ def step_tables(record: Record) -> list[Table]:
         groups.setdefault(step_title(result), []).append(result)
     tables = []
     for title, results in groups.items():
-        # Where a kernel with the update's accesses was timed too, the faster of the two is the limit.
+        # Where a kernel with the update's accesses was timed too, the faster of the two is the
+        # limit.
         limit = "ceiling" if results[0].get("move_gb_per_s") else "copy"
         columns = ["optimizer", "ms per step", "GB/s", f"of {limit}"]
         columns += ["vs torch fused", "B/param. moved", "state B/param."]
@@ -131,12 +139,21 @@ def step_title(result: dict[str, Any]) -> str:
 
 def memory_tables(record: Record) -> list[Table]:
     """Bytes per parameter, one table per model."""
-    columns = ["optimizer", "state B/param.", "held after a step", "peak of construct + step", "peak of a step"]
+    columns = [
+        "optimizer",
+        "state B/param.",
+        "held after a step",
+        "peak of construct + step",
+        "peak of a step",
+    ]
     keys = ("state_bytes", "held_bytes", "construct_peak_bytes", "step_peak_bytes")
     tables = []
     for model in unique(record["results"], "model"):
         results = [result for result in record["results"] if result["model"] == model]
-        rows = [[r["optimizer"], *("-" if r[key] is None else f"{r[key]:.2f}" for key in keys)] for r in results]
+        rows = [
+            [r["optimizer"], *("-" if r[key] is None else f"{r[key]:.2f}" for key in keys)]
+            for r in results
+        ]
         first = results[0]
         title = (
             f"bytes per parameter: {model}, {first['parameters']:,} parameters in {first['tensors']:,} tensors, "
@@ -152,10 +169,15 @@ def accuracy_tables(record: Record) -> list[Table]:
     for dtype in unique(record["results"], "dtype"):
         results = [result for result in record["results"] if result["dtype"] == dtype]
         options = unique(results, "option")
-        errors = {(result["optimizer"], result["option"]): result["mean_error"] for result in results}
-        cells = {key: "overflow" if error is None else f"{error:.2e}" for key, error in errors.items()}
+        errors = {
+            (result["optimizer"], result["option"]): result["mean_error"] for result in results
+        }
+        cells = {
+            key: "overflow" if error is None else f"{error:.2e}" for key, error in errors.items()
+        }
         rows = [
-            [name, *(cells.get((name, option), "-") for option in options)] for name in unique(results, "optimizer")
+            [name, *(cells.get((name, option), "-") for option in options)]
+            for name in unique(results, "optimizer")
         ]
         title = (
             f"mean |parameter - float64 run| / |float64 run|, {dtype}, after {results[0]['steps']} steps of "
@@ -171,7 +193,11 @@ def env_tables(record: Record) -> list[Table]:
     found = record["machine"]
     memory = f"memory {found['memory_bytes'] / 1e9:.0f} GB, last cache {found['cache_bytes'] / 2**20:.0f} MiB"
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
-    return [Table("optimizers that run here", ["optimizer", "family", "runs"], [*rows], [memory, versions])]
+    return [
+        Table(
+            "optimizers that run here", ["optimizer", "family", "runs"], [*rows], [memory, versions]
+        )
+    ]
 
 
 def verify_lines(record: Record) -> list[str]:
@@ -180,7 +206,9 @@ def verify_lines(record: Record) -> list[str]:
     for result in record["results"]:
         if result["check"] == "hash":
             how = f"{result['backend']}{', flatten' if result['flatten'] else ''}, {result['steps']} steps"
-            same = "as promised" if result["same"] else f"NOT the promised {result['expected'][:16]}"
+            same = (
+                "as promised" if result["same"] else f"NOT the promised {result['expected'][:16]}"
+            )
             lines.append(f"hash {result['digest'][:16]} ({how}): {same}")
         elif result["check"] == "copy":
             lines.append(f"copy bandwidth: {spread(result['gb_per_s'], three_digits)} GB/s")
@@ -200,13 +228,21 @@ def verify_tables(record: Record) -> list[Table]:
 
 def tests_tables(record: Record) -> list[Table]:
     """How the native tests ended."""
-    return [Table("native tests", ["result"], [[result["summary"]] for result in record["results"]])]
+    return [
+        Table("native tests", ["result"], [[result["summary"]] for result in record["results"]])
+    ]
 
 
 def ceiling_tables(record: Record) -> list[Table]:
     """The bandwidth of the update's accesses, and of a copy."""
     rows = [
-        [r["dtype"], *(spread(r[key], three_digits) if key in r else "-" for key in ("gb_per_s", "copy_gb_per_s"))]
+        [
+            r["dtype"],
+            *(
+                spread(r[key], three_digits) if key in r else "-"
+                for key in ("gb_per_s", "copy_gb_per_s")
+            ),
+        ]
         for r in record["results"]
     ]
     title = "four reads and three writes per element, no arithmetic"
@@ -234,7 +270,11 @@ def suite_tables(record: Record) -> list[Table]:
     found = []
     for part in record["results"]:
         found += MAKERS[part["command"]](part) if part["results"] else []
-        lines = [line for line in [*part["notes"], *left_out_lines(part)] if not any(line in t.notes for t in found)]
+        lines = [
+            line
+            for line in [*part["notes"], *left_out_lines(part)]
+            if not any(line in t.notes for t in found)
+        ]
         if found:
             found[-1].notes += lines
     return found
@@ -265,11 +305,23 @@ def left_out_lines(record: Record) -> list[str]:
 
 
 def tables_of(record: Record) -> list[Table]:
-    """All tables of a record, the last one with its notes below. Raises ValueError for a command without tables."""
+    """All tables of a record, the last one with its notes below. Raises ValueError for a command
+    without tables.
+    """
     if record["command"] not in MAKERS:
-        raise ValueError(f"records of {record['command']!r} have no tables; allowed: {', '.join(MAKERS)}")
-    tables = MAKERS[record["command"]](record) if record["results"] else [Table("nothing was measured", ["result"])]
-    tables[-1].notes += [*record["notes"], *left_out_lines(record), f"machine: {machine.line(record['machine'])}"]
+        raise ValueError(
+            f"records of {record['command']!r} have no tables; allowed: {', '.join(MAKERS)}"
+        )
+    tables = (
+        MAKERS[record["command"]](record)
+        if record["results"]
+        else [Table("nothing was measured", ["result"])]
+    )
+    tables[-1].notes += [
+        *record["notes"],
+        *left_out_lines(record),
+        f"machine: {machine.line(record['machine'])}",
+    ]
     return tables
 
 
@@ -284,9 +336,14 @@ MARKED = re.compile(r"(<!-- bench: (\S+\.json) -->\n).*?(<!-- /bench -->)", re.S
 def update_document(text: str, folder: Path) -> str:
     """Write every marked table of a document anew.
 
-    Between `<!-- bench: FILE.json -->` and `<!-- /bench -->` stand the tables of that record; FILE is relative to
-    the document's folder. Raises ValueError or OSError if a record cannot be read, or there is no mark.
+    Between `<!-- bench: FILE.json -->` and `<!-- /bench -->` stand the tables of that record; FILE
+    is relative to the document's folder. Raises ValueError or OSError if a record cannot be read,
+    or there is no mark.
     """
     if not MARKED.search(text):
-        raise ValueError("the document has no line '<!-- bench: FILE.json -->' with '<!-- /bench -->' below it")
-    return MARKED.sub(lambda found: f"{found[1]}\n{markdown(read(folder / found[2]))}\n\n{found[3]}", text)
+        raise ValueError(
+            "the document has no line '<!-- bench: FILE.json -->' with '<!-- /bench -->' below it"
+        )
+    return MARKED.sub(
+        lambda found: f"{found[1]}\n{markdown(read(folder / found[2]))}\n\n{found[3]}", text
+    )

@@ -1,4 +1,6 @@
-"""The training text: Python's own standard library, as character numbers. No model and no training here."""
+"""The training text: Python's own standard library, as character numbers. No model and no training
+here.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,8 @@ VALIDATION_SHARE = 0.1
 class Corpus:
     """Text as numbers.
 
-    train, validation: int64, one number per character, on the CPU; the last tenth of the text is for validation.
+    train, validation: int64, one number per character, on the CPU; the last tenth of the text is
+        for validation.
     characters: the vocabulary, sorted; a number is an index into it.
     """
 
@@ -58,7 +61,9 @@ def load_corpus(limit_characters: int = LIMIT_CHARACTERS) -> Corpus:
     return Corpus(numbers[:train], numbers[train:], characters)
 
 
-def draw_batch(numbers: Tensor, batch: int, time: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def draw_batch(
+    numbers: Tensor, batch: int, time: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
     """Random excerpts: inputs and, one character later, targets; each int64, shape (batch, time)."""
     starts = torch.randint(len(numbers) - time, (batch, 1), generator=generator)
     index = starts + torch.arange(time)

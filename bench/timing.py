@@ -1,4 +1,6 @@
-"""How time is measured: interleaved rounds, medians and quartiles, copy bandwidth. Knows no optimizer."""
+"""How time is measured: interleaved rounds, medians and quartiles, copy bandwidth. Knows no
+optimizer.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +13,17 @@ from typing import Any, Protocol
 import torch
 
 COPY_BYTES = 256 << 20
-# A GPU begins at boost clocks, and lowers them within a second of load: rounds before that would be too fast.
+# A GPU begins at boost clocks, and lowers them within a second of load: rounds before that would be
+# too fast.
 WARM_UP_SECONDS = 1.0
 
 
 def statistic(samples: Sequence[float]) -> dict[str, Any]:
     """Median and quartiles, as records hold them."""
     median = statistics.median(samples)
-    low, _, high = statistics.quantiles(samples, n=4, method="inclusive") if len(samples) > 1 else [median] * 3
+    low, _, high = (
+        statistics.quantiles(samples, n=4, method="inclusive") if len(samples) > 1 else [median] * 3
+    )
     return {"median": median, "low": low, "high": high, "rounds": len(samples)}
 
 
@@ -34,7 +39,9 @@ def synchronize(device: torch.device) -> None:
 
 
 def seconds_of(call: Callable[[], object], device: torch.device, repeats: int = 1) -> float:
-    """Wall time of one call, the device's work included; with `repeats` the mean of calls that queue up."""
+    """Wall time of one call, the device's work included; with `repeats` the mean of calls that
+    queue up.
+    """
     synchronize(device)
     begin = time.perf_counter()
     for _ in range(repeats):
@@ -49,7 +56,9 @@ def warm_up_seconds(device: torch.device) -> float:
 
 
 def random_values(numel: int, device: torch.device) -> torch.Tensor:
-    """float32, the same at every call: what power a GPU draws, and so its clocks, depends on the bits it moves."""
+    """float32, the same at every call: what power a GPU draws, and so its clocks, depends on the
+    bits it moves.
+    """
     return torch.rand(numel, generator=torch.Generator(device).manual_seed(0), device=device)
 
 
@@ -69,15 +78,16 @@ def interleaved(
     warm_up: float = 0.0,
     on_error: Callable[[str, Exception], None] | None = None,
 ) -> dict[str, list[float]]:
-    """Measure each in turn, A B C A B C, until the time is used up, so that a busy machine slows all alike.
+    """Measure each in turn, A B C A B C, until the time is used up, so that a busy machine slows
+    all alike.
 
     Args:
         measures: each does its work once and returns how long that took, in seconds.
         seconds: when to stop, once there are `min_rounds`.
         on_round: called after every round with the share done.
         warm_up: for how many seconds rounds go by whose times are not kept.
-        on_error: called with the name of a measure and what it raised, which then has no samples; memory that only
-            it had used is given back. By default the error goes on to the caller.
+        on_error: called with the name of a measure and what it raised, which then has no samples;
+            memory that only it had used is given back. By default the error goes on to the caller.
     """
     samples: dict[str, list[float]] = {name: [] for name in measures}
 
@@ -132,7 +142,8 @@ class Rod(Protocol):
 class Copy:
     """`copy_` of one large buffer to another: the limit that every bandwidth is held against.
 
-    Bytes read plus bytes written count. A CPU also reads what it is about to overwrite (write-allocate), which does
+    Bytes read plus bytes written count. A CPU also reads what it is about to overwrite
+    (write-allocate), which does
     not count: code that updates in place can exceed this limit there.
     """
 

@@ -1,17 +1,22 @@
-"""The verdict: how far two loss curves may lie apart, and whether they do. Pure functions; no torch, no training here.
+"""The verdict: how far two loss curves may lie apart, and whether they do. Pure functions; no
+torch, no training here.
 
-The tolerance is derived, not chosen. Two correct AdamWs hold the same formula and round differently. What moves every
-element of the model alike are the scalars of a step, of which each optimizer rounds two on its own to float32: the step
-size and the square root of the second bias correction. In the worst case all four errors of 2^-24 point one way, at
-every step: that is a learning rate off by a factor of 1 + 2^-22. The roundings of single elements are as large, but
-point in random directions and cancel: nudging every weight by one unit in its last place after every one of 300 steps
-moved the loss by 7e-7 at most, where torch's own single-tensor and fused AdamW came to differ by 1e-3 (at lr 2e-3).
+The tolerance is derived, not chosen. Two correct AdamWs hold the same formula and round
+differently. What moves every element of the model alike are the scalars of a step, of which each
+optimizer rounds two on its own to float32: the step size and the square root of the second bias
+correction. In the worst case all four errors of 2^-24 point one way, at
+every step: that is a learning rate off by a factor of 1 + 2^-22. The roundings of single elements
+    are as large, but
+point in random directions and cancel: nudging every weight by one unit in its last place after
+every one of 300 steps moved the loss by 7e-7 at most, where torch's own single-tensor and fused
+AdamW came to differ by 1e-3 (at lr 2e-3).
 
-So a yardstick run, torch's own AdamW with the learning rate times 1 + 2^-22, measures what the allowed error does to
-this model on these batches, training's own amplification included. Its effect changes sign and size from step to step,
-so the largest difference so far counts, and never less than the last digits of the two losses compared. `MARGIN` is
-for what the yardstick leaves out: errors whose sign changes from step to step, the roundings of single elements and of
-the decay.
+So a yardstick run, torch's own AdamW with the learning rate times 1 + 2^-22, measures what the
+allowed error does to this model on these batches, training's own amplification included. Its effect
+changes sign and size from step to step, so the largest difference so far counts, and never less
+than the last digits of the two losses compared. `MARGIN` is
+for what the yardstick leaves out: errors whose sign changes from step to step, the roundings of
+single elements and of the decay.
 """
 
 from __future__ import annotations
@@ -53,14 +58,18 @@ def tolerances(reference: Sequence[float], yardstick: Sequence[float]) -> list[f
     """How far a loss may lie from the reference's, per step, in nats: see the top of this file."""
     largest, result = 0.0, []
     for expected, nudged in zip(reference, yardstick, strict=True):
-        # Twice: equal weights but for their last bits give losses that differ by up to two of their units (37 seeds).
+        # Twice: equal weights but for their last bits give losses that differ by up to two of their
+        # units (37 seeds).
         largest = max(largest, abs(nudged - expected), 2 * resolution(expected))
         result.append(MARGIN * largest)
     return result
 
 
-def judge(reference: Sequence[float], candidate: Sequence[float], yardstick: Sequence[float]) -> Verdict:
-    """Compare two loss curves of equal length, in nats, one value per step. A loss that is not finite never agrees.
+def judge(
+    reference: Sequence[float], candidate: Sequence[float], yardstick: Sequence[float]
+) -> Verdict:
+    """Compare two loss curves of equal length, in nats, one value per step. A loss that is not
+    finite never agrees.
 
     Raises ValueError if the lengths differ or there is no step.
     """
@@ -71,7 +80,9 @@ def judge(reference: Sequence[float], candidate: Sequence[float], yardstick: Seq
         )
     worst = Verdict(ratio=-1.0, step=0, difference=0.0, tolerance=0.0)
     limits = tolerances(reference, yardstick)
-    for step, (expected, found, limit) in enumerate(zip(reference, candidate, limits, strict=True), start=1):
+    for step, (expected, found, limit) in enumerate(
+        zip(reference, candidate, limits, strict=True), start=1
+    ):
         difference = abs(found - expected)
         finite = math.isfinite(difference) and math.isfinite(limit)
         ratio = difference / limit if finite else math.inf

@@ -58,7 +58,9 @@ class Contender:
         return sum(param.numel() for param in self.params)
 
     def state_bytes(self) -> int:
-        """Bytes of every tensor in its state that is as long as a parameter's; step counters are not counted."""
+        """Bytes of every tensor in its state that is as long as a parameter's; step counters are
+        not counted.
+        """
         return sum(
             tensor_bytes(value)
             for param in self.params
@@ -67,7 +69,9 @@ class Contender:
         )
 
     def moved_bytes(self, clip: bool) -> float:
-        """Bytes a perfect step moves: parameters and state read and written, gradients read, once more to clip."""
+        """Bytes a perfect step moves: parameters and state read and written, gradients read, once
+        more to clip.
+        """
         params = sum(param.nbytes for param in self.params)
         grads = sum(param.grad.nbytes for param in self.params if param.grad is not None)
         return 2 * params + 2 * self.state_bytes() + grads * (2 if clip else 1)

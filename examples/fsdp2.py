@@ -1,4 +1,5 @@
-"""Train with FSDP2 in two processes, save, load again, go on: `torchrun --nproc-per-node 2 examples/fsdp2.py [folder]`.
+"""Train with FSDP2 in two processes, save, load again, go on: `torchrun --nproc-per-node 2
+examples/fsdp2.py [folder]`.
 
 Runs on CPUs over gloo and on GPUs over NCCL, with any number of processes.
 """
@@ -21,11 +22,14 @@ device = "cuda" if torch.cuda.is_available() else "cpu"
 
 def build(mesh):
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(16, 64), nn.GELU(), nn.Linear(64, 16)).to(device, torch.bfloat16)
+    model = nn.Sequential(nn.Linear(16, 64), nn.GELU(), nn.Linear(64, 16)).to(
+        device, torch.bfloat16
+    )
     for layer in model:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    # After fully_shard: parameters are DTensors then, and so is the state, 6 bytes per parameter beside the weights.
+    # After fully_shard: parameters are DTensors then, and so is the state, 6 bytes per parameter
+    # beside the weights.
     groups = param_groups(model, weight_decay=0.1)
     return model, FusedAdamW(groups, lr=1e-2, precision="split32-bf16", max_grad_norm=1.0)
 
@@ -33,13 +37,17 @@ def build(mesh):
 def train(model, optimizer, first, last):
     rank = distributed.get_rank()
     for step in range(first, last):
-        x = torch.randn(8, 16, generator=torch.Generator().manual_seed(1000 * step + rank)).to(device, torch.bfloat16)
+        x = torch.randn(8, 16, generator=torch.Generator().manual_seed(1000 * step + rank)).to(
+            device, torch.bfloat16
+        )
         optimizer.zero_grad()
         loss = (model(x) - x).square().mean()
         loss.backward()
         optimizer.step()  # one norm over all shards, one update of this rank's
         if rank == 0 and step % 5 == 4:
-            print(f"step {step + 1}: loss {loss.item():.4f}, gradient norm {optimizer.grad_norm.item():.4f}")
+            print(
+                f"step {step + 1}: loss {loss.item():.4f}, gradient norm {optimizer.grad_norm.item():.4f}"
+            )
 
 
 def main(folder):
@@ -50,7 +58,8 @@ def main(folder):
     checkpoint.save({"model": weights, "optimizer": state}, checkpoint_id=folder)
 
     model, optimizer = build(mesh)  # or with another number of processes
-    # To see state where there is none, get_state_dict takes a step without gradients, and leaves it counted.
+    # To see state where there is none, get_state_dict takes a step without gradients, and leaves it
+    # counted.
     optimizer.init_state()
     weights, state = get_state_dict(model, optimizer)
     checkpoint.load({"model": weights, "optimizer": state}, checkpoint_id=folder)
@@ -62,7 +71,13 @@ if __name__ == "__main__":
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     distributed.init_process_group()
-    folder = [sys.argv[1] if len(sys.argv) > 1 else tempfile.mkdtemp() if distributed.get_rank() == 0 else None]
+    folder = [
+        sys.argv[1]
+        if len(sys.argv) > 1
+        else tempfile.mkdtemp()
+        if distributed.get_rank() == 0
+        else None
+    ]
     distributed.broadcast_object_list(folder)
     main(folder[0])
     distributed.destroy_process_group()

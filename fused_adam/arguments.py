@@ -1,4 +1,6 @@
-"""The optimizer's own arguments: what each may be, and which go together. What torch's may be, torch checks."""
+"""The optimizer's own arguments: what each may be, and which go together. What torch's may be,
+torch checks.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .scalars import as_number, is_number
+from .numerics.scalars import as_number, is_number
 
 GRAD_ATTRIBUTES = ("grad", "main_grad", "decoupled_grad")
 
 
 def as_flag(name: str, value: Any) -> bool:
-    """The value of a boolean argument as a Python bool. Raises TypeError unless it is True or False."""
+    """The value of a boolean argument as a Python bool. Raises TypeError unless it is True or
+    False.
+    """
     # numpy's are known by what they have: numpy is not imported for that.
     numpys = getattr(getattr(value, "dtype", None), "kind", "") == "b" and value.shape == ()
     if not (isinstance(value, bool) or numpys):
@@ -29,18 +33,24 @@ def as_flag(name: str, value: Any) -> bool:
 def as_max_grad_norm(value: Any) -> float | None:
     """The largest norm as a Python float, or None. Raises ValueError unless it is above 0.
 
-    inf is allowed: as in `torch.nn.utils.clip_grad_norm_` the norm is measured, and finite gradients
-    stay what they are.
+    inf is allowed: as in `torch.nn.utils.clip_grad_norm_` the norm is measured, and finite
+    gradients stay what they are.
     """
     if value is None:
         return None
     number = math.nan
     # A bool is a number for Python, whoever made it, but no norm.
-    if is_number(value) and not isinstance(value, bool) and "bool" not in str(getattr(value, "dtype", "")):
+    if (
+        is_number(value)
+        and not isinstance(value, bool)
+        and "bool" not in str(getattr(value, "dtype", ""))
+    ):
         with contextlib.suppress(OverflowError):  # an int beyond what a float holds
             number = as_number(value)
     if not number > 0:
-        raise ValueError(f"max_grad_norm={value!r} must be a number above 0, or None for no clipping")
+        raise ValueError(
+            f"max_grad_norm={value!r} must be a number above 0, or None for no clipping"
+        )
     return number
 
 
@@ -63,10 +73,14 @@ def check_guards(max_grad_norm: float | None, skip_nonfinite: bool, differentiab
 def check_grad_attribute(name: object, flatten: bool, differentiable: bool) -> None:
     """Raise ValueError unless gradients may be read from that attribute."""
     if name not in GRAD_ATTRIBUTES:
-        raise ValueError(f"grad_attribute={name!r} is not known; allowed: {', '.join(map(repr, GRAD_ATTRIBUTES))}")
+        raise ValueError(
+            f"grad_attribute={name!r} is not known; allowed: {', '.join(map(repr, GRAD_ATTRIBUTES))}"
+        )
     for other, value in (("flatten", flatten), ("differentiable", differentiable)):
         if value and name != "grad":
-            raise ValueError(f"grad_attribute={name!r} cannot be combined with {other}=True, because that reads `grad`")
+            raise ValueError(
+                f"grad_attribute={name!r} cannot be combined with {other}=True, because that reads `grad`"
+            )
 
 
 def check_reduce_norm(function: object, guards: bool) -> None:
@@ -74,15 +88,17 @@ def check_reduce_norm(function: object, guards: bool) -> None:
     if function is not None and not callable(function):
         raise TypeError(f"reduce_norm={function!r} must be a function of one tensor, or None")
     if function is not None and not guards:
-        raise ValueError("reduce_norm is of use with max_grad_norm or skip_nonfinite, and neither is set")
+        raise ValueError(
+            "reduce_norm is of use with max_grad_norm or skip_nonfinite, and neither is set"
+        )
 
 
 class ReduceNorm:
     """reduce_norm on its way through a pickle or a copy of the optimizer.
 
-    A copied optimizer has a copy of the function, or shares it where it holds what cannot be copied,
-    such as a process group. Pickle's own error would not lead to the optimizer, so what cannot be
-    pickled is found here first.
+    A copied optimizer has a copy of the function, or shares it where it holds what cannot be
+    copied, such as a process group. Pickle's own error would not lead to the optimizer, so what
+    cannot be pickled is found here first.
     """
 
     _trying = False  # what is pickled only to see whether it can be
@@ -124,7 +140,9 @@ class _Nowhere:
 
 
 def check_norm(total: object, device: torch.device) -> Tensor:
-    """What reduce_norm returned; raises TypeError or ValueError unless it is what it was given. Reads no value."""
+    """What reduce_norm returned; raises TypeError or ValueError unless it is what it was given.
+    Reads no value.
+    """
     if not isinstance(total, Tensor):
         raise TypeError(f"reduce_norm returned {total!r}, but must return a tensor")
     if (total.dtype, total.shape, total.device) != (torch.float64, (1,), device):

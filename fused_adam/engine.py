@@ -1,4 +1,6 @@
-"""The plans of one optimizer, and a step through the one that fits. No arguments of users, no arithmetic here."""
+"""The plans of one optimizer, and a step through the one that fits. No arguments of users, no
+arithmetic here.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +17,15 @@ from torch import Tensor
 from fused_adam_kernels import table
 
 from . import arguments, plan, shapes
-from . import backend as backends
-from .arena import Arena, Home, State, grow_older
-from .distributed import Ranks, Shards, is_sharded
-from .flatten import FlatBuffers
-from .scalars import Guard, hyper
-from .watch import StateWatch, Watch, reader
+from .backends import choose as backends
+from .distributed import LocalShards, RankGroup, is_sharded
+from .guards import PlanGuard, StateGuard, reader
+from .numerics.scalars import GradTransform, hyper
+from .state.arena import Arena, ParamState, State, advance_step_keys
+from .state.flatten import FlatBuffers
 
-# Plans are kept for the patterns of gradients that come back (experts, frozen layers): so many rows per parameter.
+# Plans are kept for the patterns of gradients that come back (experts, frozen layers): so many rows
+# per parameter.
 ROWS_KEPT = 8
 
 Found = tuple[list[Tensor], list[int]]
@@ -30,8 +33,10 @@ Key = tuple[bool, tuple[int, ...], tuple[int, ...]]
 
 
 @contextlib.contextmanager
-def lasting() -> Iterator[None]:
-    """For making memory: under the user's inference mode it could never be written outside that mode."""
+def outside_inference_mode() -> Iterator[None]:
+    """For making memory: under the user's inference mode it could never be written outside that
+    mode.
+    """
     with torch.inference_mode(False), torch.no_grad():
         yield
 
@@ -42,9 +47,14 @@ def members_of(groups: Sequence[dict[str, Any]]) -> list[Tensor]:
 
 
 def plan_facts(groups: Sequence[dict[str, Any]]) -> list[Any]:
-    """Per group, what plans are made for: the number of its parameters, AMSGrad, precision and seed."""
+    """Per group, what plans are made for: the number of its parameters, AMSGrad, precision and
+    seed.
+    """
     try:
-        return [(len(group["params"]), group["amsgrad"], group.get("precision"), group.get("seed")) for group in groups]
+        return [
+            (len(group["params"]), group["amsgrad"], group.get("precision"), group.get("seed"))
+            for group in groups
+        ]
     except TypeError:
         lists = [group["params"] for group in groups]
         number = next(i for i, params in enumerate(lists) if not hasattr(params, "__len__"))
@@ -55,17 +65,17 @@ def plan_facts(groups: Sequence[dict[str, Any]]) -> list[Any]:
 
 
 @dataclass(slots=True, eq=False)
-class Plan:
+class CachedPlan:
     """How one set of parameters is stepped. On the kernel, plans do not keep state alive."""
 
     live: list[Tensor]  # the parameters, in order
-    homes: list[Home]  # of the rows' state
+    homes: list[ParamState]  # of the rows' state
     runners: list[backends.Runner]
-    watch: Watch
-    state: StateWatch
-    spans: list[list[Home]]  # several rows that are updated as one
-    # Whose versions a step counts up: parameters, which autograd saves for backward, and step counters of the user's,
-    # which another optimizer may share. Moments are nobody else's business.
+    watch: PlanGuard
+    state: StateGuard
+    spans: list[list[ParamState]]  # several rows that are updated as one
+    # Whose versions a step counts up: parameters, which autograd saves for backward, and step
+    # counters of the user's, which another optimizer may share. Moments are nobody else's business.
     written: list[Tensor]
 
     def coherent(self) -> bool:
@@ -81,23 +91,26 @@ class Engine:
         max_grad_norm, skip_nonfinite, grad_attribute: as the optimizer's.
     """
 
-    def __init__(self, backend: str, max_grad_norm: float | None, skip_nonfinite: bool, grad_attribute: str) -> None:
+    def __init__(
+        self, backend: str, max_grad_norm: float | None, skip_nonfinite: bool, grad_attribute: str
+    ) -> None:
         self.backend, self.read = backend, reader(grad_attribute)
         self.max_grad_norm, self.skip_nonfinite = max_grad_norm, skip_nonfinite
         self.guards = max_grad_norm is not None or skip_nonfinite
         self.arena = Arena()
         self.flat: FlatBuffers | None = None
         self.stats: Tensor | None = None
-        self.ranks: Ranks | None = None  # where parameters are DTensors
+        self.ranks: RankGroup | None = None  # where parameters are DTensors
         self.counted: list[bool] = []
         self.reduce_norm: Callable[[Tensor], Tensor] | None = None
         self.moved: dict[Tensor, Tensor] = {}
         self.moves = 0
-        self.ran: Plan | None = None
-        # What captured graphs read and write: nothing of it may be freed while they can be replayed.
-        self.captured: dict[int, tuple[Plan, list[Any]]] = {}
-        # What the optimizer's methods set. Here, because frameworks wrap an optimizer by copying its __dict__: the
-        # engine is the same for both.
+        self.ran: CachedPlan | None = None
+        # What captured graphs read and write: nothing of it may be freed while they can be
+        # replayed.
+        self.captured: dict[int, tuple[CachedPlan, list[Any]]] = {}
+        # What the optimizer's methods set. Here, because frameworks wrap an optimizer by copying
+        # its __dict__: the engine is the same for both.
         self.release: Any = None  # the handle of `step_in_backward`, while it steps
         self.origins: Any = None  # while offloaded: where state came from
         self.forget()
@@ -108,14 +121,14 @@ class Engine:
         self.params: list[Tensor] = []
         self.members: dict[int, list[int]] = {}  # id of a parameter -> its positions
         self.options: list[Any] = []
-        self.plans: dict[Key, Plan] = {}
-        self.usual: Plan | None = None
+        self.plans: dict[Key, CachedPlan] = {}
+        self.usual: CachedPlan | None = None
 
     def step(
         self,
         groups: Sequence[dict[str, Any]],
         state: State,
-        guard: Guard,
+        guard: GradTransform,
         check_group: Callable[[dict[str, Any]], None],
         only: Sequence[Tensor] | None = None,
     ) -> None:
@@ -125,7 +138,8 @@ class Engine:
             groups: the optimizer's param groups; their values are read anew every time.
             state: the optimizer's state.
             guard: a GradScaler's scale and flag.
-            check_group: raises if a group cannot be stepped: called when groups are not those of the last step.
+            check_group: raises if a group cannot be stepped: called when groups are not those of
+                the last step.
             only: some of the parameters; each of these has a gradient.
 
         Raises what `plan.build` raises, before anything is changed.
@@ -151,18 +165,26 @@ class Engine:
                 for group in groups:
                     check_group(group)
                 self._learn(groups)
-            with lasting():
+            with outside_inference_mode():
                 found = self._build_with_others(groups, state, self._positions(only))
-        self._run(*found, [hyper(group, self.max_grad_norm, self.skip_nonfinite) for group in groups], guard, capturing)
+        self._run(
+            *found,
+            [hyper(group, self.max_grad_norm, self.skip_nonfinite) for group in groups],
+            guard,
+            capturing,
+        )
 
     def init_state(
-        self, groups: Sequence[dict[str, Any]], state: State, check_group: Callable[[dict[str, Any]], None]
+        self,
+        groups: Sequence[dict[str, Any]],
+        state: State,
+        check_group: Callable[[dict[str, Any]], None],
     ) -> None:
         """Make the state of every parameter that is trained, with no step counted."""
         for group in groups:
             check_group(group)
         self._learn(groups)
-        with lasting():
+        with outside_inference_mode():
             plan.make_state(
                 self.params,
                 [number for number, group in enumerate(groups) for _ in group["params"]],
@@ -172,7 +194,9 @@ class Engine:
             )
 
     def _still_known(self, groups: Sequence[dict[str, Any]]) -> bool:
-        """Whether groups have the parameters and options that plans were made for, and state is where it was."""
+        """Whether groups have the parameters and options that plans were made for, and state is
+        where it was.
+        """
         params = chain.from_iterable([group["params"] for group in groups])
         return (
             plan_facts(groups) == self.options  # so there are as many parameters
@@ -191,7 +215,9 @@ class Engine:
         self.arena.read_counters()
 
     def _positions(self, only: Sequence[Tensor] | None) -> tuple[int, ...] | None:
-        """Where these parameters are among all; those that the optimizer no longer has are left out."""
+        """Where these parameters are among all; those that the optimizer no longer has are left
+        out.
+        """
         if only is None:
             return None
         return tuple(sorted(i for param in only for i in self.members.get(id(param), ())))
@@ -200,7 +226,7 @@ class Engine:
         """The gradients of these parameters."""
         return self.flat.read(params) if self.flat else self.read(params)
 
-    def _find(self, state: State, only: tuple[int, ...] | None) -> tuple[Plan, Found] | None:
+    def _find(self, state: State, only: tuple[int, ...] | None) -> tuple[CachedPlan, Found] | None:
         """The plan for this step, with the gradients it takes; None if none fits."""
         if only is None and self.usual:
             found = self._fit(self.usual, state)
@@ -217,14 +243,20 @@ class Engine:
         return kept, found
 
     def _key(self, only: tuple[int, ...] | None) -> Key:
-        """What plans are kept by: which parameters are stepped, and whose gradients lie in flat buffers."""
+        """What plans are kept by: which parameters are stepped, and whose gradients lie in flat
+        buffers.
+        """
         if only is not None:
             return True, only, ()
         grads = self.read_grads(self.params)
         in_buffers = self.flat.in_buffers(self.params, grads) if self.flat else ()
-        return False, tuple(compress(count(), map(operator.is_not, grads, repeat(None)))), in_buffers
+        return (
+            False,
+            tuple(compress(count(), map(operator.is_not, grads, repeat(None)))),
+            in_buffers,
+        )
 
-    def _fit(self, kept: Plan, state: State) -> Found | None:
+    def _fit(self, kept: CachedPlan, state: State) -> Found | None:
         if not kept.state.holds(state):
             return None
         if kept is not self.ran:
@@ -236,25 +268,25 @@ class Engine:
     def _note_steps(self) -> None:
         """Before another plan is looked at: the parameters of the last one have moved on together."""
         if self.ran:
-            grow_older(self.ran.homes)
+            advance_step_keys(self.ran.homes)
             self.ran = None
 
     def _build_with_others(
         self, groups: Sequence[dict[str, Any]], state: State, only: tuple[int, ...] | None
-    ) -> tuple[Plan, Found]:
+    ) -> tuple[CachedPlan, Found]:
         """`_build`; where parameters are DTensors, the first time on all ranks or on none."""
         if not any(map(is_sharded, self.params)):
             self.ranks, self.counted = None, []
             return self._build(groups, state, only)
         if self.ranks is None or list(map(id, self.ranks.params)) != list(map(id, self.params)):
-            ranks, failure, found = Ranks(self.params), None, None
+            ranks, failure, found = RankGroup(self.params), None, None
             self.counted = ranks.compare(self._facts(groups))
             try:
                 found = self._build(groups, state, only)
             except Exception as error:
                 failure = error
             try:
-                ranks.together(failure)
+                ranks.raise_if_any_failed(failure)
             except Exception:
                 self.forget()  # the next step has to ask again
                 raise
@@ -266,7 +298,11 @@ class Engine:
 
     def _facts(self, groups: Sequence[dict[str, Any]]) -> list[dict[str, object]]:
         """What every rank must have alike, per parameter."""
-        members = [(number, group, param) for number, group in enumerate(groups) for param in group["params"]]
+        members = [
+            (number, group, param)
+            for number, group in enumerate(groups)
+            for param in group["params"]
+        ]
         return [
             {
                 "shape": tuple(param.shape),
@@ -278,12 +314,14 @@ class Engine:
                 "max_grad_norm": self.max_grad_norm,
                 "skip_nonfinite": self.skip_nonfinite,
             }
-            for (number, group, param), grad in zip(members, self.read_grads(self.params), strict=True)
+            for (number, group, param), grad in zip(
+                members, self.read_grads(self.params), strict=True
+            )
         ]
 
     def _build(
         self, groups: Sequence[dict[str, Any]], state: State, only: tuple[int, ...] | None
-    ) -> tuple[Plan, Found]:
+    ) -> tuple[CachedPlan, Found]:
         """Decide anew what each launch updates, and make the state it needs."""
         self._note_steps()
         params = self.params
@@ -298,10 +336,13 @@ class Engine:
                 live.append(param)
                 found.append(grad)
         if any(map(is_sharded, live)):
-            found = Shards(live).gradient_parts(found, self.moved)
+            found = LocalShards(live).gradient_parts(found, self.moved)
             rest = iter(found)
             grads = [None if grad is None else next(rest) for grad in grads]
-        devices = {device: backends.choose(self.backend, device) for device in {param.device for param in live}}
+        devices = {
+            device: backends.choose(self.backend, device)
+            for device in {param.device for param in live}
+        }
         sections = plan.build(
             params=params,
             grads=grads,
@@ -320,30 +361,44 @@ class Engine:
         for row in rows if self.counted else ():
             row.counted = self.counted[row.ordinal]
         in_order = sorted(rows, key=operator.attrgetter("index"))
-        idle = [param for param, grad in zip(params, grads, strict=True) if grad is None and only is None]
-        spans = [span for section in sections for launch in section.launches for span in launch.spans]
-        made = Plan(
+        idle = [
+            param
+            for param, grad in zip(params, grads, strict=True)
+            if grad is None and only is None
+        ]
+        spans = [
+            span for section in sections for launch in section.launches for span in launch.spans
+        ]
+        made = CachedPlan(
             live,
             [row.home for row in rows],
             [backends.bind(devices[section.device], section, self.guards) for section in sections],
-            Watch(live, found, idle, self.flat, self.read, self.moved),
-            StateWatch(state, [(live[row.index], row.home, row.dtypes) for row in in_order]),
+            PlanGuard(live, found, idle, self.flat, self.read, self.moved),
+            StateGuard(state, [(live[row.index], row.home, row.dtypes) for row in in_order]),
             [[row.home for row in span.rows] for span in spans if len(span.rows) > 1],
             [param for param in live if not param.is_inference()]
-            + [row.home.counters.steps for row in rows if row.home.counters and not row.home.counters.ours],
+            + [
+                row.home.counters.steps
+                for row in rows
+                if row.home.counters and not row.home.counters.ours
+            ],
         )
         self.plans.pop(key, None)
         if live or not self.flat:  # else every step looks again for gradients that nothing counted
             self.plans[key] = made
         if only is None and live:
             self.usual = made
-        while len(self.plans) > 1 and sum(len(kept.homes) for kept in self.plans.values()) > ROWS_KEPT * len(params):
+        while len(self.plans) > 1 and sum(
+            len(kept.homes) for kept in self.plans.values()
+        ) > ROWS_KEPT * len(params):
             del self.plans[next(iter(self.plans))]
         gradients = made.watch.gradients()
         assert gradients is not None
         return made, gradients
 
-    def _run(self, chosen: Plan, found: Found, values: Any, guard: Guard, capturing: bool) -> None:
+    def _run(
+        self, chosen: CachedPlan, found: Found, values: Any, guard: GradTransform, capturing: bool
+    ) -> None:
         self.ran = chosen
         for runner in chosen.runners:
             runner.begin(*found, capturing)
@@ -361,7 +416,7 @@ class Engine:
         if capturing:
             self._keep_captured(chosen)
 
-    def _keep_captured(self, chosen: Plan) -> None:
+    def _keep_captured(self, chosen: CachedPlan) -> None:
         memory: list[Any] = [self.stats]
         for home in chosen.homes:
             memory += [home.counters, *home.slots.values()]
@@ -369,21 +424,24 @@ class Engine:
             memory += self.flat.grad_segments
         self.captured[id(chosen)] = chosen, memory
 
-    def _checked(self, chosen: Plan, guard: Guard) -> Guard:
-        """Add the norm of all gradients, over all devices, and the place for what users may ask of it."""
+    def _checked(self, chosen: CachedPlan, guard: GradTransform) -> GradTransform:
+        """Add the norm of all gradients, over all devices, and the place for what users may ask of
+        it.
+        """
         sums = [runner.square_sum().reshape(1) for runner in chosen.runners]
         # A rank without gradients takes part, too.
         sums = sums or [torch.zeros(1, dtype=torch.float64, device=self.params[0].device)]
         total = sums[0]
         for other in sums[1:]:
-            # Between GPUs this does not wait; to the CPU it must, or the sum would read what has not arrived.
+            # Between GPUs this does not wait; to the CPU it must, or the sum would read what has
+            # not arrived.
             total = total + other.to(total.device)
         if self.ranks:
             total = self.ranks.total(total)
         if self.reduce_norm:
             total = arguments.check_norm(self.reduce_norm(total), total.device)
         if self.stats is None or self.stats.device != total.device:
-            with lasting():
+            with outside_inference_mode():
                 stats = torch.zeros(table.STATS, dtype=torch.float64, device=total.device)
                 self.stats = stats if self.stats is None else stats.copy_(self.stats)
         return replace(guard, square_sum=total, stats=self.stats)

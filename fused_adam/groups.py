@@ -1,4 +1,6 @@
-"""Parameters of a module -> param groups with and without weight decay, for any torch optimizer. No optimizer here."""
+"""Parameters of a module -> param groups with and without weight decay, for any torch optimizer. No
+optimizer here.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from .scalars import as_number, is_number
+from .numerics.scalars import as_number, is_number
 
 EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 # torch's layers whose weights are matrices: a class that derives from one is a layer, whatever its
@@ -33,15 +35,20 @@ NORM_CLASS = re.compile(
 )
 # Words in a parameter's own name: in_proj_bias, bias_k, gamma, layer_scale_1, scale_shift_table.
 SCALES_AND_SHIFTS = {"bias", "gamma", "beta", "scale", "shift"}
-# The scale of a norm that a layer contains: layer_norm_weight of TransformerEngine's LayerNormLinear.
+# The scale of a norm that a layer contains: layer_norm_weight of TransformerEngine's
+# LayerNormLinear.
 NORM_SCALE = re.compile(r"norm(_(weight|gain|g|w))?$")
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether the module normalises activations, by the name of its class or of one that it derives from."""
+    """Whether the module normalises activations, by the name of its class or of one that it derives
+    from.
+    """
     if isinstance(module, LAYERS):
         return False
-    return any(NORM_CLASS.search(kind.__name__.lower().replace("_", "")) for kind in type(module).__mro__)
+    return any(
+        NORM_CLASS.search(kind.__name__.lower().replace("_", "")) for kind in type(module).__mro__
+    )
 
 
 def _says_scale_or_shift(name: str) -> bool:
@@ -71,12 +78,16 @@ def _marked(module: nn.Module) -> Iterator[Tensor]:
     patterns = list(marks)
     for pattern in patterns:
         if not isinstance(pattern, str):
-            raise TypeError(f"no_weight_decay of {type(module).__name__} has {pattern!r}, but must have names")
+            raise TypeError(
+                f"no_weight_decay of {type(module).__name__} has {pattern!r}, but must have names"
+            )
     if not patterns:
         return
     for name, param in module.named_parameters(remove_duplicate=False):
         # A pattern may also be the name of a submodule: all in it is meant.
-        if any(fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*") for pattern in patterns):
+        if any(
+            fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*") for pattern in patterns
+        ):
             yield param
 
 
@@ -100,7 +111,8 @@ def param_groups(
     include_frozen: bool = False,
     split_dtypes: bool = False,
 ) -> list[dict[str, Any]]:
-    """Param groups in which weights decay, but neither biases nor the scales and shifts of norms do.
+    """Param groups in which weights decay, but neither biases nor the scales and shifts of norms
+    do.
 
     A parameter does not decay if one of these holds:
 
@@ -118,13 +130,15 @@ def param_groups(
       They may be patterns (`blocks.*.scale`) or name a submodule with all that is in it.
 
     Args:
-        model: its parameters are taken by name (`named_parameters`), so that checkpoints and `export_fp32` have names.
-            A weight that is tied is taken once, under its first name, and not decayed if any of its places says so:
-            tied to an output layer, an embedding still is one.
+        model: its parameters are taken by name (`named_parameters`), so that checkpoints and
+            `export_fp32` have names. A weight that is tied is taken once, under its first name, and
+            not decayed if any of its places says so: tied to an output layer, an embedding still is
+            one.
         weight_decay: of the first group; the second one has 0.
         decay_embeddings: whether the weights of `nn.Embedding` and `nn.EmbeddingBag` decay.
-        include_frozen: also take parameters that do not require gradients, to be unfrozen later: until then an
-            optimizer skips them. Else they are left out, which `flatten=True` saves memory for.
+        include_frozen: also take parameters that do not require gradients, to be unfrozen later:
+            until then an optimizer skips them. Else they are left out, which `flatten=True` saves
+            memory for.
         split_dtypes: give parameters of different dtypes groups of their own. A precision recipe
             serves some dtypes only: in a model of mixed dtypes set `group["precision"]` for each
             group, None where no recipe fits.
@@ -136,7 +150,8 @@ def param_groups(
     Raises:
         TypeError: `model` is no module, `weight_decay` no number, or a `no_weight_decay()` returns
             something else than names.
-        ValueError: `weight_decay` is negative, there is no parameter to take, or one has no shape yet.
+        ValueError: `weight_decay` is negative, there is no parameter to take, or one has no shape
+            yet.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}, but must be a torch.nn.Module")
@@ -152,9 +167,13 @@ def param_groups(
         if not (param.requires_grad or include_frozen):
             continue
         if is_lazy(param):
-            raise ValueError(f"parameter {name!r} of model has no shape yet: run the model once before")
+            raise ValueError(
+                f"parameter {name!r} of model has no shape yet: run the model once before"
+            )
         decays = param.ndim >= 2 and param not in exempt
-        members.setdefault((decays, param.dtype if split_dtypes else None), []).append((name, param))
+        members.setdefault((decays, param.dtype if split_dtypes else None), []).append(
+            (name, param)
+        )
     if not members:
         frozen = any(True for _ in model.parameters())
         raise ValueError("model has no parameters" + (" that require gradients" if frozen else ""))

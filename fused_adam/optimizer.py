@@ -1,4 +1,6 @@
-"""FusedAdam and FusedAdamW: arguments, param groups, step(). No arithmetic on moments, no memory layout here."""
+"""FusedAdam and FusedAdamW: arguments, param groups, step(). No arithmetic on moments, no memory
+layout here.
+"""
 
 from __future__ import annotations
 
@@ -13,16 +15,17 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fused_adam_kernels import table
 
-from . import arguments, checkpoint, distributed, shapes
-from . import backend as backends
-from . import offload as offloading
-from .engine import Engine, lasting
-from .flatten import FlatBuffers
+from . import arguments, distributed, shapes
+from .backends import choose as backends
+from .engine import Engine, outside_inference_mode
+from .numerics.scalars import GradTransform
 from .precision import as_seed, parse
-from .scalars import Guard
+from .state import checkpoint
+from .state import offload as offloading
+from .state.flatten import FlatBuffers
 
 # What copies and pickles keep besides torch's.
-KEPT = (
+_PICKLED = (
     *("_backend", "_flatten", "_grad_attribute", "_max_grad_norm"),
     *("_precision", "_seed", "_skip_nonfinite"),
 )
@@ -31,57 +34,67 @@ KEPT = (
 class FusedAdam(torch.optim.Adam):
     """Adam whose whole step is one fused pass: a drop-in for `torch.optim.Adam`.
 
-    All arithmetic is float32 (float64 for float64 parameters), each operation rounded once, in one documented
-    order; the Triton kernel and the CPU reference give the same bits. Kingma & Ba 2015, algorithm 1; AMSGrad:
-    Reddi et al. 2018; decoupled decay: Loshchilov & Hutter 2019.
+    All arithmetic is float32 (float64 for float64 parameters), each operation rounded once, in one
+    documented order; the Triton kernel and the CPU reference give the same bits. Kingma & Ba 2015,
+    algorithm 1; AMSGrad: Reddi et al. 2018; decoupled decay: Loshchilov & Hutter 2019.
 
     Args:
-        params: parameters, named parameters or param groups, as for `torch.optim.Adam`. Dtypes float32, bfloat16,
-            float16, float64 and complex ones of these; devices and dtypes may be mixed in one group. DTensors (FSDP2,
-            tensor parallelism) are stepped shard by shard, with the bits of one process.
-        lr, betas, eps, weight_decay, amsgrad, maximize, decoupled_weight_decay: as in `torch.optim.Adam`.
-        foreach, fused: accepted and checked as in torch; they choose no code path. With `fused=True` a GradScaler
-            hands its scale and overflow flag over to the step, as in torch.
-        capturable: the step may be captured in a CUDA graph, after one that ran outside it (GPU, triton). Values of
-            lr, betas, eps and weight_decay that are tensors on the device are read at every replay; others, among
-            them tensors on the CPU, are those of the capture.
+        params: parameters, named parameters or param groups, as for `torch.optim.Adam`. Dtypes
+            float32, bfloat16, float16, float64 and complex ones of these; devices and dtypes may be
+            mixed in one group. DTensors (FSDP2, tensor parallelism) are stepped shard by shard,
+            with the bits of one process.
+        lr, betas, eps, weight_decay, amsgrad, maximize, decoupled_weight_decay: as in
+        `torch.optim.Adam`.
+        foreach, fused: accepted and checked as in torch; they choose no code path. With
+            `fused=True` a GradScaler hands its scale and overflow flag over to the step, as in
+            torch.
+        capturable: the step may be captured in a CUDA graph, after one that ran outside it (GPU,
+            triton). Values of lr, betas, eps and weight_decay that are tensors on the device are
+            read at every replay; others, among them tensors on the CPU, are those of the capture.
         differentiable: the step runs through torch's own differentiable implementation.
-        precision: how weights and moments are stored, as "<weights>-<states>"; None: as in torch, all in the
-            parameter's dtype. Weights: "native", "master32", "split32", "split24", "sr"; states: "fp32", "bf16",
-            "int8"; see the README. A param group may have its own. The parameter itself counts: the next step starts
-            from what somebody wrote into it (split weights: to within half of its last place; zeros stay zeros).
-        seed: of the random bits that some recipes round with; torch's generators are not touched. Bits are keyed by
-            seed, step, element and the parameter's position in this optimizer. Two optimizers with
-            one seed draw the same bits for their first parameters, for their second ones and so on:
-            with an optimizer per parameter or per layer, give each a seed of its own.
-        flatten: move parameters into flat buffers at construction: those that are trained, dense, and the only
-            owners of memory that torch allocated; others stay. From the first `zero_grad()` after its first gradient
-            on, a parameter's gradient is a view of a flat buffer, which backward adds to. Nothing else changes: a view
-            that nothing has written to is no gradient (the README lists what a GPU cannot tell), and the bits are
-            the same. On a GPU flat parameters cannot be sent to other processes, because CUDA sends whole
+        precision: how weights and moments are stored, as "<weights>-<states>"; None: as in torch,
+            all in the parameter's dtype. Weights: "native", "master32", "split32", "split24", "sr";
+            states: "fp32", "bf16", "int8"; see the README. A param group may have its own. The
+            parameter itself counts: the next step starts from what somebody wrote into it (split
+            weights: to within half of its last place; zeros stay zeros).
+        seed: of the random bits that some recipes round with; torch's generators are not touched.
+            Bits are keyed by seed, step, element and the parameter's position in this optimizer.
+            Two optimizers with one seed draw the same bits for their first parameters, for their
+            second ones and so on: with an optimizer per parameter or per layer, give each a seed of
+            its own.
+        flatten: move parameters into flat buffers at construction: those that are trained, dense,
+            and the only owners of memory that torch allocated; others stay. From the first
+            `zero_grad()` after its first gradient on, a parameter's gradient is a view of a flat
+            buffer, which backward adds to. Nothing else changes: a view that nothing has written to
+            is no gradient (the README lists what a GPU cannot tell), and the bits are the same. On
+            a GPU flat parameters cannot be sent to other processes, because CUDA sends whole
             allocations.
-        max_grad_norm: clip the gradients' global L2 norm, as `torch.nn.utils.clip_grad_norm_` before the step would,
-            without writing them and without waiting for the device. The norm is `optimizer.grad_norm`; with inf it
-            is measured, and finite gradients are left alone.
-        skip_nonfinite: a step with a NaN or Inf in any gradient changes nothing, decided on the device;
-            `optimizer.skipped_steps` counts them.
-        grad_attribute: where a parameter's gradient is: "grad", "main_grad" (Megatron's gradient buffers) or
-            "decoupled_grad" (TransformerEngine's and Megatron-FSDP's). With the latter two, steps, clipping and
-            `skip_nonfinite` read that attribute, of any floating dtype, and not `grad`; None or no attribute is no
-            gradient. Scale it yourself: torch's GradScaler looks at `grad` alone, and such a step raises.
-        backend: "auto" (triton on GPUs, reference on CPU), "triton", "reference" or "compiled" (the reference
-            through torch.compile: CPU only, needs a C++ compiler). All give the same bits.
+        max_grad_norm: clip the gradients' global L2 norm, as `torch.nn.utils.clip_grad_norm_`
+            before the step would, without writing them and without waiting for the device. The norm
+            is `optimizer.grad_norm`; with inf it is measured, and finite gradients are left alone.
+        skip_nonfinite: a step with a NaN or Inf in any gradient changes nothing, decided on the
+            device; `optimizer.skipped_steps` counts them.
+        grad_attribute: where a parameter's gradient is: "grad", "main_grad" (Megatron's gradient
+            buffers) or "decoupled_grad" (TransformerEngine's and Megatron-FSDP's). With the latter
+            two, steps, clipping and `skip_nonfinite` read that attribute, of any floating dtype,
+            and not `grad`; None or no attribute is no gradient. Scale it yourself: torch's
+            GradScaler looks at `grad` alone, and such a step raises.
+        backend: "auto" (triton on GPUs, reference on CPU), "triton", "reference" or "compiled" (the
+            reference through torch.compile: CPU only, needs a C++ compiler). All give the same
+            bits.
 
-    `state` is an ordinary dict of dicts, the user's to edit: what stands there at a step is stepped on, where it is if
-    it is stored as we would, else copied into flat memory.
+    `state` is an ordinary dict of dicts, the user's to edit: what stands there at a step is stepped
+    on, where it is if it is stored as we would, else copied into flat memory.
 
-    State per parameter is torch's: `step`, `exp_avg`, `exp_avg_sq` and with amsgrad `max_exp_avg_sq`, in the
-    parameter's dtype; checkpoints are exchanged with torch.optim.Adam(W) both ways. A precision stores what its name
-    says instead; its checkpoints are as exact, those of any other precision are converted on loading, and
-    `export_fp32` gives all of it to torch.optim.Adam(W).
+    State per parameter is torch's: `step`, `exp_avg`, `exp_avg_sq` and with amsgrad
+    `max_exp_avg_sq`, in the parameter's dtype; checkpoints are exchanged with torch.optim.Adam(W)
+    both ways. A precision stores what its name says instead; its checkpoints are as exact, those of
+    any other precision are converted on loading, and `export_fp32` gives all of it to
+    torch.optim.Adam(W).
 
     Raises:
-        ValueError, TypeError: an argument is out of range, with torch's texts for torch's arguments.
+        ValueError, TypeError: an argument is out of range, with torch's texts for torch's
+            arguments.
         RuntimeError: the backend cannot run here; the text says why and what to do.
     """
 
@@ -119,7 +132,8 @@ class FusedAdam(torch.optim.Adam):
         self._backend, self._flatten = backend, flatten
         self._precision, self._seed, self._grad_attribute = precision, as_seed(seed), grad_attribute
         self._max_grad_norm, self._skip_nonfinite = max_grad_norm, skip_nonfinite
-        # Named, not super(): in FusedAdamW the next class is torch's AdamW, which has another signature.
+        # Named, not super(): in FusedAdamW the next class is torch's AdamW, which has another
+        # signature.
         torch.optim.Adam.__init__(
             self,
             params,
@@ -142,12 +156,15 @@ class FusedAdam(torch.optim.Adam):
 
     def _set_up(self) -> None:
         """What is derived, and made anew after pickle and deepcopy."""
-        self._engine = Engine(self._backend, self._max_grad_norm, self._skip_nonfinite, self._grad_attribute)
+        self._engine = Engine(
+            self._backend, self._max_grad_norm, self._skip_nonfinite, self._grad_attribute
+        )
 
     def _move_to_buffers(self) -> None:
-        # A copy does so at its first use: while it is unpickled, its storages have the unpickler for an owner.
+        # A copy does so at its first use: while it is unpickled, its storages have the unpickler
+        # for an owner.
         if self._flatten and self._engine.flat is None and not shapes.are_all(self._params()):
-            with lasting():
+            with outside_inference_mode():
                 self._engine.flat = FlatBuffers(self._params())
 
     def _params(self) -> list[Tensor]:
@@ -155,12 +172,13 @@ class FusedAdam(torch.optim.Adam):
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        """Whether GradScaler leaves unscaling and the overflow decision to `step`, without waiting for the device.
+        """Whether GradScaler leaves unscaling and the overflow decision to `step`, without waiting
+        for the device.
 
-        As in torch, with `fused=True`; and with `max_grad_norm` or `skip_nonfinite`; and with a `grad_attribute` whose
-        gradients it would not unscale, so that the step can say so. Derived, so that it survives
-        pickle, deepcopy and loaded checkpoints. Not always True, because Lightning refuses its own clipping for
-        optimizers that carry it.
+        As in torch, with `fused=True`; and with `max_grad_norm` or `skip_nonfinite`; and with a
+        `grad_attribute` whose gradients it would not unscale, so that the step can say so. Derived,
+        so that it survives pickle, deepcopy and loaded checkpoints. Not always True, because
+        Lightning refuses its own clipping for optimizers that carry it.
         """
         if self._engine.guards or self._grad_attribute != "grad":
             return True
@@ -179,7 +197,8 @@ class FusedAdam(torch.optim.Adam):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         if self._precision is not None or "precision" in group:
-            # In a copy: what we add must not go on to another optimizer that the user gives this dict to.
+            # In a copy: what we add must not go on to another optimizer that the user gives this
+            # dict to.
             group = self.param_groups[-1] = {**group}
         try:
             self._check_group(group)
@@ -188,14 +207,18 @@ class FusedAdam(torch.optim.Adam):
             raise
 
     def _check_group(self, group: dict[str, Any]) -> None:
-        """Give the group its precision, if it has one, and raise if its parameters cannot be stepped so."""
+        """Give the group its precision, if it has one, and raise if its parameters cannot be
+        stepped so.
+        """
         if self._precision is not None:
             group.setdefault("precision", self._precision)
         recipe = parse(group.get("precision"))
         number = next(i for i, other in enumerate(self.param_groups) if other is group)
         for name, param in zip(checkpoint.names_of(group), group["params"], strict=True):
             if is_traceable_wrapper_subclass(param) and not distributed.is_sharded(param):
-                raise TypeError(f"a parameter is a {type(param).__name__}, but must be a plain tensor or a DTensor")
+                raise TypeError(
+                    f"a parameter is a {type(param).__name__}, but must be a plain tensor or a DTensor"
+                )
             distributed.check(param)
             recipe.check(param.dtype, f"parameter {name!r} of param group {number}")
         if recipe.weights is None:
@@ -228,16 +251,18 @@ class FusedAdam(torch.optim.Adam):
         Args:
             closure: reevaluates the model and returns the loss.
 
-        Parameters without a gradient are skipped: neither they nor their state nor their step counter change.
+        Parameters without a gradient are skipped: neither they nor their state nor their step
+        counter change.
 
-        Raises RuntimeError, TypeError or ValueError for what cannot be stepped, before anything is changed.
+        Raises RuntimeError, TypeError or ValueError for what cannot be stepped, before anything is
+        changed.
         """
         if self.defaults["differentiable"]:
             function: Any = torch.optim.Adam.step
             # Without torch's hook wrapper, which this method already has.
-            result: float | None = (function.__wrapped__ if getattr(function, "hooked", False) else function)(
-                self, closure
-            )
+            result: float | None = (
+                function.__wrapped__ if getattr(function, "hooked", False) else function
+            )(self, closure)
             return result
         self._accelerator_graph_capture_health_check()
         self._check_at_home()
@@ -267,15 +292,21 @@ class FusedAdam(torch.optim.Adam):
     def _step_only(self, params: Sequence[Tensor]) -> None:
         """Step these parameters alone: each has a gradient."""
         self._check_at_home()
-        self._engine.step(self.param_groups, self.state, Guard(), self._check_before_step, params)
+        self._engine.step(
+            self.param_groups, self.state, GradTransform(), self._check_before_step, params
+        )
 
     def _check_at_home(self) -> None:
         if self._engine.origins is not None:
-            raise RuntimeError("this optimizer's state is offloaded to the host: call reload() before a step")
+            raise RuntimeError(
+                "this optimizer's state is offloaded to the host: call reload() before a step"
+            )
 
-    def _guard(self) -> Guard:
-        guard = Guard(getattr(self, "found_inf", None), getattr(self, "grad_scale", None))
-        if self._grad_attribute != "grad" and (guard.found_inf is not None or guard.grad_scale is not None):
+    def _guard(self) -> GradTransform:
+        guard = GradTransform(getattr(self, "found_inf", None), getattr(self, "grad_scale", None))
+        if self._grad_attribute != "grad" and (
+            guard.found_inf is not None or guard.grad_scale is not None
+        ):
             raise RuntimeError(
                 f"a GradScaler cannot be combined with grad_attribute={self._grad_attribute!r}, because it looks for "
                 "overflows in `grad` alone: unscale gradients yourself, and skip steps with skip_nonfinite=True"
@@ -284,10 +315,11 @@ class FusedAdam(torch.optim.Adam):
 
     @property
     def grad_norm(self) -> Tensor | None:
-        """L2 norm of the last step's gradients before clipping (unscaled under a GradScaler): float32, shape ().
+        """L2 norm of the last step's gradients before clipping (unscaled under a GradScaler):
+        float32, shape ().
 
-        On the device of the first parameters; reading its value waits for it. None before the first step, and
-        without `max_grad_norm` and `skip_nonfinite`.
+        On the device of the first parameters; reading its value waits for it. None before the first
+        step, and without `max_grad_norm` and `skip_nonfinite`.
         """
         return None if self._engine.stats is None else self._engine.stats[table.GRAD_NORM].float()
 
@@ -295,16 +327,19 @@ class FusedAdam(torch.optim.Adam):
     def reduce_norm(self) -> Callable[[Tensor], Tensor] | None:
         """Adds up what no mesh shows: pipeline stages, or experts that are not DTensors.
 
-        A function from the sum of squares of all gradients, over all ranks of the parameters' meshes, to the sum over
-        all that are clipped together: float64, shape (1,), on the device of the first parameters, as it returns it.
-        It is called in every step, on every rank, and must give the same value there:
+        A function from the sum of squares of all gradients, over all ranks of the parameters'
+        meshes, to the sum over
+        all that are clipped together: float64, shape (1,), on the device of the first parameters,
+        as it returns it. It is called in every step, on every rank, and must give the same value
+        there:
         `lambda total: all_reduce(total, group=pipeline) or total`. None: nothing is added.
 
-        Copies of the optimizer keep it. A pickle needs one that can be pickled: a function at the top level of a
-        module, not a lambda. A `state_dict` never contains it.
+        Copies of the optimizer keep it. A pickle needs one that can be pickled: a function at the
+        top level of a module, not a lambda. A `state_dict` never contains it.
 
-        Raises TypeError if it cannot be called, ValueError without max_grad_norm and skip_nonfinite; so does a step,
-        before anything is changed, if it returns another kind of tensor.
+        Raises TypeError if it cannot be called, ValueError without max_grad_norm and
+        skip_nonfinite; so does a step, before anything is changed, if it returns another kind of
+        tensor.
         """
         return self._engine.reduce_norm
 
@@ -315,21 +350,26 @@ class FusedAdam(torch.optim.Adam):
 
     @property
     def skipped_steps(self) -> Tensor | None:
-        """How many steps were skipped for non-finite gradients or a GradScaler's overflow: int64, shape ().
+        """How many steps were skipped for non-finite gradients or a GradScaler's overflow: int64,
+        shape ().
 
         Where and when as `grad_norm`.
         """
-        return None if self._engine.stats is None else self._engine.stats[table.SKIPPED_STEPS].long()
+        return (
+            None if self._engine.stats is None else self._engine.stats[table.SKIPPED_STEPS].long()
+        )
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset all gradients.
 
-        With `flatten=True` views of the zeroed buffers take the place of None. Until something writes to them the
-        parameter has no gradient for a step. `set_to_none=False` leaves gradients of zeros, as in torch.
+        With `flatten=True` views of the zeroed buffers take the place of None. Until something
+        writes to them the parameter has no gradient for a step. `set_to_none=False` leaves
+        gradients of zeros, as in torch.
 
-        With a `grad_attribute`, its gradients too: "decoupled_grad" as `set_to_none` says, "main_grad" always to zero
-        and in place, because it is a view of a buffer that backward adds to.
+        With a `grad_attribute`, its gradients too: "decoupled_grad" as `set_to_none` says,
+        "main_grad" always to zero and in place, because it is a view of a buffer that backward adds
+        to.
         """
         self._move_to_buffers()
         if self._engine.release is not None:
@@ -337,7 +377,9 @@ class FusedAdam(torch.optim.Adam):
         if self._engine.flat is None:
             super().zero_grad(set_to_none)
         else:
-            with torch.autograd.profiler.record_function(self._zero_grad_profile_name):  # as torch's own
+            with torch.autograd.profiler.record_function(
+                self._zero_grad_profile_name
+            ):  # as torch's own
                 self._zero_buffers(self._engine.flat, set_to_none)
         if self._grad_attribute != "grad":
             self._zero_elsewhere(set_to_none and self._grad_attribute != "main_grad")
@@ -359,7 +401,9 @@ class FusedAdam(torch.optim.Adam):
     def _zero_elsewhere(self, set_to_none: bool) -> None:
         params = self._params()
         found = [
-            (param, grad) for param, grad in zip(params, self._engine.read(params), strict=True) if grad is not None
+            (param, grad)
+            for param, grad in zip(params, self._engine.read(params), strict=True)
+            if grad is not None
         ]
         if set_to_none:
             for param, _ in found:
@@ -369,23 +413,27 @@ class FusedAdam(torch.optim.Adam):
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def offload(self) -> None:
-        """Move moments, master weights, remainders, codes and scales to pinned host memory, until `reload()`.
+        """Move moments, master weights, remainders, codes and scales to pinned host memory, until
+        `reload()`.
 
-        For phases that need the device's memory for something else: generation in RL, evaluation. One copy per
-        segment (up to 1 GiB, or one parameter that is larger), not one per parameter; afterwards the memory is torch's
-        allocator's to give (`torch.cuda.empty_cache()` gives it to other processes). Step counters (4 bytes per
-        parameter) and parameters stay. Entries of `state` are host tensors then, so `state_dict()`, `export_fp32()`,
-        `load_state_dict()` and `add_param_group()` work; a step raises. Copies of the optimizer (deepcopy, pickle) are
-        not offloaded: their first step takes state to the device. State of parameters on the CPU stays where it is.
+        For phases that need the device's memory for something else: generation in RL, evaluation.
+        One copy per segment (up to 1 GiB, or one parameter that is larger), not one per parameter;
+        afterwards the memory is torch's allocator's to give (`torch.cuda.empty_cache()` gives it to
+        other processes). Step counters (4 bytes per parameter) and parameters stay. Entries of
+        `state` are host tensors then, so `state_dict()`, `export_fp32()`, `load_state_dict()` and
+        `add_param_group()` work; a step raises. Copies of the optimizer (deepcopy, pickle) are
+        not offloaded: their first step takes state to the device. State of parameters on the CPU
+            stays where it is.
 
-        Does nothing for state that is offloaded already. CUDA graphs that were captured before hold addresses of the
+        Does nothing for state that is offloaded already. CUDA graphs that were captured before hold
+        addresses of the
         old memory: capture them anew after `reload()` and a step, and never replay the old ones.
 
         Raises RuntimeError while a CUDA graph is being captured, and with `differentiable=True`.
         """
         self._check_may_move("offload")
         origins: offloading.Origins = self._engine.origins or {}
-        with lasting():
+        with outside_inference_mode():
             offloading.to_host(self._engine.arena, self.state, origins)
         self._engine.origins = origins
         self._engine.forget()  # plans hold on to the memory that they step
@@ -395,39 +443,42 @@ class FusedAdam(torch.optim.Adam):
     def reload(self) -> None:
         """Move state back after `offload()`: steps have the bits that they would have had without.
 
-        Copies do not wait for the device: they come before what is launched next on the current stream. Does nothing
-        if state is not offloaded.
+        Copies do not wait for the device: they come before what is launched next on the current
+        stream. Does nothing if state is not offloaded.
 
         Raises RuntimeError while a CUDA graph is being captured.
         """
         self._check_may_move("reload")
         if self._engine.origins is not None:
-            with lasting():
+            with outside_inference_mode():
                 offloading.to_devices(self._engine.arena, self.state, self._engine.origins)
             self._engine.origins = None
 
     def _check_may_move(self, name: str) -> None:
         if backends.is_capturing():
-            raise RuntimeError(f"{name}() cannot be captured in a CUDA graph: call it before or after the capture")
+            raise RuntimeError(
+                f"{name}() cannot be captured in a CUDA graph: call it before or after the capture"
+            )
         if self.defaults["differentiable"]:
             raise RuntimeError(
                 f"{name}() cannot be combined with differentiable=True, whose state is part of autograd's graph"
             )
 
     def export_fp32(self) -> dict[str, Any]:
-        """Weights and moments as float32, whatever the precision: a copy, on the parameters' devices.
+        """Weights and moments as float32, whatever the precision: a copy, on the parameters'
+        devices.
 
-        Returns `{"params": ..., "state": ...}`: weights by name (by position where there are no names; master weights
-        where the recipe keeps some), and a `state_dict` in torch.optim's form, which torch.optim.Adam(W) over float32
-        parameters loads. Also before the first step.
+        Returns `{"params": ..., "state": ...}`: weights by name (by position where there are no
+        names; master weights where the recipe keeps some), and a `state_dict` in torch.optim's
+        form, which torch.optim.Adam(W) over float32 parameters loads. Also before the first step.
         """
         return checkpoint.export_fp32(self.param_groups, super().state_dict())
 
     def state_dict(self) -> dict[str, Any]:
         """torch's form: loads into torch.optim.Adam(W) and back. Moments are not copied; steps are.
 
-        Its tensors may be sent to other processes. On a GPU they are views of flat segments for that: to save one of
-        them alone, take it from `optimizer.state`, or clone it.
+        Its tensors may be sent to other processes. On a GPU they are views of flat segments for
+        that: to save one of them alone, take it from `optimizer.state`, or clone it.
         """
         return checkpoint.exported(super().state_dict(), self._engine.arena)
 
@@ -435,12 +486,13 @@ class FusedAdam(torch.optim.Adam):
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load a checkpoint of this class or of torch.optim.Adam(W), copied into our own memory.
 
-        Raises ValueError, before anything is changed, if groups or shapes do not match or it is no optimizer's dict.
+        Raises ValueError, before anything is changed, if groups or shapes do not match or it is no
+        optimizer's dict.
         """
         state_dict = dict(state_dict)
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = pre_hook(self, state_dict) or state_dict
-        with lasting():
+        with outside_inference_mode():
             groups = checkpoint.load(self.param_groups, self._engine.arena, self.state, state_dict)
             if self._engine.origins is not None:  # what was not there before was made on the device
                 offloading.to_host(self._engine.arena, self.state, self._engine.origins)
@@ -449,21 +501,29 @@ class FusedAdam(torch.optim.Adam):
             post_hook(self)
 
     def init_state(self) -> None:
-        """Make the state of every parameter that requires gradients, with step 0, as the first step would.
+        """Make the state of every parameter that requires gradients, with step 0, as the first step
+        would.
 
-        For tools that look at state before training: torch's `get_optimizer_state_dict` takes a dummy step where there
-        is none, and leaves it counted. State that is there stays.
+        For tools that look at state before training: torch's `get_optimizer_state_dict` takes a
+        dummy step where there is none, and leaves it counted. State that is there stays.
 
-        Raises ValueError, before anything is changed, if what is there is not a parameter's whole state.
+        Raises ValueError, before anything is changed, if what is there is not a parameter's whole
+        state.
         """
         if self.defaults["differentiable"]:
-            raise RuntimeError("init_state() cannot be combined with differentiable=True, whose state torch makes")
+            raise RuntimeError(
+                "init_state() cannot be combined with differentiable=True, whose state torch makes"
+            )
         self._check_at_home()
         self._engine.init_state(self.param_groups, self.state, self._check_group)
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = {name: getattr(self, name) for name in KEPT}
-        return {**super().__getstate__(), **kept, "_reduce_norm": arguments.ReduceNorm(self._engine.reduce_norm)}
+        kept = {name: getattr(self, name) for name in _PICKLED}
+        return {
+            **super().__getstate__(),
+            **kept,
+            "_reduce_norm": arguments.ReduceNorm(self._engine.reduce_norm),
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]

@@ -1,4 +1,6 @@
-"""Parameters -> launches: decides once which memory each launch updates. No arithmetic, no backend here."""
+"""Parameters -> launches: decides once which memory each launch updates. No arithmetic, no backend
+here.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +11,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .arena import Arena, Entries, Home, Slot, State, dense_layout, flat, is_dense, padded, real
-from .convert import reorder
 from .distributed import local, origin
-from .flatten import FlatBuffers
 from .precision import Recipe, parse
+from .state.arena import (
+    Arena,
+    Entries,
+    ParamState,
+    Slot,
+    State,
+    dense_layout,
+    flat,
+    is_dense,
+    padded,
+    real,
+)
+from .state.convert import reorder
+from .state.flatten import FlatBuffers
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -24,7 +37,8 @@ class Staging:
 
     small: dense parameters of up to this many elements are copied together, to be updated as one.
     page: elements per scratch buffer of such copies.
-    shared: one scratch buffer serves page after page (launches run one after the other on the host).
+    shared: one scratch buffer serves page after page (launches run one after the other on the
+        host).
     """
 
     small: int = 0
@@ -57,13 +71,17 @@ class Row:
     complex: bool
     options: Options
     entries: Entries
-    home: Home
-    slots: dict[str, Slot | None] = field(default_factory=dict)  # of the operands; None: the gradient, where it is
+    home: ParamState
+    slots: dict[str, Slot | None] = field(
+        default_factory=dict
+    )  # of the operands; None: the gradient, where it is
     origin: int = 0  # of the full parameter, the element that is the first here
     counted: bool = True  # in the norm: not what another rank counts
     overlaps: bool = False  # another parameter lies in the same memory, or it is listed twice
     staged: bool = False
-    stage: tuple[Tensor, Tensor] | None = None  # the copies of parameter and gradient, in the parameter's shape
+    stage: tuple[Tensor, Tensor] | None = (
+        None  # the copies of parameter and gradient, in the parameter's shape
+    )
 
     @property
     def dtypes(self) -> dict[str, torch.dtype]:
@@ -72,8 +90,10 @@ class Row:
 
 
 @dataclass(slots=True, eq=False)
-class Span:
-    """Rows of one group and step count that lie one behind the other in every buffer: updated as one."""
+class CoalescedRows:
+    """Rows of one group and step count that lie one behind the other in every buffer: updated as
+    one.
+    """
 
     rows: list[Row]
     numel: int  # from the first row's start to the last one's end, the gaps between slots included
@@ -92,11 +112,11 @@ class Launch:
     recipe: Recipe
     amsgrad: bool
     rows: list[Row] = field(default_factory=list)
-    spans: list[Span] = field(default_factory=list)
+    spans: list[CoalescedRows] = field(default_factory=list)
 
 
 @dataclass(slots=True, eq=False)
-class Section:
+class LaunchGroup:
     """Rows of one device and arithmetic type: one prologue, then their launches."""
 
     device: torch.device
@@ -111,39 +131,58 @@ def is_lazy(tensor: Tensor) -> bool:
 
 
 def check(param: Tensor, grad: Tensor, name: str) -> None:
-    """Raise if the step cannot take this parameter with this gradient. Texts of torch.optim where it has one."""
+    """Raise if the step cannot take this parameter with this gradient. Texts of torch.optim where
+    it has one.
+    """
     if grad.is_sparse:
-        raise RuntimeError("Adam does not support sparse gradients, please consider SparseAdam instead")
+        raise RuntimeError(
+            "Adam does not support sparse gradients, please consider SparseAdam instead"
+        )
     if grad.layout != torch.strided:
         raise RuntimeError(f"the gradient of {name} has layout {grad.layout}, but must be strided")
     for what, tensor in ((name, param), (f"the gradient of {name}", grad)):
         dtype = real(tensor).dtype
         if dtype not in DTYPES:
             allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
-            raise TypeError(f"{what} has dtype {tensor.dtype}, but must be one of {allowed} (or complex of these)")
-    if grad.shape != param.shape or grad.device != param.device or grad.is_complex() != param.is_complex():
+            raise TypeError(
+                f"{what} has dtype {tensor.dtype}, but must be one of {allowed} (or complex of these)"
+            )
+    if (
+        grad.shape != param.shape
+        or grad.device != param.device
+        or grad.is_complex() != param.is_complex()
+    ):
         raise ValueError(
             f"the gradient of {name} is {grad.dtype} of shape {tuple(grad.shape)} on {grad.device}, "
             f"but must match the parameter: {param.dtype} of shape {tuple(param.shape)} on {param.device}"
         )
     if is_lazy(param):
-        raise RuntimeError(f"{name} is a conjugate or negative view, which cannot be written; use .resolve_conj()")
-    if any(stride == 0 and size > 1 for size, stride in zip(param.shape, param.stride(), strict=True)):
-        raise RuntimeError(f"{name} is expanded: several of its elements share one place in memory; use .clone()")
+        raise RuntimeError(
+            f"{name} is a conjugate or negative view, which cannot be written; use .resolve_conj()"
+        )
+    if any(
+        stride == 0 and size > 1 for size, stride in zip(param.shape, param.stride(), strict=True)
+    ):
+        raise RuntimeError(
+            f"{name} is expanded: several of its elements share one place in memory; use .clone()"
+        )
 
 
 def waves(rows: Sequence[Row]) -> list[int]:
-    """For each row, how many rows before it overlap it in memory: such rows are stepped in order, as torch does.
+    """For each row, how many rows before it overlap it in memory: such rows are stepped in order,
+    as torch does.
 
-    Marks them, too: a parameter that is listed twice counts two steps where its neighbours count one. (Also an empty
-    one, which has no memory to overlap in.)
+    Marks them, too: a parameter that is listed twice counts two steps where its neighbours count
+    one. (Also an empty one, which has no memory to overlap in.)
     """
     ends: list[tuple[int, int, int]] = []
     empty: dict[int, int] = {}  # listings so far
     wave = [0] * len(rows)
     for i, row in enumerate(rows):
         p = row.param
-        reach = 1 + sum((size - 1) * stride for size, stride in zip(p.shape, p.stride(), strict=True))
+        reach = 1 + sum(
+            (size - 1) * stride for size, stride in zip(p.shape, p.stride(), strict=True)
+        )
         if p.numel():
             ends.append((p.data_ptr(), p.data_ptr() + reach * p.element_size(), i))
         else:
@@ -172,18 +211,20 @@ def build(
     state: State,
     buffers: FlatBuffers | None,
     staging: dict[torch.device, Staging],
-) -> list[Section]:
+) -> list[LaunchGroup]:
     """Decide the launches for the parameters that have gradients, and give these their state.
 
     Args:
-        params, grads: all parameters of the optimizer in order, and what is here of their gradients or None.
+        params, grads: all parameters of the optimizer in order, and what is here of their gradients
+            or None.
         groups: for each parameter, the number of its param group.
         options: for each param group.
         arena, state: where state lives, and the mapping that users see.
         buffers: flat parameters and gradients, if the optimizer has them.
         staging: per device, what its backend asks for.
 
-    Raises ValueError, TypeError or RuntimeError for what cannot be stepped, before any state is made.
+    Raises ValueError, TypeError or RuntimeError for what cannot be stepped, before any state is
+    made.
     """
     arena.keep(params)
     rows: list[Row] = []
@@ -201,7 +242,7 @@ def build(
                 part.is_complex(),
                 chosen,
                 chosen.recipe.state(part.dtype, part.shape, chosen.amsgrad),
-                arena.homes.setdefault(param, Home()),
+                arena.homes.setdefault(param, ParamState()),
                 origin=origin(param),
             )
             _check_state(arena, state, param, name, row.entries)
@@ -215,14 +256,14 @@ def build(
     order = sorted(rows, key=lambda row: (row.options.amsgrad, not row.staged))
     arena.adopt(state, {live[row.index][0]: row.entries for row in order})
 
-    sections: dict[Any, Section] = {}
+    sections: dict[Any, LaunchGroup] = {}
     launches: dict[Any, Launch] = {}
     for row, wave in zip(rows, waves(rows), strict=True):
         grad = live[row.index][1]
         row.slots |= {key: row.home.slots[key] for key in row.entries}
         compute = torch.float64 if row.param.dtype == torch.float64 else torch.float32
         key = (wave, row.param.device, compute)
-        section = sections.setdefault(key, Section(row.param.device, compute))
+        section = sections.setdefault(key, LaunchGroup(row.param.device, compute))
         section.rows.append(row)
         mix = (row.param.dtype, real(grad).dtype, row.options.recipe, row.options.amsgrad)
         if (key, mix) not in launches:
@@ -246,11 +287,16 @@ def _check_state(arena: Arena, state: State, param: Tensor, name: str, entries: 
 
 
 def make_state(
-    params: Sequence[Tensor], groups: Sequence[int], options: Sequence[Options], arena: Arena, state: State
+    params: Sequence[Tensor],
+    groups: Sequence[int],
+    options: Sequence[Options],
+    arena: Arena,
+    state: State,
 ) -> None:
     """Give every parameter that requires gradients its state, of no step.
 
-    Args as for `build`. Raises ValueError if the state that is there cannot be used, before any is made.
+    Args as for `build`. Raises ValueError if the state that is there cannot be used, before any is
+    made.
     """
     arena.keep(params)
     wanted: dict[Tensor, Entries] = {}
@@ -267,20 +313,25 @@ def make_state(
 
 
 def same_order(p: Tensor, grad: Tensor) -> bool:
-    """Whether a parameter and its gradient are dense, and their elements follow each other alike in memory."""
+    """Whether a parameter and its gradient are dense, and their elements follow each other alike in
+    memory.
+    """
     g = real(grad)
     alike = g.stride() == p.stride() or (g.is_contiguous() and p.is_contiguous())
     return alike and is_dense(p) and not is_lazy(grad)
 
 
-def _place(row: Row, param: Tensor, grad: Tensor, buffers: FlatBuffers | None, staging: Staging) -> None:
+def _place(
+    row: Row, param: Tensor, grad: Tensor, buffers: FlatBuffers | None, staging: Staging
+) -> None:
     """Say where the row's parameter and gradient lie, or that copies are to be stepped."""
     p, numel = row.param, row.param.numel()
     place = buffers.place(param, grad) if buffers else None
     if place:
         row.slots = {"param": place.param, "grad": place.grad}
         return
-    # Under a recipe every parameter has random bits of its own: stepping several as one would gain nothing.
+    # Under a recipe every parameter has random bits of its own: stepping several as one would gain
+    # nothing.
     together = numel <= staging.small and row.options.recipe.weights is None
     row.staged = together or not same_order(p, grad)
     if not row.staged:
@@ -288,7 +339,9 @@ def _place(row: Row, param: Tensor, grad: Tensor, buffers: FlatBuffers | None, s
 
 
 def _stage(launch: Launch, staging: Staging, device: torch.device) -> None:
-    """Give staged rows places in scratch buffers, page by page, and put them first, to be updated as one."""
+    """Give staged rows places in scratch buffers, page by page, and put them first, to be updated
+    as one.
+    """
     launch.rows.sort(key=lambda row: not row.staged)
     pages: list[list[Row]] = []
     room = 0
@@ -318,16 +371,19 @@ def _stage(launch: Launch, staging: Staging, device: torch.device) -> None:
             row.slots |= {key: Slot(tensor, offset, numel) for key, tensor in scratch.items()}
             # In the order of the state, which is the parameter's own where that is dense.
             layout = dense_layout(row.param)
-            p, g = (scratch[key][offset : offset + numel].as_strided(*layout) for key in ("param", "grad"))
+            p, g = (
+                scratch[key][offset : offset + numel].as_strided(*layout)
+                for key in ("param", "grad")
+            )
             row.stage = (p, g)
             offset += padded(numel)
         if not staging.shared:
             start += size
 
 
-def _spans(rows: Iterable[Row]) -> Iterable[Span]:
+def _spans(rows: Iterable[Row]) -> Iterable[CoalescedRows]:
     """Join neighbours: rows that step together and follow each other in every buffer."""
-    span: Span | None = None
+    span: CoalescedRows | None = None
     for row in rows:
         if row.param.numel() == 0:
             continue
@@ -337,13 +393,18 @@ def _spans(rows: Iterable[Row]) -> Iterable[Span]:
         else:
             if span:
                 yield span
-            span = Span([row], row.param.numel())
+            span = CoalescedRows([row], row.param.numel())
     if span:
         yield span
 
 
-def _follows(span: Span, row: Row) -> bool:
-    if row.group != span.first.group or row.overlaps or span.first.overlaps or row.options.recipe.weights:
+def _follows(span: CoalescedRows, row: Row) -> bool:
+    if (
+        row.group != span.first.group
+        or row.overlaps
+        or span.first.overlaps
+        or row.options.recipe.weights
+    ):
         return False
     for key, slot in row.slots.items():
         before = span.first.slots[key]

@@ -1,4 +1,6 @@
-"""Precision recipes: names -> how weights and moments are stored, for which parameters, at what cost. No arithmetic."""
+"""Precision recipes: names -> how weights and moments are stored, for which parameters, at what
+cost. No arithmetic.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,8 @@ STATES: dict[str, tuple[dict[str, torch.dtype], dict[str, torch.dtype]]] = {
     ),
 }
 GROUPED = ("exp_avg_scale", "exp_avg_sq_scale")
-# The maximum of AMSGrad is rounded to nearest, so that one that did not grow stays as it is; 8 bits are too few.
+# The maximum of AMSGrad is rounded to nearest, so that one that did not grow stays as it is; 8 bits
+# are too few.
 MAXIMUM = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.bfloat16}
 # Every name a recipe may give to an entry of the state, besides the step counter.
 ENTRIES = (
@@ -49,8 +52,8 @@ NAMES = tuple(f"{weights}-{states}" for weights in WEIGHTS for states in STATES)
 class Recipe:
     """How weights and moments are stored; made by `parse`.
 
-    `weights` is a key of WEIGHTS and `states` of STATES, or both are None: torch's semantics, everything in the
-    parameter's dtype.
+    `weights` is a key of WEIGHTS and `states` of STATES, or both are None: torch's semantics,
+    everything in the parameter's dtype.
     """
 
     weights: str | None
@@ -85,8 +88,11 @@ class Recipe:
                 f"{str(dtype).removeprefix('torch.')} another 'precision', None for torch's semantics"
             )
 
-    def state(self, dtype: torch.dtype, shape: torch.Size, amsgrad: bool) -> dict[str, tuple[torch.dtype, torch.Size]]:
-        """State entry -> dtype and shape, for a parameter of this dtype and shape; the step counter is not among them.
+    def state(
+        self, dtype: torch.dtype, shape: torch.Size, amsgrad: bool
+    ) -> dict[str, tuple[torch.dtype, torch.Size]]:
+        """State entry -> dtype and shape, for a parameter of this dtype and shape; the step counter
+        is not among them.
 
         Raises ValueError as `check` does.
         """
@@ -106,12 +112,22 @@ class Recipe:
         }
 
     def held_bytes(self, dtype: torch.dtype, amsgrad: bool = False) -> float:
-        """State in memory per parameter element, beside the parameter and its gradient; padding apart."""
+        """State in memory per parameter element, beside the parameter and its gradient; padding
+        apart.
+        """
         shape = torch.Size([GROUP])
-        return sum(kind.itemsize * size.numel() for kind, size in self.state(dtype, shape, amsgrad).values()) / GROUP
+        return (
+            sum(
+                kind.itemsize * size.numel()
+                for kind, size in self.state(dtype, shape, amsgrad).values()
+            )
+            / GROUP
+        )
 
     def moved_bytes(self, dtype: torch.dtype, grad: torch.dtype, amsgrad: bool = False) -> float:
-        """Bytes that a step reads and writes per parameter element: a gradient is read, all else read and written."""
+        """Bytes that a step reads and writes per parameter element: a gradient is read, all else
+        read and written.
+        """
         return 2 * dtype.itemsize + grad.itemsize + 2 * self.held_bytes(dtype, amsgrad)
 
 
@@ -120,12 +136,15 @@ def parse(precision: str | None) -> Recipe:
 
     Raises:
         TypeError: `precision` is neither a string nor None.
-        ValueError: there is no such recipe; the text says what is allowed, and names one that is close.
+        ValueError: there is no such recipe; the text says what is allowed, and names one that is
+            close.
     """
     if precision is None:
         return Recipe(None, None)
     if not isinstance(precision, str):
-        raise TypeError(f"precision={precision!r} must be the name of a recipe, or None for torch's semantics")
+        raise TypeError(
+            f"precision={precision!r} must be the name of a recipe, or None for torch's semantics"
+        )
     weights, _, states = precision.partition("-")
     if weights in WEIGHTS and (states in STATES or precision == weights):
         return Recipe(weights, states or "fp32")

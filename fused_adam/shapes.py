@@ -1,4 +1,6 @@
-"""Steps over fake tensors, which have shapes and no values: they make the state, for whoever estimates memory."""
+"""Steps over fake tensors, which have shapes and no values: they make the state, for whoever
+estimates memory.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +13,10 @@ from torch._subclasses import FakeTensor
 
 from fused_adam_kernels import table
 
-from .arena import State
 from .distributed import group_elements, is_sharded, like, local
 from .plan import check, options_of
 from .precision import GROUP, GROUPED
+from .state.arena import State
 
 
 def _is_fake(param: Tensor) -> bool:
@@ -28,7 +30,8 @@ def _under_mode() -> bool:
 def are_all(params: Sequence[Tensor]) -> bool:
     """Whether a step is over fake tensors: parameters that were made under FakeTensorMode.
 
-    Raises RuntimeError if some are real, or a mode is on and all are: tables made there would have no addresses.
+    Raises RuntimeError if some are real, or a mode is on and all are: tables made there would have
+    no addresses.
     """
     # Two questions in an ordinary step, however many parameters there are.
     if not params or not (_under_mode() or _is_fake(params[0])):
@@ -45,7 +48,9 @@ def are_all(params: Sequence[Tensor]) -> bool:
 def refuse(action: str, params: Sequence[Tensor]) -> None:
     """Raise RuntimeError if some of the parameters are fake, or a mode is on."""
     if _under_mode() or any(map(_is_fake, params)):
-        raise RuntimeError(f"{action} cannot be used under FakeTensorMode, because tensors have no values there")
+        raise RuntimeError(
+            f"{action} cannot be used under FakeTensorMode, because tensors have no values there"
+        )
 
 
 def step(
@@ -55,7 +60,8 @@ def step(
     only: Sequence[Tensor] | None,
     guards: bool,
 ) -> Tensor | None:
-    """Make the state of parameters that have a gradient and count their step: the memory that a real one would hold.
+    """Make the state of parameters that have a gradient and count their step: the memory that a
+    real one would hold.
 
     Args:
         groups, state: the optimizer's.
@@ -63,10 +69,12 @@ def step(
         only: the parameters to step; None: all that have a gradient.
         guards: whether gradients are clipped or checked.
 
-    Returns what the norm and the number of skipped steps would be kept in, if gradients are clipped or checked.
-    Raises what a real step raises for a parameter or gradient that it cannot take.
+    Returns what the norm and the number of skipped steps would be kept in, if gradients are clipped
+    or checked. Raises what a real step raises for a parameter or gradient that it cannot take.
     """
-    members = [(number, group, param) for number, group in enumerate(groups) for param in group["params"]]
+    members = [
+        (number, group, param) for number, group in enumerate(groups) for param in group["params"]
+    ]
     chosen = None if only is None else set(map(id, only))
     live = [
         (i, number, group, param, grad)

@@ -1,7 +1,8 @@
 """What every test shares: where kernels run, and visible skips.
 
-`pytest` runs the real kernels in Triton's interpreter, on CPU tensors, with or without a GPU; `pytest -m gpu` runs the
-tests marked `gpu` natively. One process does one of the two: triton decides when it is imported.
+`pytest` runs the real kernels in Triton's interpreter, on CPU tensors, with or without a GPU;
+`pytest -m gpu` runs the tests marked `gpu` natively. One process does one of the two: triton
+decides when it is imported.
 """
 
 import os

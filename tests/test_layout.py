@@ -10,100 +10,45 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 MODULES = sorted(
-    path for part in ("fused_adam", "kernels/fused_adam_kernels", "bench") for path in (ROOT / part).glob("*.py")
+    path
+    for part in ("fused_adam", "kernels/fused_adam_kernels", "bench")
+    for path in (ROOT / part).rglob("*.py")
 )
 
-# Module -> what it may import of this project. Imports run one way; a new module has to find its place here.
-ALLOWED = {
-    "fused_adam": {"fused_adam.groups", "fused_adam.optimizer", "fused_adam.release", "fused_adam.version"},
-    "fused_adam.arguments": {"fused_adam.scalars"},
-    "fused_adam.groups": {"fused_adam.scalars"},
-    "fused_adam.release": {"fused_adam.optimizer"},
-    "fused_adam.version": set(),
-    "fused_adam.arena": {"fused_adam.distributed", "fused_adam.precision"},
-    "fused_adam.codecs": {"fused_adam.precision"},
-    "fused_adam.precision": set(),
-    "fused_adam.reference": {"fused_adam.codecs", "fused_adam.precision"},
-    "fused_adam.scalars": {"fused_adam_kernels.table"},
-    "fused_adam.norm": {"fused_adam_kernels.table"},
-    "fused_adam.flatten": {"fused_adam.arena"},
-    "fused_adam.distributed": {"fused_adam.norm", "fused_adam.precision"},
-    "fused_adam.plan": {
-        *("fused_adam.arena", "fused_adam.convert", "fused_adam.distributed", "fused_adam.flatten"),
-        "fused_adam.precision",
-    },
-    "fused_adam.shapes": {
-        *("fused_adam.arena", "fused_adam.distributed", "fused_adam.plan", "fused_adam.precision"),
-        "fused_adam_kernels.table",
-    },
-    "fused_adam.checkpoint": {
-        "fused_adam.shapes",
-        *("fused_adam.arena", "fused_adam.codecs", "fused_adam.convert", "fused_adam.distributed"),
-        *("fused_adam.precision", "fused_adam.scalars"),
-    },
-    "fused_adam.convert": {
-        *("fused_adam.arena", "fused_adam.codecs", "fused_adam.distributed", "fused_adam.precision"),
-    },
-    "fused_adam.watch": {"fused_adam.arena", "fused_adam.distributed", "fused_adam.flatten"},
-    "fused_adam.host": {
-        *("fused_adam.arena", "fused_adam.codecs", "fused_adam.norm", "fused_adam.plan", "fused_adam.precision"),
-        *("fused_adam.reference", "fused_adam.scalars", "fused_adam_kernels.table"),
-    },
-    "fused_adam.device": {
-        *("fused_adam.arena", "fused_adam.plan", "fused_adam.scalars"),
-        *("fused_adam_kernels.adam", "fused_adam_kernels.norm"),
-        *("fused_adam_kernels.scalars", "fused_adam_kernels.table"),
-    },
-    "fused_adam.backend": {
-        *("fused_adam.device", "fused_adam.host", "fused_adam.plan", "fused_adam.reference", "fused_adam.scalars"),
-    },
-    "fused_adam.engine": {
-        "fused_adam.arguments",
-        *("fused_adam.arena", "fused_adam.backend", "fused_adam.distributed", "fused_adam.flatten"),
-        *("fused_adam.plan", "fused_adam.scalars", "fused_adam.watch", "fused_adam_kernels.table"),
-        "fused_adam.shapes",
-    },
-    "fused_adam.optimizer": {
-        *("fused_adam.arena", "fused_adam.arguments", "fused_adam.backend", "fused_adam.checkpoint"),
-        "fused_adam.distributed",
-        *("fused_adam.engine", "fused_adam.flatten", "fused_adam.offload", "fused_adam.precision"),
-        "fused_adam.shapes",
-        *("fused_adam.scalars", "fused_adam_kernels.table"),
-    },
-    "fused_adam.offload": {"fused_adam.arena", "fused_adam.distributed", "fused_adam.precision"},
-    "fused_adam_kernels": set(),
-    "fused_adam_kernels.table": set(),
-    "fused_adam_kernels.math": set(),
-    "fused_adam_kernels.codecs": set(),
-    "fused_adam_kernels.launch": set(),
-    "fused_adam_kernels.scalars": {"fused_adam_kernels.launch", "fused_adam_kernels.table"},
-    "fused_adam_kernels.norm": {"fused_adam_kernels.adam", "fused_adam_kernels.launch", "fused_adam_kernels.table"},
-    "fused_adam_kernels.inspect": {
-        *("fused_adam_kernels.adam", "fused_adam_kernels.config", "fused_adam_kernels.norm"),
-        "fused_adam_kernels.scalars",
-    },
-    "fused_adam_kernels.adam": {
-        *("fused_adam_kernels.codecs", "fused_adam_kernels.config", "fused_adam_kernels.launch"),
-        *("fused_adam_kernels.math", "fused_adam_kernels.table"),
-    },
-    "fused_adam_kernels.config": {"fused_adam_kernels.codecs"},
-    # The update's access pattern without arithmetic, launched as the update is.
-    "bench.ceiling": {"fused_adam_kernels.config"},
-    # The names and bytes of recipes, and the parameters they are for.
-    "bench.recipes": {"fused_adam.precision"},
-    "bench.peers": {"fused_adam.precision"},
-    # Takes launches away or reshapes them, to time Python alone or to find better shapes: no public name does that.
-    "bench.stub": {"fused_adam_kernels.adam", "fused_adam_kernels.config", "fused_adam_kernels.launch"},
-}
+# Top floor first: a file imports from its own room and from lower floors. A folder is one room.
+FLOORS = [
+    ["bench"],
+    ["fused_adam.in_backward"],
+    ["fused_adam.optimizer"],
+    ["fused_adam.engine"],
+    ["fused_adam.backends"],
+    ["fused_adam.guards"],
+    ["fused_adam.plan", "fused_adam.shapes"],
+    ["fused_adam.state"],
+    ["fused_adam.distributed"],
+    ["fused_adam.arguments", "fused_adam.groups"],
+    ["fused_adam.numerics"],
+    ["fused_adam.precision", "fused_adam.version"],
+    ["fused_adam_kernels"],
+]
+FLOOR = {room: len(FLOORS) - i for i, rooms in enumerate(FLOORS) for room in rooms}
+# The only files outside the kernels' that may import Triton: a kernel that measures, scripts that compile ahead.
+IMPORT_TRITON = ("fused_adam_kernels.", "bench.ceiling", "bench.gpu.")
 
 
 def name_of(path):
-    parts = path.relative_to(ROOT / "kernels" if "kernels" in path.parts else ROOT).with_suffix("").parts
+    parts = (
+        path.relative_to(ROOT / "kernels" if "kernels" in path.parts else ROOT)
+        .with_suffix("")
+        .parts
+    )
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
 def imports_of(path):
-    """Every module imported anywhere in the file, absolute, with `from package import module` resolved."""
+    """Every module imported anywhere in the file, absolute, with `from package import module`
+    resolved.
+    """
     package = name_of(path) if path.name == "__init__.py" else name_of(path).rpartition(".")[0]
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -111,28 +56,40 @@ def imports_of(path):
         elif isinstance(node, ast.ImportFrom):
             base = node.module or ""
             if node.level:
-                base = ".".join(filter(None, [*package.split(".")[: len(package.split(".")) - node.level + 1], base]))
+                base = ".".join(
+                    filter(
+                        None,
+                        [*package.split(".")[: len(package.split(".")) - node.level + 1], base],
+                    )
+                )
             names = {f"{base}.{alias.name}" for alias in node.names}
             modules = names & {name_of(module) for module in MODULES}
             yield from modules or {base}
 
 
+def room_of(module):
+    """The room that a module of this project belongs to; None for others."""
+    if module == "fused_adam":
+        return None  # the public names
+    return next((room for room in FLOOR if module == room or module.startswith(f"{room}.")), None)
+
+
+def test_every_module_has_a_floor():
+    without = {name for name in map(name_of, MODULES) if room_of(name) is None}
+    assert without == {"fused_adam"}
+
+
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
 def test_imports_run_one_way(path):
     name = name_of(path)
-    found = set(imports_of(path))
-    own = {module for module in found if module.split(".")[0] in ("fused_adam", "fused_adam_kernels", "bench", "tests")}
-    if name.split(".")[0] == "bench":
-        assert {module for module in own if not module.startswith("bench")} <= {
-            "fused_adam",
-            *ALLOWED.get(name, ()),
-        }
-    else:
-        assert own <= ALLOWED[name]
-    triton = any(module.split(".")[0] == "triton" for module in found)
-    assert not triton or name.startswith("fused_adam_kernels.") or name == "bench.ceiling"
-    assert not triton or name != "fused_adam_kernels.table"
-    assert name != "fused_adam_kernels.table" or not found
+    here = room_of(name)
+    for module in imports_of(path):
+        there = room_of(module)
+        if here and there and here != there:
+            assert FLOOR[there] < FLOOR[here], f"{name} on floor {FLOOR[here]} imports {module}"
+        if module.split(".")[0] == "triton":
+            assert name.startswith(IMPORT_TRITON)
+            assert name != "fused_adam_kernels.table"  # the reference reads it
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
@@ -142,9 +99,15 @@ def test_every_module_says_what_lives_there(path):
 
 def run(code, *options):
     # Torch itself may need what else is set, such as LD_LIBRARY_PATH.
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "PATH": "/usr/bin:/bin"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}",
+        "PATH": "/usr/bin:/bin",
+    }
     environment.pop("TRITON_INTERPRET", None)
-    return subprocess.run([sys.executable, *options, "-c", code], capture_output=True, text=True, env=environment)
+    return subprocess.run(
+        [sys.executable, *options, "-c", code], capture_output=True, text=True, env=environment
+    )
 
 
 def test_import_does_not_load_triton():

@@ -1,4 +1,6 @@
-"""Every block of the README runs as it stands, and the first one trains exactly as with torch.optim.Adam."""
+"""Every block of the README runs as it stands, and the first one trains exactly as with
+torch.optim.Adam.
+"""
 
 import contextlib
 import io
@@ -46,10 +48,14 @@ def test_every_block_runs(block, tmp_path, monkeypatch):
 def test_first_block_trains_as_with_torch(monkeypatch):
     ours, printed = losses_of(BLOCKS[0], monkeypatch)
     theirs, theirs_printed = losses_of(
-        BLOCKS[0].replace("from fused_adam import FusedAdam", "from torch.optim import Adam as FusedAdam"), monkeypatch
+        BLOCKS[0].replace(
+            "from fused_adam import FusedAdam", "from torch.optim import Adam as FusedAdam"
+        ),
+        monkeypatch,
     )
     assert len(ours) == len(theirs) == 50
-    # Per step a weight of size one rounds by an ulp at most: 50 ulps, and the loss is quadratic in the error's size.
+    # Per step a weight of size one rounds by an ulp at most: 50 ulps, and the loss is quadratic in
+    # the error's size.
     torch.testing.assert_close(ours, theirs, rtol=50 * torch.finfo(torch.float32).eps, atol=1e-6)
     assert re.findall(r"epoch (\d+): loss \d", printed) == ["10", "20", "30", "40", "50"]
     assert printed == theirs_printed
@@ -61,7 +67,9 @@ def test_first_block_differs_from_torchs_only_in_the_import():
 
 
 @pytest.mark.parametrize(
-    "line", re.findall(r'^\| `"(\S+)"` \| ([\d.]+) \| ([\d.]+) \|', README, re.M), ids=lambda line: line[0]
+    "line",
+    re.findall(r'^\| `"(\S+)"` \| ([\d.]+) \| ([\d.]+) \|', README, re.M),
+    ids=lambda line: line[0],
 )
 def test_recipes_cost_what_the_table_says(line):
     name, held, moved = line
@@ -78,11 +86,18 @@ def test_the_oldest_versions_are_the_same_everywhere():
     """torch 2.11 and Triton 3.6 are the oldest that these tests pass with; Python 3.11 is."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     python = project["requires-python"].removeprefix(">=")
-    stated = dict(re.match(r"(\w+)>=([\d.]+)", dependency).groups() for dependency in project["dependencies"])
+    stated = dict(
+        re.match(r"(\w+)>=([\d.]+)", dependency).groups() for dependency in project["dependencies"]
+    )
     assert {"python": python, **stated} == {"python": "3.11", "torch": "2.11", "triton": "3.6"}
-    wanted = f"(Python >= {python}, torch >= {stated['torch']}, on Linux triton >= {stated['triton']};"
+    wanted = (
+        f"(Python >= {python}, torch >= {stated['torch']}, on Linux triton >= {stated['triton']};"
+    )
     assert wanted in README and f"python3 ({python} or newer)" in README
-    assert f"install triton>={stated['triton']}," in (ROOT / "fused_adam" / "backend.py").read_text()
+    assert (
+        f"install triton>={stated['triton']},"
+        in (ROOT / "fused_adam" / "backends" / "choose.py").read_text()
+    )
     assert re.search(rf"^TRITONS := {stated['triton']}\.0 ", (ROOT / "Makefile").read_text(), re.M)
 
 

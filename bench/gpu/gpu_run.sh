@@ -93,7 +93,7 @@ if wanted tests; then
     options+=(-k "not memory_checker")
     if has xdist; then options+=(-n "$((cores > 14 ? 12 : cores))"); fi
     if has pytest_timeout; then options+=(--timeout 120); fi
-    mapfile -t files < <(grep -lE 'mark\.gpu|kernel_device' tests/test_*.py)
+    mapfile -t files < <(grep -lE 'mark\.gpu|kernel_device' tests/*/test_*.py)
     part tests "${TESTS_SECONDS:-160}" log.txt '^(FAILED|ERROR|SKIPPED.*GPU)|(passed|failed|skipped|error).* in ' \
       "$PYTHON" -m pytest "${options[@]}" "${files[@]}"
   else

@@ -1,4 +1,6 @@
-"""A few steps for tools that watch kernels: `profile DTYPE [RECIPE]`, one large parameter; `check`, odd sizes."""
+"""A few steps for tools that watch kernels: `profile DTYPE [RECIPE]`, one large parameter; `check`,
+odd sizes.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ def profile(dtype: torch.dtype, precision: str | None, numel: int = 1 << 27) -> 
 
 
 def check() -> None:
-    """Two clipped steps per case on parameters of odd sizes, each once aligned and once off by an element."""
+    """Two clipped steps per case on parameters of odd sizes, each once aligned and once off by an
+    element.
+    """
     for dtype, precision in CASES:
         params = []
         for size in SIZES:

@@ -1,15 +1,18 @@
-"""Pack what a run on a GPU needs into a folder: the scripts, and Triton's cache compiled here for sm_90.
+"""Pack what a run on a GPU needs into a folder: the scripts, and Triton's cache compiled here for
+sm_90.
 
     python pack.py [--out .gpu] [--python 3.12] [--no-cache]
 
-No GPU takes part: kernels are launched on a driver that compiles and runs nothing, so that the cache has the keys of
-real launches. A key also holds a hash of Triton's own binary, which differs between versions of Python: `--python`
-names that of the machine with the GPU. Under another Triton or Python the run compiles everything anew.
+No GPU takes part: kernels are launched on a driver that compiles and runs nothing, so that the
+cache has the keys of real launches. A key also holds a hash of Triton's own binary, which differs
+between versions of Python: `--python` names that of the machine with the GPU. Under another Triton
+or Python the run compiles everything anew.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import itertools
 import multiprocessing
@@ -76,46 +79,74 @@ def jobs(folder: Path) -> list[tuple[str, Callable[[], None]]]:
 
     cpu = torch.device("cpu")
     f32, bf16, f16, f64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
-    mixes = [(*pair, "native", "native") for pair in itertools.product((f32, bf16, f16, f64), repeat=2)]
+    mixes = [
+        (*pair, "native", "native") for pair in itertools.product((f32, bf16, f16, f64), repeat=2)
+    ]
     for weights, states, param in (
         *(("native", states, f32) for states in ("bf16", "int8")),
         *(("master32", "fp32", dtype) for dtype in (bf16, f16)),
-        *((weights, states, bf16) for weights in ("split32", "split24") for states in ("fp32", "bf16", "int8")),
+        *(
+            (weights, states, bf16)
+            for weights in ("split32", "split24")
+            for states in ("fp32", "bf16", "int8")
+        ),
         *(("sr", states, bf16) for states in ("bf16", "int8")),
         ("native", "fp32", bf16),
     ):
         mixes += [(param, grad, weights, states) for grad in {param: 0, f32: 0}]
 
     def update(mix: variants.Mix, amsgrad: bool) -> None:
-        rows, blocks = torch.zeros(1, table.ROW, dtype=torch.int64), torch.zeros(1, 2, dtype=torch.int32)
+        rows, blocks = (
+            torch.zeros(1, table.ROW, dtype=torch.int64),
+            torch.zeros(1, 2, dtype=torch.int32),
+        )
         values = torch.zeros(1, table.SCALARS, dtype=f64 if mix[0] == f64 else f32)
         adam.adam_step(*mix, amsgrad)(1, rows, blocks, values)
 
     def prologue(compute: torch.dtype) -> None:
         values = torch.zeros(1, table.SCALARS, dtype=compute)
-        tables = torch.zeros(1, table.ROW, dtype=torch.int64), torch.zeros(1, table.HYPER, dtype=f64), values
-        flags = torch.zeros(1), torch.zeros(1), torch.zeros(1, dtype=f64), torch.zeros(table.STATS, dtype=f64)
+        tables = (
+            torch.zeros(1, table.ROW, dtype=torch.int64),
+            torch.zeros(1, table.HYPER, dtype=f64),
+            values,
+        )
+        flags = (
+            torch.zeros(1),
+            torch.zeros(1),
+            torch.zeros(1, dtype=f64),
+            torch.zeros(table.STATS, dtype=f64),
+        )
         scalars.prologue()(1, *tables, *flags, 1)
 
     def square_sum(grad: torch.dtype) -> None:
-        rows, blocks = torch.zeros(1, table.ROW, dtype=torch.int64), torch.zeros(1, 3, dtype=torch.int32)
+        rows, blocks = (
+            torch.zeros(1, table.ROW, dtype=torch.int64),
+            torch.zeros(1, 3, dtype=torch.int32),
+        )
         norm.square_sum(grad)(1, rows, blocks, torch.zeros(1, dtype=f64))
 
     def accesses() -> None:
         move(*(torch.zeros(1 << 14) for _ in range(4)))
 
     found: list[tuple[str, Callable[[], None]]] = [
-        (f"update {mix} {amsgrad}", lambda mix=mix, amsgrad=amsgrad: update(mix, amsgrad))  # type: ignore[misc]
+        (f"update {mix} {amsgrad}", functools.partial(update, mix, amsgrad))
         for mix in mixes
         for amsgrad in (False, True)
     ]
-    found += [(f"prologue {dtype}", lambda dtype=dtype: prologue(dtype)) for dtype in (f32, f64)]  # type: ignore[misc]
-    found += [(f"norm {dtype}", lambda dtype=dtype: square_sum(dtype)) for dtype in (f32, bf16, f16, f64)]  # type: ignore[misc]
-    found.append(("norm", lambda: norm.total()(1, torch.zeros(1, dtype=f64), torch.zeros(1, dtype=f64), 1)))
+    found += [(f"prologue {dtype}", functools.partial(prologue, dtype)) for dtype in (f32, f64)]
+    found += [
+        (f"norm {dtype}", functools.partial(square_sum, dtype)) for dtype in (f32, bf16, f16, f64)
+    ]
+    found.append(
+        ("norm", lambda: norm.total()(1, torch.zeros(1, dtype=f64), torch.zeros(1, dtype=f64), 1))
+    )
     found.append(("accesses", accesses))
     builds = variants.builds_of([], folder, [])
     found += [
-        (f"{name} {mix}", lambda build=build, mix=mix: variants.compile_update(build, variants.mix_of(mix), cpu))  # type: ignore[misc]
+        (
+            f"{name} {mix}",
+            functools.partial(variants.compile_update, build, variants.mix_of(mix), cpu),
+        )
         for name, build in builds.items()
         for mix in variants.MIXES
     ]
@@ -147,7 +178,9 @@ def answer_for(library: str) -> None:
     import triton
     from triton.runtime import cache
 
-    own = hashlib.sha256((Path(triton.__file__).parent / "_C" / "libtriton.so").read_bytes()).hexdigest()
+    own = hashlib.sha256(
+        (Path(triton.__file__).parent / "_C" / "libtriton.so").read_bytes()
+    ).hexdigest()
     key = cache.triton_key()
     if own not in key:
         raise RuntimeError(
@@ -158,9 +191,32 @@ def answer_for(library: str) -> None:
 
 def library_of(python: str, version: str, folder: Path) -> str:
     """SHA-256 of libtriton.so in Triton's wheel for another Python, which pip downloads."""
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-    command += ["--only-binary", ":all:", "--implementation", "cp", "--python-version", python, "--dest", str(folder)]
-    command += ["--platform", "manylinux_2_27_x86_64", "--platform", "manylinux_2_28_x86_64", f"triton=={version}"]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--disable-pip-version-check",
+        "--no-deps",
+    ]
+    command += [
+        "--only-binary",
+        ":all:",
+        "--implementation",
+        "cp",
+        "--python-version",
+        python,
+        "--dest",
+        str(folder),
+    ]
+    command += [
+        "--platform",
+        "manylinux_2_27_x86_64",
+        "--platform",
+        "manylinux_2_28_x86_64",
+        f"triton=={version}",
+    ]
     subprocess.run(command, check=True)
     [wheel] = folder.glob("triton-*.whl")
     with zipfile.ZipFile(wheel) as content:
@@ -181,7 +237,9 @@ def fill_cache(python: str, archive: Path) -> None:
             (work / "wheel").mkdir()
             library = library_of(python, triton.__version__, work / "wheel")
         with multiprocessing.get_context("spawn").Pool(PROCESSES) as pool:
-            shares = [(number, Path(tempfile.mkdtemp(dir=work)), library) for number in range(PROCESSES)]
+            shares = [
+                (number, Path(tempfile.mkdtemp(dir=work)), library) for number in range(PROCESSES)
+            ]
             failed = pool.starmap(compile_share, shares)
         for text in itertools.chain(*failed):
             print(f"pack: not compiled: {text}")
@@ -190,21 +248,38 @@ def fill_cache(python: str, archive: Path) -> None:
         with tarfile.open(archive, "w:gz") as file:
             for path in sorted(cache.glob("*/*")):
                 file.add(path, path.relative_to(cache))
-        print(f"pack: {len(list(cache.glob('*/*.cubin')))} kernels, Triton {triton.__version__}, Python {python}")
+        print(
+            f"pack: {len(list(cache.glob('*/*.cubin')))} kernels, Triton {triton.__version__}, Python {python}"
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Pack, and say how to run it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=ROOT / ".gpu", help="folder that is written anew (default: .gpu)")
-    parser.add_argument("--python", default="3.12", help="of the machine with the GPU (default: 3.12)")
-    parser.add_argument("--no-cache", action="store_true", help="scripts alone: the run compiles every kernel")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=ROOT / ".gpu",
+        help="folder that is written anew (default: .gpu)",
+    )
+    parser.add_argument(
+        "--python", default="3.12", help="of the machine with the GPU (default: 3.12)"
+    )
+    parser.add_argument(
+        "--no-cache", action="store_true", help="scripts alone: the run compiles every kernel"
+    )
     options = parser.parse_args(argv)
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0") and not options.no_cache:
-        parser.error("TRITON_INTERPRET is set, under which nothing is compiled; allowed: unset, 0, or --no-cache")
+        parser.error(
+            "TRITON_INTERPRET is set, under which nothing is compiled; allowed: unset, 0, or --no-cache"
+        )
     out: Path = options.out
     if out.exists() and not (out / SCRIPTS[0]).exists() and any(out.iterdir()):
-        parser.error(f"--out {str(out)!r} holds other files; allowed: a new or empty folder, or one packed before")
+        parser.error(
+            f"--out {str(out)!r} holds other files; allowed: a new or empty folder, or one packed before"
+        )
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     for script in SCRIPTS:
@@ -212,7 +287,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not options.no_cache:
         fill_cache(options.python, out / "cache.tgz")
     size = sum(path.stat().st_size for path in out.iterdir())
-    print(f"pack: {out}: {size / 1e6:.1f} MB; on the machine with the GPU, in the checkout: bash {out.name}/gpu_run.sh")
+    print(
+        f"pack: {out}: {size / 1e6:.1f} MB; on the machine with the GPU, in the checkout: bash {out.name}/gpu_run.sh"
+    )
     return 0
 
 

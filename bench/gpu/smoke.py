@@ -7,6 +7,7 @@ Before anything that takes longer. It uses the public interface alone.
 
 from __future__ import annotations
 
+import functools
 import sys
 import threading
 import time
@@ -22,17 +23,27 @@ from fused_adam import FusedAdamW, step_in_backward
 GPU = torch.device("cuda")
 SIZES = ((33, 70), (1,), (1025,), (5,))
 # After these words of CUDA nothing in the process works any more.
-FATAL = ("illegal memory access", "misaligned address", "device-side assert", "unspecified launch failure")
+FATAL = (
+    "illegal memory access",
+    "misaligned address",
+    "device-side assert",
+    "unspecified launch failure",
+)
 
 
 def parameters(dtype: torch.dtype, device: torch.device) -> list[torch.Tensor]:
     """The same on every device."""
     generator = torch.Generator().manual_seed(1)
-    return [torch.nn.Parameter(torch.randn(size, generator=generator).to(dtype).to(device)) for size in SIZES]
+    return [
+        torch.nn.Parameter(torch.randn(size, generator=generator).to(dtype).to(device))
+        for size in SIZES
+    ]
 
 
 def set_grads(params: Sequence[torch.Tensor], step: int) -> None:
-    """The same on every device, another at each step; into the gradient that is there, if there is one."""
+    """The same on every device, another at each step; into the gradient that is there, if there is
+    one.
+    """
     generator = torch.Generator().manual_seed(100 + step)
     for param in params:
         grad = torch.randn(param.shape, generator=generator).to(param.dtype).to(param.device)
@@ -42,7 +53,9 @@ def set_grads(params: Sequence[torch.Tensor], step: int) -> None:
             param.grad.copy_(grad)
 
 
-def trained(device: torch.device, dtype: torch.dtype = torch.float32, steps: int = 3, **options: Any) -> FusedAdamW:
+def trained(
+    device: torch.device, dtype: torch.dtype = torch.float32, steps: int = 3, **options: Any
+) -> FusedAdamW:
     """An optimizer after some steps."""
     params = parameters(dtype, device)
     optimizer = FusedAdamW(params, lr=1e-2, weight_decay=0.1, **options)
@@ -144,7 +157,9 @@ def offloaded() -> None:
 def resumed() -> None:
     """Through a checkpoint of torch's own form."""
     whole, half = trained(GPU, steps=4), trained(GPU, steps=2)
-    params = [torch.nn.Parameter(param.detach().clone()) for param in half.param_groups[0]["params"]]
+    params = [
+        torch.nn.Parameter(param.detach().clone()) for param in half.param_groups[0]["params"]
+    ]
     rest = FusedAdamW(params)
     rest.load_state_dict(half.state_dict())
     for step in (2, 3):
@@ -182,7 +197,9 @@ PROMISES: dict[str, Callable[[], object]] = {
     "float32": same_bits,
     "bfloat16": lambda: same_bits(torch.bfloat16),
     "float16": lambda: same_bits(torch.float16),
-    **{recipe: lambda recipe=recipe: same_bits(torch.bfloat16, precision=recipe) for recipe in RECIPES},  # type: ignore[misc]
+    **{
+        recipe: functools.partial(same_bits, torch.bfloat16, precision=recipe) for recipe in RECIPES
+    },
     "native-int8": lambda: same_bits(precision="native-int8"),
     "amsgrad": lambda: same_bits(amsgrad=True),
     "skip_nonfinite": lambda: same_bits(skip_nonfinite=True),
@@ -218,7 +235,10 @@ def main(names: Sequence[str]) -> int:
             PROMISES[name]()
             torch.cuda.synchronize()
         except Exception as error:
-            print(f"FAILED {name}: {type(error).__name__}: {' '.join(str(error).split())[:200]}", flush=True)
+            print(
+                f"FAILED {name}: {type(error).__name__}: {' '.join(str(error).split())[:200]}",
+                flush=True,
+            )
             traceback.print_exc(limit=-3)
             if any(words in str(error) for words in FATAL):
                 print("FAILED the rest: this process can no longer use the GPU")

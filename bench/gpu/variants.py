@@ -1,12 +1,14 @@
 """Other shapes of the update kernel, beside today's, in one process: the same bits? how many GB/s?
 
-    python variants.py [--json FILE] [--seconds S] [--mixes fp32,bf16,...] [--only NAME ...] [--numel N]
-    python variants.py --compile I/N   compile every N-th kernel from the I-th on into Triton's cache, and end
-    python variants.py --check         bits alone, on small tensors; runs on a CPU under TRITON_INTERPRET=1 too
+    python variants.py [--json FILE] [--seconds S] [--mixes fp32,bf16,...] [--only NAME ...]
+    [--numel N] python variants.py --compile I/N   compile every N-th kernel from the I-th on into
+    Triton's cache, and end python variants.py --check         bits alone, on small tensors; runs on
+    a CPU under TRITON_INTERPRET=1 too
 
-A variant is an entry for `fused_adam_kernels/config.py` (a winner is a change of one line there), or edits of the
-kernels' sources where the kernel itself has to do something else. Edits are made in copies, which then run under the
-real optimizer. An edit whose place is no longer in the sources is named, and the other variants go on.
+A variant is an entry for `fused_adam_kernels/config.py` (a winner is a change of one line there),
+or edits of the kernels' sources where the kernel itself has to do something else. Edits are made in
+copies, which then run under the real optimizer. An edit whose place is no longer in the sources is
+named, and the other variants go on.
 """
 
 from __future__ import annotations
@@ -28,8 +30,18 @@ from unittest import mock
 
 import torch
 
-from bench.timing import Copy, Rod, give_back_memory, interleaved, seconds_of, statistic, synchronize, warm_up_seconds
-from fused_adam import FusedAdamW, device
+from bench.timing import (
+    Copy,
+    Rod,
+    give_back_memory,
+    interleaved,
+    seconds_of,
+    statistic,
+    synchronize,
+    warm_up_seconds,
+)
+from fused_adam import FusedAdamW
+from fused_adam.backends import triton as device
 from fused_adam.precision import parse
 from fused_adam_kernels import config
 from fused_adam_kernels.config import Config
@@ -62,7 +74,8 @@ class Variant:
         changes: fields of Config that differ from today's.
         edits: (file, text, text in its place) for a copy of the kernels' package.
         chunks: blocks of one row that a program takes, one after the other.
-        programs_per_sm: size of a grid whose programs stay and take block after block; 0: a program per block.
+        programs_per_sm: size of a grid whose programs stay and take block after block; 0: a program
+            per block.
     """
 
     changes: dict[str, int] = dataclasses.field(default_factory=dict)
@@ -82,7 +95,11 @@ def several_chunks(number: int) -> Variant:
     span = f"{number} * BLOCK"
     return Variant(
         edits=(
-            ("adam.py", "2 * pid + 1).to(tl.int64) * BLOCK", f"2 * pid + 1).to(tl.int64) * ({span})"),
+            (
+                "adam.py",
+                "2 * pid + 1).to(tl.int64) * BLOCK",
+                f"2 * pid + 1).to(tl.int64) * ({span})",
+            ),
             # What is between parentheses keeps its indentation.
             (
                 "adam.py",
@@ -116,7 +133,9 @@ def hints("""
 
 
 def staying_programs() -> Variant:
-    """As many programs as the GPU holds at once; each takes a block, and another, until none is left."""
+    """As many programs as the GPU holds at once; each takes a block, and another, until none is
+    left.
+    """
     from fused_adam_kernels.adam import adam_kernel
 
     names = adam_kernel.arg_names[3:]
@@ -130,7 +149,11 @@ def staying_programs() -> Variant:
                 "    row,\n    start,\n",
             ),
             ("adam.py", "    pid = tl.program_id(0).to(tl.int64)\n" + ENTRY, ""),
-            ("adam.py", "\n\ndef hints(", STAYING.format(declared=declared, names=", ".join(names))),
+            (
+                "adam.py",
+                "\n\ndef hints(",
+                STAYING.format(declared=declared, names=", ".join(names)),
+            ),
         ),
         programs_per_sm=6,
     )
@@ -184,7 +207,7 @@ def variants() -> dict[str, Variant]:
 
 
 class Build:
-    """A variant's kernels, as `fused_adam.device` uses them."""
+    """A variant's kernels, as `fused_adam.backends.triton` uses them."""
 
     def __init__(self, name: str, variant: Variant, folder: Path) -> None:
         self.variant = variant
@@ -195,7 +218,9 @@ class Build:
                 path = folder / package / file
                 text = path.read_text()
                 if text.count(old) != 1:
-                    raise NotPatched(f"{old.strip().splitlines()[0]!r} is {text.count(old)} times in {file}, not once")
+                    raise NotPatched(
+                        f"{old.strip().splitlines()[0]!r} is {text.count(old)} times in {file}, not once"
+                    )
                 path.write_text(text.replace(old, new))
         if str(folder) not in sys.path:
             sys.path.insert(0, str(folder))
@@ -203,12 +228,15 @@ class Build:
         for loaded in [loaded for loaded in sys.modules if loaded.partition(".")[0] == package]:
             del sys.modules[loaded]  # of an earlier folder
         self.modules: dict[str, ModuleType] = {
-            module: importlib.import_module(f"{package}.{module}") for module in ("adam", "norm", "scalars", "table")
+            module: importlib.import_module(f"{package}.{module}")
+            for module in ("adam", "norm", "scalars", "table")
         }
         self.modules["adam"].launch_config = self.own_config  # type: ignore[attr-defined]
 
     def own_config(self, *mix: Any) -> Config:
-        """Today's entry with the variant's changes; in the interpreter too, which computes the same in any shape."""
+        """Today's entry with the variant's changes; in the interpreter too, which computes the same
+        in any shape.
+        """
         return config.CONFIGS[config.kind_of(*mix)]._replace(**self.variant.changes)
 
     def adam_step(self, *mix: Any) -> Callable[..., None]:
@@ -218,8 +246,14 @@ class Build:
             return launcher
 
         def launch(programs: int, rows: Any, blocks: Any, scalars: Any) -> None:
-            sms = torch.cuda.get_device_properties(0).multi_processor_count if torch.cuda.is_available() else 1
-            launcher(min(programs, sms * self.variant.programs_per_sm), rows, blocks, scalars, programs)
+            sms = (
+                torch.cuda.get_device_properties(0).multi_processor_count
+                if torch.cuda.is_available()
+                else 1
+            )
+            launcher(
+                min(programs, sms * self.variant.programs_per_sm), rows, blocks, scalars, programs
+            )
 
         return launch
 
@@ -254,14 +288,18 @@ def compile_update(build: Build, mix: Mix, where: torch.device) -> None:
     build.adam_step(*mix, False)(1, rows, blocks, scalars)
 
 
-def make(name: str, build: Build, sizes: Sequence[tuple[int, int]], where: torch.device) -> FusedAdamW:
+def make(
+    name: str, build: Build, sizes: Sequence[tuple[int, int]], where: torch.device
+) -> FusedAdamW:
     """An optimizer over random parameters, each (elements, elements from the start of its memory)."""
     dtype, precision = MIXES[name]
     generator = torch.Generator(where).manual_seed(0)
     params = []
     for numel, offset in sizes:
         values, grads = (
-            torch.randn(numel + offset, generator=generator, device=where).mul_(scale).to(dtype)[offset:]
+            torch.randn(numel + offset, generator=generator, device=where)
+            .mul_(scale)
+            .to(dtype)[offset:]
             for scale in (0.02, 1e-3)
         )
         param = torch.nn.Parameter(values)
@@ -277,7 +315,9 @@ def bits(optimizer: FusedAdamW) -> list[torch.Tensor]:
     return [tensor.detach().clone().reshape(-1).view(torch.uint8) for tensor in tensors]
 
 
-def check(name: str, builds: dict[str, Build], where: torch.device, wrong: list[dict[str, str]]) -> dict[str, Build]:
+def check(
+    name: str, builds: dict[str, Build], where: torch.device, wrong: list[dict[str, str]]
+) -> dict[str, Build]:
     """Those whose bits are the first one's; the others go to `wrong` with the reason."""
     right: dict[str, Build] = {}
     expected: list[torch.Tensor] | None = None
@@ -289,7 +329,13 @@ def check(name: str, builds: dict[str, Build], where: torch.device, wrong: list[
                 optimizer.step()
             found = bits(optimizer)
         except Exception as error:  # a shape that does not compile or launch here is an answer
-            wrong.append({"mix": name, "variant": title, "reason": f"{type(error).__name__}: {str(error)[:200]}"})
+            wrong.append(
+                {
+                    "mix": name,
+                    "variant": title,
+                    "reason": f"{type(error).__name__}: {str(error)[:200]}",
+                }
+            )
             continue
         if expected is None:
             expected = found
@@ -323,11 +369,15 @@ class Timed:
         return float(self.bytes / seconds / 1e9)
 
 
-def time_all(name: str, builds: dict[str, Build], numel: int, seconds: float, where: torch.device) -> list[Any]:
+def time_all(
+    name: str, builds: dict[str, Build], numel: int, seconds: float, where: torch.device
+) -> list[Any]:
     """GB/s of every variant, of a copy and of the update's accesses, interleaved."""
     from bench.ceiling import Move
 
-    rods: dict[str, Rod] = {title: Timed(name, build, numel, where) for title, build in builds.items()}
+    rods: dict[str, Rod] = {
+        title: Timed(name, build, numel, where) for title, build in builds.items()
+    }
     rods |= {"copy": Copy(where), "accesses alone": Move(where, numel // 2)}
     measures = {title: rod.measure for title, rod in rods.items()}
     samples = interleaved(measures, seconds, warm_up=warm_up_seconds(where))
@@ -360,13 +410,24 @@ def builds_of(names: Sequence[str], folder: Path, wrong: list[dict[str, str]]) -
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 1 if a variant has other bits, fails or cannot be patched."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", type=Path, help="write everything measured to this file")
     parser.add_argument("--seconds", type=float, default=90.0, help="for all mixes together")
     parser.add_argument("--mixes", default=",".join(MIXES), help=f"of: {', '.join(MIXES)}")
-    parser.add_argument("--only", nargs="+", default=[], help="names of variants; the first is what others must equal")
-    parser.add_argument("--numel", type=int, default=1 << 27, help="elements of the parameter that is timed")
-    parser.add_argument("--compile", metavar="I/N", help="compile every N-th kernel from the I-th on, and end")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        default=[],
+        help="names of variants; the first is what others must equal",
+    )
+    parser.add_argument(
+        "--numel", type=int, default=1 << 27, help="elements of the parameter that is timed"
+    )
+    parser.add_argument(
+        "--compile", metavar="I/N", help="compile every N-th kernel from the I-th on, and end"
+    )
     parser.add_argument("--check", action="store_true", help="bits alone")
     options = parser.parse_args(argv)
     if not torch.cuda.is_available() and not options.check:
@@ -379,7 +440,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         builds = builds_of(options.only, Path(name), wrong)
         if options.compile:
             first, number = map(int, options.compile.split("/"))
-            for mix, build in [(mix, build) for mix in mixes for build in builds.values()][first::number]:
+            for mix, build in [(mix, build) for mix in mixes for build in builds.values()][
+                first::number
+            ]:
                 with contextlib.suppress(Exception):  # the run itself says what does not compile
                     compile_update(build, mix_of(mix), where)
             synchronize(where)
@@ -399,7 +462,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 )
             give_back_memory()
             if options.json:  # after every mix: a run that is cut short keeps what it has
-                options.json.write_text(json.dumps({"results": results, "wrong": wrong}, indent=1) + "\n")
+                options.json.write_text(
+                    json.dumps({"results": results, "wrong": wrong}, indent=1) + "\n"
+                )
     for row in wrong:
         print(f"WRONG {row['mix']}: {row['variant']}: {row['reason']}", flush=True)
     if options.json:

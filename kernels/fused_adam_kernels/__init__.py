@@ -1,1 +1,3 @@
-"""Triton kernels of fused-adam. Knows torch and triton, never fused_adam; imports nothing, so that `table` is free."""
+"""Triton kernels of fused-adam. Knows torch and triton, never fused_adam; imports nothing, so that
+`table` is free.
+"""

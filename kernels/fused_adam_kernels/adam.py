@@ -1,4 +1,6 @@
-"""The update kernel's addresses, masks, loads and stores, and its launcher. The arithmetic is in `math.py`."""
+"""The update kernel's addresses, masks, loads and stores, and its launcher. The arithmetic is in
+`math.py`.
+"""
 
 from typing import Any
 
@@ -24,8 +26,8 @@ from .codecs import (
     to_storage,
 )
 from .config import launch_config
+from .formula import adam_update
 from .launch import Launcher
-from .math import adam_update
 
 TYPES = {
     torch.float32: tl.float32,
@@ -40,7 +42,9 @@ TYPES = {
 
 @triton.jit
 def aligned(address, DTYPE: tl.constexpr, HINT: tl.constexpr):
-    """A pointer that promises `HINT` bytes. The promise must follow the cast: before it, it is lost."""
+    """A pointer that promises `HINT` bytes. The promise must follow the cast: before it, it is
+    lost.
+    """
     return tl.multiple_of(address.to(tl.pointer_type(DTYPE)), HINT)
 
 
@@ -53,7 +57,8 @@ def update_span(
 ):  # fmt: skip
     """Load, update and store N elements of one parameter, from `first` to `limit` at most.
 
-    In the BODY one random draw serves four elements; the tail has too few per thread, and draws for each: same bits.
+    In the BODY one random draw serves four elements; the tail has too few per thread, and draws for
+    each: same bits.
     """
     offs = first + tl.arange(0, N).to(tl.int64)
     ok = offs < limit
@@ -69,8 +74,12 @@ def update_span(
     if STATES == "int8":
         groups = first // GROUP + tl.arange(0, N // GROUP).to(tl.int64)
         groups_ok = groups * GROUP < limit
-        m = decode_m(m, to_compute(tl.load(m_scale_ptr + groups, mask=groups_ok, other=0.0), COMPUTE))
-        v = decode_v(v, to_compute(tl.load(v_scale_ptr + groups, mask=groups_ok, other=0.0), COMPUTE))
+        m = decode_m(
+            m, to_compute(tl.load(m_scale_ptr + groups, mask=groups_ok, other=0.0), COMPUTE)
+        )
+        v = decode_v(
+            v, to_compute(tl.load(v_scale_ptr + groups, mask=groups_ok, other=0.0), COMPUTE)
+        )
     else:
         m = to_compute(m, COMPUTE)
         v = to_compute(v, COMPUTE)
@@ -79,7 +88,21 @@ def update_span(
     else:
         v_max = v
     p, m, v, v_max = adam_update(
-        p, g, m, v, v_max, step_size, rbc2, w1, w2, b2, eps, coupled, decay, grad_multiplier, AMSGRAD
+        p,
+        g,
+        m,
+        v,
+        v_max,
+        step_size,
+        rbc2,
+        w1,
+        w2,
+        b2,
+        eps,
+        coupled,
+        decay,
+        grad_multiplier,
+        AMSGRAD,
     )
     if WEIGHTS == "split24" or WEIGHTS == "sr" or STATES == "bf16" or STATES == "int8":
         if BODY:
@@ -171,8 +194,8 @@ def adam_kernel(
     grad_multiplier = tl.load(s_ptr + table.GRAD_MULTIPLIER)
     COMPUTE: tl.constexpr = scalars_ptr.dtype.element_ty
 
-    # Vectors take whole groups of 32 elements of aligned rows: a bound that the compiler sees is a multiple of 32.
-    # (And rows whose random bits come in whole fours.)
+    # Vectors take whole groups of 32 elements of aligned rows: a bound that the compiler sees is a
+    # multiple of 32. (And rows whose random bits come in whole fours.)
     misaligned = (p_addr | g_addr | m_addr | v_addr | v_max_addr | extra_addr) & 15 | (origin & 3)
     body_end = tl.where(misaligned == 0, n, 0) // 32 * 32
     update_span(
@@ -196,9 +219,11 @@ def adam_kernel(
 
 
 def hints(*dtypes: torch.dtype) -> list[int]:
-    """Bytes of alignment to promise per dtype, so that every operand takes as many elements per thread.
+    """Bytes of alignment to promise per dtype, so that every operand takes as many elements per
+    thread.
 
-    With 16 bytes for all, bf16 beside fp32 would take 8 elements to 4, and meet it through shared memory.
+    With 16 bytes for all, bf16 beside fp32 would take 8 elements to 4, and meet it through shared
+    memory.
     """
     widest = max(dtype.itemsize for dtype in dtypes)
     return [16 * dtype.itemsize // widest for dtype in dtypes]
@@ -207,7 +232,9 @@ def hints(*dtypes: torch.dtype) -> list[int]:
 def storage_types(
     param: torch.dtype, weights: str, states: str
 ) -> tuple[torch.dtype, torch.dtype, torch.dtype, torch.dtype]:
-    """Element types of the first and second moment, the maximum of the second, and what is beside the parameter."""
+    """Element types of the first and second moment, the maximum of the second, and what is beside
+    the parameter.
+    """
     m, v, v_max = {
         "native": (param, param, param),
         "fp32": (torch.float32,) * 3,
@@ -215,7 +242,9 @@ def storage_types(
         "int8": (torch.int8, torch.uint8, torch.bfloat16),
     }[states]
     # Where nothing is beside the parameter, a type that promises nothing: none is loaded.
-    extra = {"master32": torch.float32, "split32": torch.int16, "split24": torch.int8}.get(weights, param)
+    extra = {"master32": torch.float32, "split32": torch.int16, "split24": torch.int8}.get(
+        weights, param
+    )
     return m, v, v_max, extra
 
 
@@ -232,10 +261,18 @@ def constants(
         **{
             name: TYPES[dtype]
             for name, dtype in zip(
-                ("PARAM", "GRAD", "M", "V", "V_MAX", "EXTRA"), (param, grad, m, v, v_max, extra), strict=True
+                ("PARAM", "GRAD", "M", "V", "V_MAX", "EXTRA"),
+                (param, grad, m, v, v_max, extra),
+                strict=True,
             )
         },
-        **dict(zip(("PARAM_HINT", "GRAD_HINT", "MOMENT_HINT", "V_MAX_HINT", "EXTRA_HINT"), hints(*used), strict=True)),
+        **dict(
+            zip(
+                ("PARAM_HINT", "GRAD_HINT", "MOMENT_HINT", "V_MAX_HINT", "EXTRA_HINT"),
+                hints(*used),
+                strict=True,
+            )
+        ),
         "SPAN": 16 // max(dtype.itemsize for dtype in used),
         "AMSGRAD": amsgrad,
         "BLOCK": config.block,
@@ -243,16 +280,21 @@ def constants(
     }
 
 
-def adam_step(param: torch.dtype, grad: torch.dtype, weights: str, states: str, amsgrad: bool) -> Launcher:
-    """One Adam step in place, in one launch: call it with the number of blocks, rows, blocks and scalars.
+def adam_step(
+    param: torch.dtype, grad: torch.dtype, weights: str, states: str, amsgrad: bool
+) -> Launcher:
+    """One Adam step in place, in one launch: call it with the number of blocks, rows, blocks and
+    scalars.
 
     Args:
         param, grad: element types behind the addresses of the rows that `blocks` names.
-        weights, states: how weights and moments are stored there: the two halves of a recipe, or "native" both.
+        weights, states: how weights and moments are stored there: the two halves of a recipe, or
+            "native" both.
         amsgrad: keep the running maximum of the second moment.
 
     rows: int64, shape (P, ROW): parameters of one device. Rows that no block names are left alone.
-    blocks: int32, shape (B, 2): (row, chunk) pairs; each chunk of `launch_config(...).block` elements once.
+    blocks: int32, shape (B, 2): (row, chunk) pairs; each chunk of `launch_config(...).block`
+        elements once.
     scalars: float32, or float64 for float64 parameters; shape (P, SCALARS), from `prologue`.
     Writes parameters and what is stored for them; reads gradients and never writes them.
     """

@@ -1,7 +1,9 @@
-"""Roundings between registers and memory, and the random bits they take. No arithmetic of the optimizer here.
+"""Roundings between registers and memory, and the random bits they take. No arithmetic of the
+optimizer here.
 
-The torch twin is `fused_adam/codecs.py`: same names, same order, same bits (but for a NaN's sign and payload). Nothing
-rests on a library function's last bits: a guess is corrected by comparing exact values, the rest is +, -, *, /.
+The torch twin is `fused_adam/numerics/codecs.py`: same names, same order, same bits (but for a
+NaN's sign and payload). Nothing rests on a library function's last bits: a guess is corrected by
+comparing exact values, the rest is +, -, *, /.
 """
 
 import triton
@@ -11,7 +13,9 @@ INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
 GROUP = tl.constexpr(32)  # elements that share one scale
 LARGEST_BF16 = tl.constexpr(3.3895313892515355e38)
 TOP_CELL_24 = tl.constexpr(3.4027717462407993e38)  # the largest float32 whose low 8 bits are zero
-SMALLEST_SCALE = tl.constexpr(0x1180)  # 2^-92 in bfloat16: its unit is normal, and the unit's reciprocal finite
+SMALLEST_SCALE = tl.constexpr(
+    0x1180
+)  # 2^-92 in bfloat16: its unit is normal, and the unit's reciprocal finite
 SIGNED_STEPS = tl.constexpr(127.0 * 127.0)
 UNSIGNED_STEPS = tl.constexpr(4228250624.0)  # 255^4 in float32
 
@@ -20,7 +24,8 @@ UNSIGNED_STEPS = tl.constexpr(4228250624.0)  # 255^4 in float32
 def to_storage(x, DTYPE: tl.constexpr):
     """Round registers to the stored type, to nearest even."""
     if INTERPRET and DTYPE == tl.bfloat16:
-        # The interpreter truncates float32 -> bfloat16 (Triton 3.6 to 3.9): round on the bits instead.
+        # The interpreter truncates float32 -> bfloat16 (Triton 3.6 to 3.9): round on the bits
+        # instead.
         bits = x.to(tl.uint32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
         nan = (bits >> 16) | 0x40
@@ -34,18 +39,23 @@ def to_compute(x, COMPUTE: tl.constexpr):
     """The stored values as the arithmetic takes them: exact."""
     if INTERPRET and x.dtype == tl.bfloat16:
         # The interpreter gets bfloat16's subnormals wrong (Triton 3.7).
-        return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True).to(COMPUTE)
+        return (
+            (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16)
+            .to(tl.float32, bitcast=True)
+            .to(COMPUTE)
+        )
     else:
         return x.to(COMPUTE)
 
 
 @triton.jit
 def draw(seed, quad, step, ordinal, origin):
-    """Four random uint32 for each four elements of one parameter at one step: Philox-4x32-10 (Salmon et al. 2011).
+    """Four random uint32 for each four elements of one parameter at one step: Philox-4x32-10
+    (Salmon et al. 2011).
 
-    seed: int64. quad: int64 tensor, fours of elements from `origin` on. step, ordinal: int32. origin: int64, where in
-    the full parameter this part of it begins. Nothing is carried from the low word to the high one: a 64-bit sum would
-    take two more instructions per element.
+    seed: int64. quad: int64 tensor, fours of elements from `origin` on. step, ordinal: int32.
+    origin: int64, where in the full parameter this part of it begins. Nothing is carried from the
+    low word to the high one: a 64-bit sum would take two more instructions per element.
     """
     c0 = quad.to(tl.uint32) + (origin >> 2).to(tl.uint32)
     c1 = (quad >> 32).to(tl.uint32) + (origin >> 34).to(tl.uint32)
@@ -64,7 +74,9 @@ def random_word(seed, element, step, ordinal, origin):
 
 @triton.jit
 def random_words(seed, first, step, ordinal, origin, N: tl.constexpr):
-    """`random_word` of the N elements from `first` on; it and `origin` are multiples of 4: one draw serves four."""
+    """`random_word` of the N elements from `first` on; it and `origin` are multiples of 4: one draw
+    serves four.
+    """
     r0, r1, r2, r3 = draw(seed, first // 4 + tl.arange(0, N // 4), step, ordinal, origin)
     return tl.reshape(tl.join(tl.join(r0, r2), tl.join(r1, r3)), [N])
 
@@ -87,14 +99,17 @@ def stochastic_bf16(x, noise):
 
     Exact values stay. Beyond the largest finite bfloat16, and for NaN and infinity: to nearest.
     """
-    # Chosen as float32, both are packed by one instruction for two; as bfloat16 they take 3 more per element.
+    # Chosen as float32, both are packed by one instruction for two; as bfloat16 they take 3 more
+    # per element.
     up_or_down = ((x.to(tl.uint32, bitcast=True) + noise) & 0xFFFF0000).to(tl.float32, bitcast=True)
     return to_storage(tl.where(tl.abs(x) < LARGEST_BF16, up_or_down, x), tl.bfloat16)
 
 
 @triton.jit
 def split32(x):
-    """float32 -> bfloat16 (nearest, ties away from zero) and the int16 that `join32` adds back: nothing is lost."""
+    """float32 -> bfloat16 (nearest, ties away from zero) and the int16 that `join32` adds back:
+    nothing is lost.
+    """
     bits = tl.where(x == x, x.to(tl.uint32, bitcast=True), 0x7FC00000)
     visible = ((bits + 0x8000) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
     return visible, bits.to(tl.uint16).to(tl.int16, bitcast=True)
@@ -104,7 +119,8 @@ def split32(x):
 def join(visible, low):
     """bfloat16 and what is to be added to its bits as a float32's.
 
-    Zeros that a user wrote over a negative remainder stay zero: less one their bits would be a NaN's.
+    Zeros that a user wrote over a negative remainder stay zero: less one their bits would be a
+    NaN's.
     """
     high = visible.to(tl.uint16, bitcast=True).to(tl.uint32) << 16
     low = tl.where((high & 0x7FFFFFFF) == 0, tl.maximum(low, 0), low)
@@ -119,7 +135,8 @@ def join32(visible, remainder):
 
 @triton.jit
 def split24(x, noise):
-    """As `split32` with an int8: the low 8 bits are first rounded stochastically, with those of `noise` (uint32).
+    """As `split32` with an int8: the low 8 bits are first rounded stochastically, with those of
+    `noise` (uint32).
 
     Above the largest value that the pair holds they are dropped: nothing finite overflows.
     """
@@ -137,12 +154,14 @@ def join24(visible, remainder):
 
 @triton.jit
 def group_scale(x):
-    """The largest of each group of 32 magnitudes, rounded up to bfloat16, at least 2^-92; float32, shape (N // 32,).
+    """The largest of each group of 32 magnitudes, rounded up to bfloat16, at least 2^-92; float32,
+    shape (N // 32,).
 
     NaN if the group holds a NaN, an infinity or a value above the largest finite bfloat16.
     """
     N: tl.constexpr = x.shape[0]
-    # As integers NaN is the largest, whatever its sign; x has no other negative ones, -0.0 included.
+    # As integers NaN is the largest, whatever its sign; x has no other negative ones, -0.0
+    # included.
     top = tl.max(tl.reshape(x.to(tl.uint32, bitcast=True), [N // GROUP, GROUP]), axis=1)
     scale = tl.maximum((top + 0xFFFF) >> 16, SMALLEST_SCALE)
     return (tl.where(top <= 0x7F7F0000, scale, 0x7FC0) << 16).to(tl.float32, bitcast=True)
@@ -156,7 +175,8 @@ def spread(x, N: tl.constexpr):
 
 @triton.jit
 def spread_to_threads(x, N: tl.constexpr, SPAN: tl.constexpr):
-    """One value per group -> one per SPAN elements, which are one thread's: its store moves nothing between threads.
+    """One value per group -> one per SPAN elements, which are one thread's: its store moves nothing
+    between threads.
 
     Store where the span is its group's first; stored as it is, x would go through shared memory.
     """
@@ -166,7 +186,9 @@ def spread_to_threads(x, N: tl.constexpr, SPAN: tl.constexpr):
 
 @triton.jit
 def decode_m(code, scale):
-    """int8 codes, shape (N,), and float32 scales, shape (N // 32,) -> scale * (code / 127)^2 with the code's sign."""
+    """int8 codes, shape (N,), and float32 scales, shape (N // 32,) -> scale * (code / 127)^2 with
+    the code's sign.
+    """
     c = code.to(tl.float32)
     return c * tl.abs(c) * spread(scale * (1.0 / SIGNED_STEPS), code.shape[0])
 
@@ -177,7 +199,9 @@ def encode_m(m):
     magnitude = tl.abs(m)
     scale = group_scale(magnitude)
     x = magnitude * spread(tl.div_rn(SIGNED_STEPS, scale), m.shape[0])
-    x = tl.where(x < SIGNED_STEPS, x, SIGNED_STEPS)  # a NaN too: poisoned groups have codes, and a scale that shows
+    x = tl.where(
+        x < SIGNED_STEPS, x, SIGNED_STEPS
+    )  # a NaN too: poisoned groups have codes, and a scale that shows
     c = tl.floor(tl.sqrt(x))  # a guess: right or one too low
     c = tl.where(x > c * (c + 1.0) + 0.5, c + 1.0, c)  # halfway between c^2 and (c + 1)^2
     return tl.where(m < 0, -c, c).to(tl.int8), scale
@@ -195,14 +219,16 @@ def decode_v(code, scale):
 def encode_v(v, noise):
     """float32 >= 0, shape (N,) -> uint8 codes and float32 scales that bfloat16 holds exactly.
 
-    A value becomes one of the two decoded values around it in proportion to nearness; `noise`: uint32 below 2^16.
+    A value becomes one of the two decoded values around it in proportion to nearness; `noise`:
+    uint32 below 2^16.
     Code 0 is for zero alone: what is smaller than code 1 becomes code 1.
     """
     scale = group_scale(v)
     x = v * spread(tl.div_rn(UNSIGNED_STEPS, scale), v.shape[0])
     chance = ((noise << 7) | 0x3F800040).to(tl.float32, bitcast=True) - 1.0  # (noise + 1/2) / 2^16
-    # A guess, right or one too low, of the code. x goes above code c if it is more than `chance` of the way up from it:
-    # on the scale of codes that point is at c + chance or up to 0.24 further on, so any guess within 0.25 will do.
+    # A guess, right or one too low, of the code. x goes above code c if it is more than `chance` of
+    # the way up from it: on the scale of codes that point is at c + chance or up to 0.24 further
+    # on, so any guess within 0.25 will do.
     c = tl.floor(tl.sqrt(tl.sqrt(x)) - chance + 0.5)
     low = c * c
     low = low * low

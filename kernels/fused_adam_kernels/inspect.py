@@ -1,4 +1,5 @@
-"""What the compiler makes of the kernels: cross-compiled for GPUs that need not be here, and counted. Launches nothing.
+"""What the compiler makes of the kernels: cross-compiled for GPUs that need not be here, and
+counted. Launches nothing.
 
 python -m fused_adam_kernels.inspect [--arch sm_90 ...] [--variant fp32 ...] [--json]
 """
@@ -55,7 +56,9 @@ class Variant(NamedTuple):
     arguments: dict[str, str]  # run-time argument -> Triton's name of its type
     constants: dict[str, Any]
     elements: int  # per program, or per turn of its loop
-    bytes_moved: float | None = None  # per element, each input read once and each output written once
+    bytes_moved: float | None = (
+        None  # per element, each input read once and each output written once
+    )
     num_warps: int = 4
     max_registers: int | None = None  # per thread; on NVIDIA
 
@@ -70,21 +73,44 @@ def update(
 ) -> Variant:
     """The update kernel as `adam_step` launches it, or under another launch configuration."""
     config = config or CONFIGS[kind_of(param, grad, weights, states)]
-    arguments = {"rows_ptr": "*i64", "blocks_ptr": "*i32", "scalars_ptr": "*fp64" if param == FP64 else "*fp32"}
+    arguments = {
+        "rows_ptr": "*i64",
+        "blocks_ptr": "*i32",
+        "scalars_ptr": "*fp64" if param == FP64 else "*fp32",
+    }
     constants = adam.constants(param, grad, weights, states, amsgrad)
     constants |= {"BLOCK": config.block, "TAIL": config.tail}
     m, v, v_max, extra = adam.storage_types(param, weights, states)
-    # Read and written: moments, their maximum, what is beside the parameter, a scale of 2 bytes per 32 of each moment.
-    held = m.itemsize + v.itemsize + (v_max.itemsize if amsgrad else 0) + (4 / 32 if states == "int8" else 0)
+    # Read and written: moments, their maximum, what is beside the parameter, a scale of 2 bytes per
+    # 32 of each moment.
+    held = (
+        m.itemsize
+        + v.itemsize
+        + (v_max.itemsize if amsgrad else 0)
+        + (4 / 32 if states == "int8" else 0)
+    )
     held += extra.itemsize if weights in ("master32", "split32", "split24") else 0
     moved = 2 * param.itemsize + grad.itemsize + 2 * held
-    return Variant(adam.adam_kernel, arguments, constants, config.block, moved, config.num_warps, config.max_registers)
+    return Variant(
+        adam.adam_kernel,
+        arguments,
+        constants,
+        config.block,
+        moved,
+        config.num_warps,
+        config.max_registers,
+    )
 
 
 def square_sum(grad: torch.dtype) -> Variant:
     """The kernel that adds the squares of gradients, one turn of its loop."""
     arguments = {"rows_ptr": "*i64", "blocks_ptr": "*i32", "partials_ptr": "*fp64"}
-    constants = {"GRAD": adam.TYPES[grad], "LANES": norm.LANES, "LEVELS": norm.LEVELS, "CHUNK": norm.CHUNK}
+    constants = {
+        "GRAD": adam.TYPES[grad],
+        "LANES": norm.LANES,
+        "LEVELS": norm.LEVELS,
+        "CHUNK": norm.CHUNK,
+    }
     return Variant(norm.square_sum_kernel, arguments, constants, norm.LANES, grad.itemsize)
 
 
@@ -111,10 +137,12 @@ DEFAULT_VARIANTS = ["fp32", "fp32-amsgrad", "bf16-fp32-state", "bf16", "prologue
 
 @dataclasses.dataclass
 class Report:
-    """What is in the code of one variant for one target. Counts are static: slow paths and tails included.
+    """What is in the code of one variant for one target. Counts are static: slow paths and tails
+    included.
 
-    But for per_element: it counts what full blocks run, the kernel compiled once more without its loop over the tail,
-    which draws random bits element by element. Slow paths of sqrt and div, and the tables' loads, are in it.
+    But for per_element: it counts what full blocks run, the kernel compiled once more without its
+    loop over the tail, which draws random bits element by element. Slow paths of sqrt and div, and
+    the tables' loads, are in it.
     """
 
     variant: str
@@ -140,13 +168,19 @@ def compiled(variant: Variant, target: GPUTarget) -> Any:
     names = variant.kernel.arg_names
     signature = {name: variant.arguments.get(name, "constexpr") for name in names}
     constants = {(names.index(name),): value for name, value in variant.constants.items()}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")}
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(names)
+        if signature[name].startswith("*")
+    }
     options: dict[str, Any] = {"num_warps": variant.num_warps, "enable_fp_fusion": False}
     if variant.max_registers is not None and target.backend == "cuda":
         options["maxnreg"] = variant.max_registers
     with triton.knobs.compilation.scope():
         triton.knobs.compilation.always_compile = True
-        return triton.compile(ASTSource(variant.kernel, signature, constants, aligned), target=target, options=options)
+        return triton.compile(
+            ASTSource(variant.kernel, signature, constants, aligned), target=target, options=options
+        )
 
 
 def inspect(name: str, target: str, variant: Variant | None = None) -> Report:
@@ -179,7 +213,9 @@ def inspect(name: str, target: str, variant: Variant | None = None) -> Report:
 
 
 def read_nvidia(asm: Any) -> dict[str, Any]:
-    """Counts from SASS. Square root and division are single instructions in PTX only: their kind is read there."""
+    """Counts from SASS. Square root and division are single instructions in PTX only: their kind is
+    read there.
+    """
     with tempfile.NamedTemporaryFile() as file:
         file.write(asm["cubin"])
         file.flush()
@@ -192,10 +228,13 @@ def read_nvidia(asm: Any) -> dict[str, Any]:
     ptx = asm["ptx"]
     fused = re.findall(r"^\s*(?:@\S+ )?fma\.[\w.]*f(?:32|64)(x2)?\s", ptx, re.M)
     additions = re.findall(r"^\s*(?:@\S+ )?(?:add|sub)\.[\w.]*f32(x2)?\s", ptx, re.M)
-    # ptxas contracts packed arithmetic even where PTX says .rn (CUDA 12.9): what counts are the additions left over.
-    # Signs are changed and dropped by adding -0.0, where no other instruction takes that over: no additions of ours.
+    # ptxas contracts packed arithmetic even where PTX says .rn (CUDA 12.9): what counts are the
+    # additions left over. Signs are changed and dropped by adding -0.0, where no other instruction
+    # takes that over: no additions of ours.
     signs = len(re.findall(r"\bFADD R\d+, (?:-R\d+|\|R\d+\|)(?:\.reuse)?, -RZ ", text))
-    added = sum(name == "FADD" for name in names) - signs + 2 * sum(name == "FADD2" for name in names)
+    added = (
+        sum(name == "FADD" for name in names) - signs + 2 * sum(name == "FADD2" for name in names)
+    )
     widths = {"": 32, "64": 64, "128": 128, "256": 256, "ENL2.256": 256, "U16": 16, "U8": 8}
     accesses: dict[str, dict[int, int]] = {"LDG": {}, "STG": {}}
     for mask, name in found:
@@ -210,7 +249,9 @@ def read_nvidia(asm: Any) -> dict[str, Any]:
         "local_bytes": used["STACK"] + used["LOCAL"],
         "loads": accesses["LDG"],
         "stores": accesses["STG"],
-        "fp64": sum(bool(re.match(r"D(ADD|MUL|FMA|SETP|MNMX)|.*(F64|64H)", name)) for name in names),
+        "fp64": sum(
+            bool(re.match(r"D(ADD|MUL|FMA|SETP|MNMX)|.*(F64|64H)", name)) for name in names
+        ),
         "sqrt": kinds(ptx, "sqrt|rsqrt"),
         "div": kinds(ptx, "div|rcp"),
         "fused": sum(1 + bool(x2) for x2 in fused + additions) - added,
@@ -243,11 +284,16 @@ def read_amd(asm: Any) -> dict[str, Any]:
             accesses[match[1]][bits] = accesses[match[1]].get(bits, 0) + number
 
     def total(pattern: str) -> int:
-        return sum(number * (1 + ("_pk_" in name)) for name, number in count.items() if re.fullmatch(pattern, name))
+        return sum(
+            number * (1 + ("_pk_" in name))
+            for name, number in count.items()
+            if re.fullmatch(pattern, name)
+        )
 
-    # A correctly rounded division is one reciprocal and 5 fused multiply-adds between v_div_scale and v_div_fixup; such
-    # a root is v_sqrt and 2 of them, or v_rsq and 5 (more in double precision). Any others are contractions, and so are
-    # mixed ones that do not multiply by one or add zero.
+    # A correctly rounded division is one reciprocal and 5 fused multiply-adds between v_div_scale
+    # and v_div_fixup; such a root is v_sqrt and 2 of them, or v_rsq and 5 (more in double
+    # precision). Any others are contractions, and so are mixed ones that do not multiply by one or
+    # add zero.
     extra = {
         bits: total(rf"v_(pk_)?fma(c|ak|mk)?_{bits}")
         - 5 * total(rf"v_div_fixup_{bits}") - 2 * total(rf"v_sqrt_{bits}") - 5 * total(rf"v_rsq_{bits}")
@@ -263,7 +309,11 @@ def read_amd(asm: Any) -> dict[str, Any]:
         "stores": accesses["store"],
         "fp64": total(r"v_\w+_f64"),
         "sqrt": "" if not roots else "rn" if min(extra.values()) >= 0 else "approx",
-        "div": "" if not total(r"v_rcp_f\d+") else "rn" if total(r"v_rcp_f\d+") == divisions else "approx",
+        "div": ""
+        if not total(r"v_rcp_f\d+")
+        else "rn"
+        if total(r"v_rcp_f\d+") == divisions
+        else "approx",
         "fused": max(extra["f32"], 0) + len(mixed),
         "instructions": len(names),
     }
@@ -281,8 +331,19 @@ def line(report: Report) -> list[str]:
         return " ".join(f"{counts[bits]}x{bits}" for bits in sorted(counts, reverse=True))
 
     return [
-        *(report.variant, report.target, str(report.registers), str(report.spills), str(report.local_bytes)),
-        *(str(report.shared_bytes), accesses(report.loads), accesses(report.stores), str(report.fp64)),
+        *(
+            report.variant,
+            report.target,
+            str(report.registers),
+            str(report.spills),
+            str(report.local_bytes),
+        ),
+        *(
+            str(report.shared_bytes),
+            accesses(report.loads),
+            accesses(report.stores),
+            str(report.fp64),
+        ),
         *(report.sqrt or "-", report.div or "-", str(report.fused), str(report.instructions)),
         *(f"{report.per_element:.1f}", str(report.bytes_moved or "-"), f"{report.compile_s:.2f}"),
     ]
@@ -313,8 +374,12 @@ def main(arguments: list[str] | None = None) -> None:
         description="Cross-compile the kernels without a GPU and show what is in the code.",
     )
     parser.add_argument("--arch", nargs="+", default=["all"], help=f"all, {', '.join(TARGETS)}")
-    parser.add_argument("--variant", nargs="+", default=DEFAULT_VARIANTS, help=f"all, {', '.join(VARIANTS)}")
-    parser.add_argument("--json", action="store_true", help="one list of objects instead of the table")
+    parser.add_argument(
+        "--variant", nargs="+", default=DEFAULT_VARIANTS, help=f"all, {', '.join(VARIANTS)}"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="one list of objects instead of the table"
+    )
     options = parser.parse_args(arguments)
     targets = chosen("--arch", options.arch, list(TARGETS))
     variants = chosen("--variant", options.variant, list(VARIANTS))

@@ -1,7 +1,8 @@
 """Sum of squares of all gradients, in float64 and in an order that only the parameters decide.
 
-A gradient is cut into chunks; each of LANES lanes adds its elements of a chunk one after the other; lanes are added
-by halving. Neither launch shape, tile size nor number of threads takes part. The torch twin is `fused_adam/norm.py`.
+A gradient is cut into chunks; each of LANES lanes adds its elements of a chunk one after the other;
+lanes are added by halving. Neither launch shape, tile size nor number of threads takes part. The
+torch twin is `fused_adam/numerics/norm.py`.
 """
 
 import torch
@@ -62,12 +63,15 @@ def total_kernel(
     lane = tl.arange(0, LANES)
     total = tl.zeros([LANES], tl.float64)
     for first in range(0, num_partials, LANES):
-        total = total + tl.load(partials_ptr + first + lane, mask=first + lane < num_partials, other=0.0)
+        total = total + tl.load(
+            partials_ptr + first + lane, mask=first + lane < num_partials, other=0.0
+        )
     tl.store(total_ptr + tl.arange(0, 1), halving_sum(total, LANES, LEVELS))
 
 
 def square_sum(grad: torch.dtype) -> Launcher:
-    """Squares of gradients of one dtype, a sum per chunk: call it with the number of blocks, rows, blocks, partials.
+    """Squares of gradients of one dtype, a sum per chunk: call it with the number of blocks, rows,
+    blocks, partials.
 
     rows: int64, shape (P, ROW): addresses and sizes of the gradients.
     blocks: int32, shape (B, 3): which row, which chunk of it, where its sum belongs.
@@ -77,7 +81,8 @@ def square_sum(grad: torch.dtype) -> Launcher:
 
 
 def total() -> Launcher:
-    """The sum of all partial sums: call it with 1, partials, total (float64, shape (1,), written), and their number.
+    """The sum of all partial sums: call it with 1, partials, total (float64, shape (1,), written),
+    and their number.
 
     Not finite if and only if a gradient is not (float64 gradients beyond 1e154 count as infinite).
     """

@@ -1,6 +1,7 @@
 """The prologue: step counters and hyper-parameters -> this step's scalars, one row per parameter.
 
-Everything is float64 until the one rounding on the store. The Python twin is `fused_adam/scalars.py`.
+Everything is float64 until the one rounding on the store. The Python twin is
+`fused_adam/numerics/scalars.py`.
 """
 
 import triton
@@ -25,7 +26,9 @@ def power(b, t):
 
 @triton.jit
 def clip_coefficient(norm, max_norm):
-    """What gradients of this norm are multiplied by, as in torch's clip_grad_norm_; one if max_norm is negative."""
+    """What gradients of this norm are multiplied by, as in torch's clip_grad_norm_; one if max_norm
+    is negative.
+    """
     clip = max_norm / (norm + 1e-6)
     clip = tl.where(clip > 1.0, 1.0, clip)  # a NaN stays one
     return tl.where(max_norm < 0, 1.0, clip)
@@ -33,7 +36,11 @@ def clip_coefficient(norm, max_norm):
 
 @triton.jit(
     do_not_specialize=["num_rows"],
-    do_not_specialize_on_alignment=["found_inf_ptr", "grad_scale_ptr", "square_sum_ptr"],  # the user's own tensors
+    do_not_specialize_on_alignment=[
+        "found_inf_ptr",
+        "grad_scale_ptr",
+        "square_sum_ptr",
+    ],  # the user's own tensors
 )
 def prologue_kernel(
     rows_ptr,  # *i64 [P, ROW]      addresses of the step counters, group numbers
@@ -46,7 +53,8 @@ def prologue_kernel(
     num_rows: tl.int32,  # P
     BLOCK: tl.constexpr,  # rows per program
 ):
-    """Advance every step counter by one and write its parameter's scalars; on a skipped step advance none.
+    """Advance every step counter by one and write its parameter's scalars; on a skipped step
+    advance none.
 
     What a step does without is there all the same, as 0, 1 and 0: one variant serves them all.
     """
@@ -54,7 +62,9 @@ def prologue_kernel(
     norm = tl.sqrt(tl.load(square_sum_ptr)) / grad_scale
     clip = clip_coefficient(norm, tl.load(hyper_ptr + table.MAX_GRAD_NORM))
     finite = norm < float("inf")
-    skip = (tl.load(found_inf_ptr) != 0) | ((tl.load(hyper_ptr + table.SKIP_NONFINITE) != 0) & (finite == 0))
+    skip = (tl.load(found_inf_ptr) != 0) | (
+        (tl.load(hyper_ptr + table.SKIP_NONFINITE) != 0) & (finite == 0)
+    )
     if tl.program_id(0) == 0:
         tl.store(stats_ptr + table.GRAD_NORM, norm)
         skipped = tl.load(stats_ptr + table.SKIPPED_STEPS)
@@ -94,15 +104,16 @@ def prologue_kernel(
 
 
 def prologue() -> Launcher:
-    """Advance the step counters and fill `scalars` for this step: call it with `programs(P)` and the arguments below.
+    """Advance the step counters and fill `scalars` for this step: call it with `programs(P)` and
+    the arguments below.
 
     rows: int64, shape (P, ROW): the counters' addresses (float32 each) and group numbers.
     hyper: float64, shape (G, HYPER).
     scalars: float32 or float64, shape (P, SCALARS): written.
     found_inf: float32, one element: not zero skips the step, counters included.
     grad_scale: float32, one element: gradients are divided by it as they are read.
-    square_sum: float64, one element: of all gradients as they are in memory. Gradients are clipped and a step with
-        non-finite ones skipped as `hyper` says.
+    square_sum: float64, one element: of all gradients as they are in memory. Gradients are clipped
+        and a step with non-finite ones skipped as `hyper` says.
     stats: float64, shape (STATS,): the norm is written, the skipped steps are counted.
     P: how many rows there are.
     """

@@ -1,4 +1,6 @@
-"""Runs a function in several processes that talk over gloo, and brings back what each returned. Knows no optimizer."""
+"""Runs a function in several processes that talk over gloo, and brings back what each returned.
+Knows no optimizer.
+"""
 
 from __future__ import annotations
 
@@ -14,16 +16,21 @@ from typing import Any
 import torch
 from torch import distributed
 
-# Ranks are forked from a server that has imported torch, and what an optimizer's step imports: seconds for each rank.
+# Ranks are forked from a server that has imported torch, and what an optimizer's step imports:
+# seconds for each rank.
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(["pytest", "torch.distributed.optim", "torch._dynamo"])
 
 
-def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout_s: float = 120) -> list[Any]:
-    """Call `function(rank, *args)` in `world_size` processes of one gloo group; returns their results by rank.
+def run_ranks(
+    world_size: int, function: Callable[..., Any], *args: Any, timeout_s: float = 120
+) -> list[Any]:
+    """Call `function(rank, *args)` in `world_size` processes of one gloo group; returns their
+    results by rank.
 
     Args:
-        function: of a module's top level, as are the types of arguments and results: they are pickled.
+        function: of a module's top level, as are the types of arguments and results: they are
+            pickled.
         timeout_s: a rank that takes longer ends, and shows where it stood.
 
     Raises RuntimeError with the traceback of every rank that failed.
@@ -31,7 +38,9 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
         ranks = [
-            context.Process(target=_rank, args=(rank, world_size, folder, timeout_s, function, args))
+            context.Process(
+                target=_rank, args=(rank, world_size, folder, timeout_s, function, args)
+            )
             for rank in range(world_size)
         ]
         for process in ranks:
@@ -50,10 +59,14 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout
                     for rank, text in zip(failed, texts, strict=True)
                 )
             )
-        return [pickle.loads((folder / f"{rank}.result").read_bytes()) for rank in range(world_size)]
+        return [
+            pickle.loads((folder / f"{rank}.result").read_bytes()) for rank in range(world_size)
+        ]
 
 
-def _rank(rank: int, world_size: int, folder: pathlib.Path, timeout_s: float, function: Any, args: Any) -> None:
+def _rank(
+    rank: int, world_size: int, folder: pathlib.Path, timeout_s: float, function: Any, args: Any
+) -> None:
     torch.set_num_threads(1)  # ranks share the cores
     with (folder / f"{rank}.failure").open("w") as failure:
         faulthandler.dump_traceback_later(timeout_s, exit=True, file=failure)

@@ -21,7 +21,11 @@ def whole(tensor: Tensor) -> Tensor:
         return tensor.detach().clone()
     if tensor.dtype == torch.int16:
         wide = DTensor.from_local(
-            tensor.to_local().int(), tensor.device_mesh, tensor.placements, shape=tensor.shape, stride=tensor.stride()
+            tensor.to_local().int(),
+            tensor.device_mesh,
+            tensor.placements,
+            shape=tensor.shape,
+            stride=tensor.stride(),
         )
         return wide.full_tensor().short()
     return tensor.detach().full_tensor()
@@ -30,7 +34,10 @@ def whole(tensor: Tensor) -> Tensor:
 def whole_results(optimizer: torch.optim.Optimizer) -> list[dict[str, Tensor]]:
     """`training.results`, every tensor whole. A collective."""
     return [
-        {"param": whole(param), **{key: whole(value) for key, value in optimizer.state.get(param, {}).items()}}
+        {
+            "param": whole(param),
+            **{key: whole(value) for key, value in optimizer.state.get(param, {}).items()},
+        }
         for group in optimizer.param_groups
         for param in group["params"]
     ]

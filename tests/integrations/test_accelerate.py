@@ -21,7 +21,9 @@ from training import results, same_bits
 from fused_adam import FusedAdamW
 
 LR, CLIP, PARTS, EPOCH = 1e-2, 0.05, 2, 12  # micro-batches per step, and in an epoch
-ATOL = tolerance(torch.float32, EPOCH // PARTS, Options(lr=LR, weight_decay=0.01), roundings=4)["param"]
+ATOL = tolerance(torch.float32, EPOCH // PARTS, Options(lr=LR, weight_decay=0.01), roundings=4)[
+    "param"
+]
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +36,9 @@ def fresh_state():
 def prepared(options, optimizer_class=FusedAdamW, dtype=torch.float32, scaler=None, **settings):
     # A checkpoint does not have the order of other samplers over several processes.
     order = DataLoaderConfiguration(use_seedable_sampler=True)
-    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=PARTS, dataloader_config=order, **settings)
+    accelerator = Accelerator(
+        cpu=True, gradient_accumulation_steps=PARTS, dataloader_config=order, **settings
+    )
     accelerator.scaler = scaler  # Accelerate itself makes one for a GPU alone
     set_seed(0)
     model = nn.Sequential(nn.Linear(6, 33), nn.GELU(), nn.Dropout(0.1), nn.Linear(33, 3)).to(dtype)
@@ -84,7 +88,9 @@ def test_loading_a_state(options, dtype, mixed, tmp_path):
     assert rest[4].get_last_lr() == whole[4].get_last_lr() != [LR]
     assert all(entry["step"] == 2 * EPOCH / PARTS for entry in results(rest[2]))
     buffers = rest[2].optimizer._engine.flat
-    assert buffers is None or all(buffers.place(param, param.grad) for param in rest[1].parameters())
+    assert buffers is None or all(
+        buffers.place(param, param.grad) for param in rest[1].parameters()
+    )
 
 
 def weights(optimizer_class, options, **how):
@@ -94,7 +100,9 @@ def weights(optimizer_class, options, **how):
 
 
 def test_near_torch():
-    torch.testing.assert_close(weights(FusedAdamW, {}), weights(torch.optim.AdamW, {}), rtol=0, atol=ATOL)
+    torch.testing.assert_close(
+        weights(FusedAdamW, {}), weights(torch.optim.AdamW, {}), rtol=0, atol=ATOL
+    )
 
 
 def test_clipping_inside_the_step_instead():
@@ -105,7 +113,9 @@ def test_clipping_inside_the_step_instead():
 
 
 def trained_with(scaler, options, overflowing=1):
-    """Without a scaler the step that overflows under one is left out; returns results, and which steps were skipped."""
+    """Without a scaler the step that overflows under one is left out; returns results, and which
+    steps were skipped.
+    """
     accelerator, model, optimizer, batches, _ = prepared(options, scaler=scaler)
     model.eval()  # no dropout: what is left out draws no numbers
     skipped = []
@@ -114,7 +124,9 @@ def trained_with(scaler, options, overflowing=1):
         if overflows and scaler is None:
             continue
         with accelerator.accumulate(model):
-            accelerator.backward(model(batch).square().mean() * (float("inf") if overflows else 1.0))
+            accelerator.backward(
+                model(batch).square().mean() * (float("inf") if overflows else 1.0)
+            )
             optimizer.step()
             optimizer.zero_grad()
         if accelerator.sync_gradients:
@@ -123,7 +135,9 @@ def trained_with(scaler, options, overflowing=1):
 
 
 # torch's own fused steps decide on the device too, so that Accelerate does not hear of it.
-@pytest.mark.parametrize(("options", "heard"), [({}, True), ({"fused": True}, False), ({"max_grad_norm": CLIP}, False)])
+@pytest.mark.parametrize(
+    ("options", "heard"), [({}, True), ({"fused": True}, False), ({"max_grad_norm": CLIP}, False)]
+)
 @pytest.mark.parametrize("flatten", [False, True])
 def test_grad_scaler(options, heard, flatten):
     options = {**options, "flatten": flatten}
@@ -134,7 +148,13 @@ def test_grad_scaler(options, heard, flatten):
 
 
 def in_two_processes(rank, options, folder):
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", OMP_NUM_THREADS="1")
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE="2",
+        LOCAL_WORLD_SIZE="2",
+        OMP_NUM_THREADS="1",
+    )
     whole = prepared(options)
     assert (whole[0].num_processes, whole[0].process_index) == (2, rank)
     epoch(0, *whole)
@@ -157,15 +177,28 @@ def test_two_processes(options, tmp_path):
 
 def with_fsdp2(rank, options, efficient):
     """The optimizer is made for the whole model; Accelerate puts the shards into its groups."""
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", OMP_NUM_THREADS="1")
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE="2",
+        LOCAL_WORLD_SIZE="2",
+        OMP_NUM_THREADS="1",
+    )
     accelerator = Accelerator(cpu=True)
-    # Accelerate takes its way of FSDP only where it finds a GPU; what it then does runs on CPUs, too.
-    accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2, cpu_ram_efficient_loading=efficient)
+    # Accelerate takes its way of FSDP only where it finds a GPU; what it then does runs on CPUs,
+    # too.
+    accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, cpu_ram_efficient_loading=efficient
+    )
     accelerator.state.distributed_type = DistributedType.FSDP
     model = network()
     optimizer = FusedAdamW(model.parameters(), lr=LR, **options)
     flat = optimizer._engine.flat
-    slots = [slot for place in flat.places.values() for slot in (place.param, place.grad)] if flat else []
+    slots = (
+        [slot for place in flat.places.values() for slot in (place.param, place.grad)]
+        if flat
+        else []
+    )
     buffers = [weakref.ref(slot.segment) for slot in slots]
     del flat, slots
     model, prepared_optimizer = accelerator.prepare(model, optimizer)
@@ -181,9 +214,13 @@ def with_fsdp2(rank, options, efficient):
 
 
 @pytest.mark.parametrize("efficient", [False, True])
-@pytest.mark.parametrize("options", [{}, {"flatten": True}, {"flatten": True, "max_grad_norm": CLIP}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"flatten": True}, {"flatten": True, "max_grad_norm": CLIP}], ids=str
+)
 def test_fsdp2_replaces_the_parameters(options, efficient):
-    """The flat buffers of those that left are let go at the first `zero_grad()`, and the bits are one process's."""
+    """The flat buffers of those that left are let go at the first `zero_grad()`, and the bits are
+    one process's.
+    """
     expected = alone(options)
     for found, buffers in run_ranks(2, with_fsdp2, options, efficient):
         assert same_bits(found, expected)

@@ -1,4 +1,6 @@
-"""DistributedDataParallel over two gloo processes: every rank has the bits of one process that saw all batches."""
+"""DistributedDataParallel over two gloo processes: every rank has the bits of one process that saw
+all batches.
+"""
 
 import contextlib
 
@@ -27,7 +29,9 @@ def loss_of(model, rank, step, part=0):
 
 
 def alone(options, *, parts=1, batches=lambda rank: STEPS, skipped=(), dtype=torch.float32):
-    """One process: per rank the gradients of its micro-batches, summed, then averaged over ranks as DDP does."""
+    """One process: per rank the gradients of its micro-batches, summed, then averaged over ranks as
+    DDP does.
+    """
     model = network(dtype)
     optimizer = FusedAdamW(model.parameters(), lr=LR, **options)
     for step in range(STEPS):
@@ -52,7 +56,9 @@ def alone(options, *, parts=1, batches=lambda rank: STEPS, skipped=(), dtype=tor
 
 
 def wrapped(options, flatten=None, dtype=torch.float32, optimizer_class=FusedAdamW, **ddp):
-    """Model and optimizer; parameters are flattened before the model is wrapped, after it, or not at all."""
+    """Model and optimizer; parameters are flattened before the model is wrapped, after it, or not
+    at all.
+    """
     model = network(dtype)
     if flatten == "before":
         optimizer = optimizer_class(model.parameters(), lr=LR, flatten=True, **options)
@@ -87,7 +93,9 @@ def test_ranks_have_the_bits_of_one_process(flatten, bucket_view, static_graph):
 @pytest.mark.parametrize("bucket_view", [False, True])
 @pytest.mark.parametrize("flatten", [None, "before"])
 def test_accumulation_without_synchronization(flatten, bucket_view):
-    ranks = run_ranks(WORLD, training, {}, 2, {"flatten": flatten, "gradient_as_bucket_view": bucket_view})
+    ranks = run_ranks(
+        WORLD, training, {}, 2, {"flatten": flatten, "gradient_as_bucket_view": bucket_view}
+    )
     expected = alone({}, parts=2)
     assert all(same_bits(rank, expected) for rank in ranks)
 
@@ -110,7 +118,8 @@ def test_clipping_and_recipes(options, dtype):
 
 def test_near_torch_under_ddp():
     ours, theirs = (
-        run_ranks(WORLD, training, {}, 1, {"optimizer_class": cls})[0] for cls in (FusedAdamW, torch.optim.AdamW)
+        run_ranks(WORLD, training, {}, 1, {"optimizer_class": cls})[0]
+        for cls in (FusedAdamW, torch.optim.AdamW)
     )
     atol = tolerance(torch.float32, STEPS, Options(lr=LR), roundings=4)["param"]
     for mine, its in zip(ours, theirs, strict=True):
@@ -133,7 +142,9 @@ def uneven(rank, flatten):
 
 @pytest.mark.parametrize("flatten", [None, "before"])
 def test_join_with_uneven_inputs(flatten):
-    """The rank that ends early takes the parameters of the other; a batch that is missing counts as zeros."""
+    """The rank that ends early takes the parameters of the other; a batch that is missing counts as
+    zeros.
+    """
     ranks = run_ranks(WORLD, uneven, flatten)
     expected = [{"param": entry["param"]} for entry in alone({}, batches=batches_of)]
     assert all(same_bits(rank, expected) for rank in ranks)
@@ -186,7 +197,9 @@ class Experts(nn.Module):
 
 
 def unused_training(rank, flatten, views, set_to_none):
-    model = DistributedDataParallel(Experts(), find_unused_parameters=True, gradient_as_bucket_view=views)
+    model = DistributedDataParallel(
+        Experts(), find_unused_parameters=True, gradient_as_bucket_view=views
+    )
     optimizer = FusedAdamW(model.parameters(), lr=LR, flatten=flatten)
     for step in range(6):
         optimizer.zero_grad(set_to_none)
@@ -198,8 +211,14 @@ def unused_training(rank, flatten, views, set_to_none):
 @pytest.mark.parametrize("set_to_none", [True, False])
 @pytest.mark.parametrize("views", [False, True])
 def test_experts_that_no_rank_uses_rest(views, set_to_none):
-    """With bucket views DDP took the zeros of flat buffers for gradients, and all experts were stepped."""
-    plain, flat = (run_ranks(WORLD, unused_training, flatten, views, set_to_none) for flatten in (False, True))
-    assert [int(entry["step"]) for entry in plain[0]] == ([2] * 6 if set_to_none else [6, 6, 5, 5, 4, 4])
+    """With bucket views DDP took the zeros of flat buffers for gradients, and all experts were
+    stepped.
+    """
+    plain, flat = (
+        run_ranks(WORLD, unused_training, flatten, views, set_to_none) for flatten in (False, True)
+    )
+    assert [int(entry["step"]) for entry in plain[0]] == (
+        [2] * 6 if set_to_none else [6, 6, 5, 5, 4, 4]
+    )
     for one, other in zip(plain, flat, strict=True):
         assert same_bits(one, other)

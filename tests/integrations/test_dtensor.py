@@ -1,4 +1,6 @@
-"""DTensor parameters over 1, 2 and 4 gloo processes: the bits of one process, norms over all shards, errors on all."""
+"""DTensor parameters over 1, 2 and 4 gloo processes: the bits of one process, norms over all
+shards, errors on all.
+"""
 
 import copy
 import pickle
@@ -15,10 +17,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from training import gradient, results, same_bits, values
 
-from fused_adam import FusedAdamW, offload
+from fused_adam import FusedAdamW
+from fused_adam.state import offload
 
 STEPS = 4
-# Uneven shards, empty ones (of 3, 2 or 1 rows), nothing at all, rows that are no whole vectors or fours.
+# Uneven shards, empty ones (of 3, 2 or 1 rows), nothing at all, rows that are no whole vectors or
+# fours.
 SHAPES = [(33, 6), (33,), (3, 33), (3,), (2, 5, 4), (1,), (0, 4), (17, 7), (16, 64)]
 OPTIONS = [
     (torch.float32, {}),
@@ -40,7 +44,11 @@ def train(optimizer, steps=STEPS, first=0):
     for step in range(first, first + steps):
         for index, param in enumerate(params):
             grad = gradient(param, index, step)
-            param.grad = cut(grad, param.device_mesh, param.placements) if isinstance(param, DTensor) else grad
+            param.grad = (
+                cut(grad, param.device_mesh, param.placements)
+                if isinstance(param, DTensor)
+                else grad
+            )
         optimizer.step()
 
 
@@ -83,7 +91,9 @@ def test_shards_have_the_bits_of_one_process(dtype, options, world):
 
 @pytest.mark.parametrize("precision", ["sr-bf16", "split24-int8"])
 def test_the_kernel_on_shards(precision):
-    """In the interpreter; some shards do not begin at a multiple of 4 elements, as draws of random bits do."""
+    """In the interpreter; some shards do not begin at a multiple of 4 elements, as draws of random
+    bits do.
+    """
     shapes = FEW_SHAPES if precision == "sr-bf16" else WHOLE_GROUPS
     options = {"precision": precision, "seed": 3, "max_grad_norm": 0.5}
     ranks = run_ranks(2, in_rows, 2, torch.bfloat16, {**options, "backend": "triton"}, shapes)
@@ -94,7 +104,10 @@ def test_the_kernel_on_shards(precision):
 @pytest.mark.parametrize("world", [2, 4])
 @pytest.mark.parametrize(
     ("dtype", "options"),
-    [(torch.float32, {"precision": "native-int8"}), (torch.bfloat16, {"precision": "split24-int8", "amsgrad": True})],
+    [
+        (torch.float32, {"precision": "native-int8"}),
+        (torch.bfloat16, {"precision": "split24-int8", "amsgrad": True}),
+    ],
     ids=str,
 )
 def test_8_bit_states_have_them_where_shards_are_whole_groups(dtype, options, world):
@@ -110,11 +123,14 @@ def test_8_bit_states_have_them_where_one_process_holds_all():
 
 
 def hashed(rank, world, steps, arguments):
-    """tests/test_hash.py over parameters that are cut."""
+    """tests/numerics/test_hash.py over parameters that are cut."""
     only = arguments.pop("only", None)
     mesh = init_device_mesh("cpu", (world,))
     plain = test_hash.start("cpu", only)
-    params = {name: torch.nn.Parameter(cut(param.detach(), mesh, (Shard(0),))) for name, param in plain.items()}
+    params = {
+        name: torch.nn.Parameter(cut(param.detach(), mesh, (Shard(0),)))
+        for name, param in plain.items()
+    }
     optimizer = test_hash.optimizer_of(params, **arguments)
     for step in range(steps):
         for group in optimizer.param_groups:
@@ -127,7 +143,10 @@ def hashed(rank, world, steps, arguments):
         optimizer.step()
 
     read = {name: torch.nn.Parameter(whole(param)) for name, param in params.items()}
-    state = {read[name]: {key: whole(x) for key, x in optimizer.state[params[name]].items()} for name in params}
+    state = {
+        read[name]: {key: whole(x) for key, x in optimizer.state[params[name]].items()}
+        for name in params
+    }
     return test_hash.digest(read, types.SimpleNamespace(state=state))
 
 
@@ -142,7 +161,8 @@ def test_the_hash_does_not_depend_on_the_world_size(precision, world):
     assert run_ranks(world, hashed, world, steps, arguments) == [expected] * world
 
 
-# On a mesh of 2 x 2: copies, rows, columns, both, rows within rows; and parameters that are no DTensors.
+# On a mesh of 2 x 2: copies, rows, columns, both, rows within rows; and parameters that are no
+# DTensors.
 SQUARE = [(8, 6), (8, 6), (8, 6), (8, 6), (8, 6), (8, 6), (8, 6), (7, 5)]
 PLACES = [
     (Replicate(), Replicate()),
@@ -160,8 +180,12 @@ def square(rank, options):
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("outer", "inner"))
     params = parameters(torch.float32, SQUARE, mesh, PLACES)
     # Of a mesh within the mesh: every row of processes has a copy.
-    params += [torch.nn.Parameter(cut(values((6, 3), 99, torch.float32), mesh["inner"], (Shard(0),)))]
-    optimizer = FusedAdamW([{"params": params[:4]}, {"params": params[4:], "lr": 1e-3}], lr=1e-2, **options)
+    params += [
+        torch.nn.Parameter(cut(values((6, 3), 99, torch.float32), mesh["inner"], (Shard(0),)))
+    ]
+    optimizer = FusedAdamW(
+        [{"params": params[:4]}, {"params": params[4:], "lr": 1e-3}], lr=1e-2, **options
+    )
     train(optimizer)
     return whole_results(optimizer), optimizer.grad_norm
 
@@ -169,8 +193,13 @@ def square(rank, options):
 @pytest.mark.parametrize("options", [{}, {"max_grad_norm": 0.1}, {"skip_nonfinite": True}], ids=str)
 def test_any_placement_on_several_meshes_beside_plain_parameters(options):
     ranks = run_ranks(4, square, options)
-    params = [*parameters(torch.float32, SQUARE), torch.nn.Parameter(values((6, 3), 99, torch.float32))]
-    expected = FusedAdamW([{"params": params[:4]}, {"params": params[4:], "lr": 1e-3}], lr=1e-2, **options)
+    params = [
+        *parameters(torch.float32, SQUARE),
+        torch.nn.Parameter(values((6, 3), 99, torch.float32)),
+    ]
+    expected = FusedAdamW(
+        [{"params": params[:4]}, {"params": params[4:], "lr": 1e-3}], lr=1e-2, **options
+    )
     train(expected)
     for found, grad_norm in ranks:
         assert same_bits(found, results(expected))
@@ -182,7 +211,10 @@ def columns_with_random_bits(rank):
     """Columns draw bits of their own: no two shards the same, copies all the same."""
     mesh = init_device_mesh("cpu", (2, 2))
     value = torch.full((64, 64), 1.0, dtype=torch.bfloat16)
-    params = [torch.nn.Parameter(cut(value, mesh, place)) for place in [(Replicate(), Shard(1)), (Shard(1), Shard(0))]]
+    params = [
+        torch.nn.Parameter(cut(value, mesh, place))
+        for place in [(Replicate(), Shard(1)), (Shard(1), Shard(0))]
+    ]
     optimizer = FusedAdamW(params, lr=1e-3, weight_decay=0.0, precision="sr-bf16")
     for param in params:
         param.grad = cut(torch.ones_like(value), mesh, param.placements)
@@ -209,7 +241,10 @@ def layout(rank):
         assert type(entry["step"]) is torch.Tensor
         for key in ("exp_avg_code", "exp_avg_sq_code", "remainder", "max_exp_avg_sq"):
             assert isinstance(entry[key], DTensor) and entry[key].shape == param.shape
-            assert entry[key].placements == param.placements and entry[key].device_mesh == param.device_mesh
+            assert (
+                entry[key].placements == param.placements
+                and entry[key].device_mesh == param.device_mesh
+            )
             assert entry[key].stride() == param.stride()
         assert isinstance(entry["exp_avg_scale"], DTensor)
     before = params[0].to_local().detach().clone()
@@ -251,7 +286,9 @@ def offloaded(rank, options):
     """As on a GPU: here there is no other memory, so one place of it stands for the host's."""
     offload.host_memory = lambda tensor: torch.empty_like(tensor)
     mesh = init_device_mesh("cpu", (2,))
-    optimizer = FusedAdamW(parameters(torch.bfloat16, SHAPES, mesh, (Shard(0),)), lr=1e-2, **options)
+    optimizer = FusedAdamW(
+        parameters(torch.bfloat16, SHAPES, mesh, (Shard(0),)), lr=1e-2, **options
+    )
     train(optimizer, 2)
     before = whole_results(optimizer)
     optimizer.offload()
@@ -291,7 +328,9 @@ def copied_within(entry):
 def moved_by_loops(rank, options, move):
     """State goes away and comes back after every step, and at first is made by `init_state()`."""
     mesh = init_device_mesh("cpu", (2,))
-    optimizer = FusedAdamW(parameters(torch.bfloat16, FEW_SHAPES, mesh, (Shard(0),)), lr=1e-2, **options)
+    optimizer = FusedAdamW(
+        parameters(torch.bfloat16, FEW_SHAPES, mesh, (Shard(0),)), lr=1e-2, **options
+    )
     optimizer.init_state()
     freed = []
     for step in range(STEPS):
@@ -302,10 +341,16 @@ def moved_by_loops(rank, options, move):
                 move(entry)
             freed.append(all(ref() is None for ref in memory))
         train(optimizer, 1, first=step)
-    return whole_results(optimizer), freed, [type(value) for value in optimizer.state[optimizer._params()[0]].values()]
+    return (
+        whole_results(optimizer),
+        freed,
+        [type(value) for value in optimizer.state[optimizer._params()[0]].values()],
+    )
 
 
-@pytest.mark.parametrize(("precision", "backend"), [("split32-bf16", "reference"), ("split24-int8", "triton")])
+@pytest.mark.parametrize(
+    ("precision", "backend"), [("split32-bf16", "reference"), ("split24-int8", "triton")]
+)
 @pytest.mark.parametrize("move", [copied_entry_by_entry, copied_in_a_new_entry, copied_within])
 def test_state_that_a_loop_moves(move, precision, backend):
     """What kernels step is free at once, and the bits are those of a training without the loop."""
@@ -341,7 +386,9 @@ def test_gradients_that_are_still_to_be_summed_are():
 
 def poisoned(rank, value, options):
     mesh = init_device_mesh("cpu", (4,))
-    params = parameters(torch.float32, [(3, 4), (2,)], mesh, (Shard(0),))  # the last rank has nothing
+    params = parameters(
+        torch.float32, [(3, 4), (2,)], mesh, (Shard(0),)
+    )  # the last rank has nothing
     optimizer = FusedAdamW(params, lr=1e-2, **options)
     train(optimizer, 1)
     before = whole_results(optimizer)
@@ -350,18 +397,27 @@ def poisoned(rank, value, options):
         grad.view(-1)[-1] = value
         param.grad = cut(grad, mesh, param.placements)
     optimizer.step()
-    return before, whole_results(optimizer), int(optimizer.skipped_steps), float(optimizer.grad_norm)
+    return (
+        before,
+        whole_results(optimizer),
+        int(optimizer.skipped_steps),
+        float(optimizer.grad_norm),
+    )
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("options", [{}, {"max_grad_norm": 1.0}], ids=str)
 def test_one_bad_gradient_skips_the_step_on_every_rank(options, value):
-    for before, after, skipped, norm in run_ranks(4, poisoned, value, {"skip_nonfinite": True, **options}):
+    for before, after, skipped, norm in run_ranks(
+        4, poisoned, value, {"skip_nonfinite": True, **options}
+    ):
         assert same_bits(before, after) and skipped == 1 and not norm < float("inf")
 
 
 def with_reduce_norm(rank):
-    """Two optimizers, as of two stages of a pipeline, on meshes of two ranks each; the norm is of all four."""
+    """Two optimizers, as of two stages of a pipeline, on meshes of two ranks each; the norm is of
+    all four.
+    """
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("stage", "data"))
     stage = mesh.get_local_rank("stage")
     shapes = SHAPES[:3] if stage == 0 else SHAPES[3:5]
@@ -418,11 +474,15 @@ def differing(rank, what):
     for _ in range(2):  # and once more
         with pytest.raises((RuntimeError, ValueError)) as error:
             optimizer.step()
-    assert all(torch.equal(param.to_local(), value) for param, value in zip(params, before, strict=True))
+    assert all(
+        torch.equal(param.to_local(), value) for param, value in zip(params, before, strict=True)
+    )
     return str(error.value)
 
 
-@pytest.mark.parametrize("what", ["dtype", "group", "parameters", "precision", "max_grad_norm", "gradient"])
+@pytest.mark.parametrize(
+    "what", ["dtype", "group", "parameters", "precision", "max_grad_norm", "gradient"]
+)
 def test_ranks_that_differ_all_say_so(what):
     first, second = run_ranks(2, differing, what)
     assert first == second and "ranks differ" in first and what in first and "rank 1" in first
@@ -430,7 +490,11 @@ def test_ranks_that_differ_all_say_so(what):
 
 def test_what_stops_one_rank_stops_all():
     first, second = run_ranks(2, differing, "failure")
-    assert "'step' of parameter 0" in second and "no rank steps, because rank 1" in first and second in first
+    assert (
+        "'step' of parameter 0" in second
+        and "no rank steps, because rank 1" in first
+        and second in first
+    )
 
 
 def refused(rank):
@@ -465,7 +529,9 @@ def refused(rank):
 def test_errors_name_what_is_wrong():
     for texts in run_ranks(2, refused):
         for text, words in zip(
-            texts, ["Partial", "'exp_avg' lies on", "'exp_avg_sq' has shape", "max_grad_norm"], strict=True
+            texts,
+            ["Partial", "'exp_avg' lies on", "'exp_avg_sq' has shape", "max_grad_norm"],
+            strict=True,
         ):
             assert words in text
 

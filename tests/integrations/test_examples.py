@@ -14,7 +14,14 @@ ROOT = pathlib.Path(__file__).parent.parent.parent
 @pytest.mark.parametrize("processes", [1, 2])
 def test_fsdp2(processes, tmp_path):
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(processes),
+    ]
     done = subprocess.run(
         [*torchrun, ROOT / "examples" / "fsdp2.py", tmp_path],
         capture_output=True,

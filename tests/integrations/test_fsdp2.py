@@ -1,4 +1,6 @@
-"""FSDP2 (fully_shard) and distributed checkpoints over gloo processes: the bits of one process, whatever the world."""
+"""FSDP2 (fully_shard) and distributed checkpoints over gloo processes: the bits of one process,
+whatever the world.
+"""
 
 import copy
 
@@ -55,10 +57,14 @@ def test_fsdp2_has_the_bits_of_one_process(dtype, options):
 
 
 def two_dimensional(rank, options):
-    """FSDP over tensor parallelism: rows and columns of one network over 2 x 2 processes, the rest of it over 2."""
+    """FSDP over tensor parallelism: rows and columns of one network over 2 x 2 processes, the rest
+    of it over 2.
+    """
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
     torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(6, 32), torch.nn.GELU(), torch.nn.Linear(32, 3), torch.nn.LayerNorm(3))
+    model = torch.nn.Sequential(
+        torch.nn.Linear(6, 32), torch.nn.GELU(), torch.nn.Linear(32, 3), torch.nn.LayerNorm(3)
+    )
     reference = copy.deepcopy(model)
     parallelize_module(model, mesh["tensor"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
     fully_shard(model, mesh=mesh["data"])
@@ -67,12 +73,17 @@ def two_dimensional(rank, options):
     for step in range(3):
         optimizer.zero_grad()
         loss_of(model, 0, step).backward()
-        # Sums over columns have another order than in one process: the gradients are taken over, not computed again.
+        # Sums over columns have another order than in one process: the gradients are taken over,
+        # not computed again.
         for mine, its in zip(reference.parameters(), model.parameters(), strict=True):
             mine.grad = its.grad.full_tensor()
         optimizer.step()
         single.step()
-    return whole_results(optimizer), results(single), len({param.device_mesh for param in model.parameters()})
+    return (
+        whole_results(optimizer),
+        results(single),
+        len({param.device_mesh for param in model.parameters()}),
+    )
 
 
 @pytest.mark.parametrize("options", [{}, {"max_grad_norm": 0.01}], ids=str)
@@ -142,7 +153,9 @@ def test_8_bit_state_cut_within_groups_loads_in_the_same_world(flat, tmp_path):
     for found in run_ranks(2, loads, 2, str(tmp_path), torch.bfloat16, options, flat, False):
         assert same_bits(found, saved)
     # Elsewhere it would be cut anew: torch refuses, naming the entry and both sizes.
-    with pytest.raises(RuntimeError, match=r"(?s)Size mismatch.*exp_avg_scale|exp_avg_scale.*Size mismatch"):
+    with pytest.raises(
+        RuntimeError, match=r"(?s)Size mismatch.*exp_avg_scale|exp_avg_scale.*Size mismatch"
+    ):
         run_ranks(1, loads, 1, str(tmp_path), torch.bfloat16, options, flat, False)
 
 
@@ -159,7 +172,10 @@ def whole_groups(rank, world, folder, write):
             torch.manual_seed(step)
             model(torch.randn(4, 64, dtype=torch.bfloat16)).square().mean().backward()
             optimizer.step()
-    state = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
+    state = {
+        "model": get_model_state_dict(model),
+        "optimizer": get_optimizer_state_dict(model, optimizer),
+    }
     if write:
         checkpoint.save(state, checkpoint_id=folder)
     else:
@@ -172,7 +188,10 @@ def whole_groups(rank, world, folder, write):
 def test_8_bit_state_of_whole_groups_loads_everywhere(tmp_path):
     saved = run_ranks(2, whole_groups, 2, str(tmp_path), True)[0]
     for world in (1, 4):
-        assert all(same_bits(found, saved) for found in run_ranks(world, whole_groups, world, str(tmp_path), False))
+        assert all(
+            same_bits(found, saved)
+            for found in run_ranks(world, whole_groups, world, str(tmp_path), False)
+        )
 
 
 def test_files_of_torch_load(tmp_path):
@@ -182,12 +201,17 @@ def test_files_of_torch_load(tmp_path):
 
 
 def through_full_state(rank, dtype, options):
-    """From two ranks into one dict on every rank, from there into a single process and into two ranks again."""
+    """From two ranks into one dict on every rank, from there into a single process and into two
+    ranks again.
+    """
     model = sharded(2, dtype)
     optimizer = FusedAdamW(model.parameters(), lr=LR, **options)
     train(model, optimizer, rank, 0, STEPS // 2)
     full = StateDictOptions(full_state_dict=True)
-    weights, state = get_model_state_dict(model, options=full), get_optimizer_state_dict(model, optimizer, options=full)
+    weights, state = (
+        get_model_state_dict(model, options=full),
+        get_optimizer_state_dict(model, optimizer, options=full),
+    )
     single = network(dtype)
     single.load_state_dict(weights)
     alone = FusedAdamW(single.parameters(), lr=LR, **options)
@@ -245,10 +269,13 @@ def test_recipes_convert_on_shards():
     before, after = trained[0][:4], trained[0][4:]
     for old, new, param in zip(before, after, expected.param_groups[0]["params"], strict=True):
         assert old["param"].dtype == torch.float32 and old["param"].shape == param.shape
-        # What 24 bits keep of float32, and 8 of the moments: half a step of the code at the top of its scale.
+        # What 24 bits keep of float32, and 8 of the moments: half a step of the code at the top of
+        # its scale.
         torch.testing.assert_close(new["param"], old["param"], rtol=2.0**-16, atol=0)
         assert (new["exp_avg"] - old["exp_avg"]).abs().max() <= old["exp_avg"].abs().max() / 127
-        assert (new["exp_avg_sq"] - old["exp_avg_sq"]).abs().max() <= old["exp_avg_sq"].abs().max() * 4 / 255
+        assert (new["exp_avg_sq"] - old["exp_avg_sq"]).abs().max() <= old[
+            "exp_avg_sq"
+        ].abs().max() * 4 / 255
 
 
 def after_a_look(rank, look, options):
@@ -277,7 +304,9 @@ def model_too(model, optimizer):
 @pytest.mark.parametrize("options", [{}, {"amsgrad": True}], ids=str)
 @pytest.mark.parametrize("look", [optimizer_alone, model_too])
 def test_a_look_at_the_state_before_training_counts_no_step(look, options):
-    """Without `init_state()` torch takes a dummy step to see it, and the first update is 0.74 lr instead of lr."""
+    """Without `init_state()` torch takes a dummy step to see it, and the first update is 0.74 lr
+    instead of lr.
+    """
     expected = alone({"weight_decay": 0, **options})
     for keys, steps, first, found in run_ranks(2, after_a_look, look, options):
         assert keys == ["param_groups", "state"] and steps == [0.0] * 4

@@ -1,4 +1,6 @@
-"""Transformers' Trainer: given an optimizer or its class, clipping as by default, stopped, killed and resumed."""
+"""Transformers' Trainer: given an optimizer or its class, clipping as by default, stopped, killed
+and resumed.
+"""
 
 import os
 import signal
@@ -31,10 +33,17 @@ class Killer(TrainerCallback):
 
 
 def trainer(folder, model, handed_over, options, optimizer_class=FusedAdamW, **arguments):
-    """A trainer of `model`; `handed_over`: the optimizer itself with a scheduler, or its class and options."""
+    """A trainer of `model`; `handed_over`: the optimizer itself with a scheduler, or its class and
+    options.
+    """
     if handed_over == "optimizer":
         optimizer = optimizer_class(model.parameters(), lr=LR, weight_decay=0.1, **options)
-        how = {"optimizers": (optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step)))}
+        how = {
+            "optimizers": (
+                optimizer,
+                torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step)),
+            )
+        }
     else:
         how = {"optimizer_cls_and_kwargs": (optimizer_class, {"lr": LR, **options})}
     arguments = TrainingArguments(
@@ -68,7 +77,9 @@ def test_resuming_from_a_checkpoint(options, dtype, handed_over, tmp_path):
     whole = trainer(tmp_path / "whole", gpt2(dtype), handed_over, options)
     whole.train()
     norms = [entry["grad_norm"] for entry in whole.state.log_history if "grad_norm" in entry]
-    assert whole.args.max_grad_norm == 1.0 and len(norms) == STEPS and max(norms) > 1  # the default clips here
+    assert (
+        whole.args.max_grad_norm == 1.0 and len(norms) == STEPS and max(norms) > 1
+    )  # the default clips here
     rest = trainer(tmp_path / "rest", gpt2(dtype), handed_over, options)
     rest.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{SAVED}"))
     assert same_bits(results(rest.optimizer), results(whole.optimizer))
@@ -103,7 +114,9 @@ def test_killed_and_resumed_in_another_process(options, dtype, tmp_path):
 
 
 def weights(folder, optimizer_class, options, **arguments):
-    run = trainer(folder, llama(), "class", options, optimizer_class, save_strategy="no", **arguments)
+    run = trainer(
+        folder, llama(), "class", options, optimizer_class, save_strategy="no", **arguments
+    )
     run.train()
     return [param.detach() for param in run.model.parameters()]
 

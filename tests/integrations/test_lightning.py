@@ -1,4 +1,6 @@
-"""Lightning and Fabric: clipping, checkpoints, automatic and manual optimization, steps inside backward."""
+"""Lightning and Fabric: clipping, checkpoints, automatic and manual optimization, steps inside
+backward.
+"""
 
 import lightning
 import pytest
@@ -30,11 +32,16 @@ class Automatic(lightning.LightningModule):
     def configure_optimizers(self):
         optimizer = self.optimizer_class(self.parameters(), lr=LR, **self.options)
         scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
 
     def train_dataloader(self):
         generator = torch.Generator().manual_seed(1)
-        return torch.utils.data.DataLoader(torch.randn(2 * BATCHES, 6, generator=generator), batch_size=2)
+        return torch.utils.data.DataLoader(
+            torch.randn(2 * BATCHES, 6, generator=generator), batch_size=2
+        )
 
 
 class Manual(Automatic):
@@ -53,9 +60,15 @@ class Manual(Automatic):
 
 
 def fit(folder, options, module=Automatic, *, clip=CLIP, resume=None, cls=FusedAdamW, **settings):
-    """Train; Lightning clips and accumulates under automatic optimization, the module itself under manual."""
+    """Train; Lightning clips and accumulates under automatic optimization, the module itself under
+    manual.
+    """
     model = module(cls, options)
-    loop = {"gradient_clip_val": clip, "accumulate_grad_batches": PARTS} if model.automatic_optimization else {}
+    loop = (
+        {"gradient_clip_val": clip, "accumulate_grad_batches": PARTS}
+        if model.automatic_optimization
+        else {}
+    )
     trainer = lightning.Trainer(
         accelerator="cpu",
         callbacks=[ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1)],
@@ -84,10 +97,16 @@ def test_resuming_from_a_checkpoint(options, precision, module, tmp_path):
     """Weights, moments and learning rates are those of a training that was never stopped, in bits."""
     _, whole = fit(tmp_path / "whole", options, module, max_epochs=2, precision=precision)
     saved = tmp_path / "whole" / "epoch=0.ckpt"
-    model, rest = fit(tmp_path / "rest", options, module, max_epochs=2, precision=precision, resume=saved)
+    model, rest = fit(
+        tmp_path / "rest", options, module, max_epochs=2, precision=precision, resume=saved
+    )
     assert same_bits(results(rest), results(whole))
     assert all(entry["step"] == 2 * STEPS for entry in results(rest))
-    assert rest.param_groups[0]["lr"] == whole.param_groups[0]["lr"] == pytest.approx(LR * 0.9 ** (2 * STEPS))
+    assert (
+        rest.param_groups[0]["lr"]
+        == whole.param_groups[0]["lr"]
+        == pytest.approx(LR * 0.9 ** (2 * STEPS))
+    )
     buffers = rest._engine.flat
     assert buffers is None or all(buffers.place(param, param.grad) for param in model.parameters())
 
@@ -129,13 +148,17 @@ def test_lightning_clips_at_our_defaults(precision, module, tmp_path):
     assert not same_bits(results(optimizer), plain(precision, clip=100.0))
 
 
-@pytest.mark.parametrize(("options", "clip"), [({}, CLIP), ({"max_grad_norm": CLIP}, None)], ids=str)
+@pytest.mark.parametrize(
+    ("options", "clip"), [({}, CLIP), ({"max_grad_norm": CLIP}, None)], ids=str
+)
 @pytest.mark.parametrize("flatten", [False, True])
 def test_grad_scaler(options, clip, flatten, tmp_path):
     """float16, in which the first steps overflow: skipped under Lightning as in the plain loop."""
     options = {**options, "flatten": flatten}
     scalers = [torch.amp.GradScaler("cpu", init_scale=2.0**17) for _ in range(2)]
-    _, optimizer = fit(tmp_path, options, clip=clip, plugins=MixedPrecision("16-mixed", "cpu", scalers[0]))
+    _, optimizer = fit(
+        tmp_path, options, clip=clip, plugins=MixedPrecision("16-mixed", "cpu", scalers[0])
+    )
     expected = plain("16-mixed", options, clip, scalers[1])
     assert same_bits(results(optimizer), expected)
     assert scalers[0].get_scale() == scalers[1].get_scale()
@@ -153,10 +176,14 @@ def test_clipping_inside_the_step_instead(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("cls", "options"), [(torch.optim.AdamW, {"fused": True}), (FusedAdamW, {"max_grad_norm": CLIP})], ids=str
+    ("cls", "options"),
+    [(torch.optim.AdamW, {"fused": True}), (FusedAdamW, {"max_grad_norm": CLIP})],
+    ids=str,
 )
 def test_both_clippings_at_once_are_refused(cls, options, tmp_path):
-    """By Lightning, under mixed precision, as for torch's fused step: it would clip gradients still scaled."""
+    """By Lightning, under mixed precision, as for torch's fused step: it would clip gradients still
+    scaled.
+    """
     with pytest.raises(RuntimeError, match="does not allow for gradient clipping"):
         fit(tmp_path, options, cls=cls, precision="bf16-mixed")
 

@@ -1,4 +1,6 @@
-"""PEFT's LoRA: adapters train, the frozen base is neither moved nor given state; saved, loaded and merged."""
+"""PEFT's LoRA: adapters train, the frozen base is neither moved nor given state; saved, loaded and
+merged.
+"""
 
 import pytest
 import torch

@@ -17,7 +17,11 @@ def normalized(name):
 
 def test_every_package_of_the_venv_is_pinned():
     lines = (ROOT / "constraints.txt").read_text().splitlines()
-    pins = {normalized(line.partition("==")[0]): line.partition("==")[2] for line in lines if "==" in line}
+    pins = {
+        normalized(line.partition("==")[0]): line.partition("==")[2]
+        for line in lines
+        if "==" in line
+    }
     own = {normalized(each.name): each.version for each in metadata.distributions(path=[str(OWN)])}
     for name in ("pip", "fused-adam"):
         own.pop(name, None)

@@ -37,6 +37,8 @@ def test_a_failure_shows_the_traceback_of_its_rank():
 
 def test_a_hang_ends_and_shows_where_each_rank_stood():
     start = time.monotonic()
-    with pytest.raises(RuntimeError, match=r"(?s)rank 0 of 2 .*in hanging.*rank 1 of 2 .*in hanging"):
+    with pytest.raises(
+        RuntimeError, match=r"(?s)rank 0 of 2 .*in hanging.*rank 1 of 2 .*in hanging"
+    ):
         run_ranks(2, hanging, timeout_s=5)
     assert time.monotonic() - start < 100  # the sleep takes 1000

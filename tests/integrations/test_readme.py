@@ -17,5 +17,8 @@ def test_every_framework_block_runs(block, tmp_path, monkeypatch):
 
 
 def test_every_framework_has_a_block():
-    imported = set(re.findall(r"^(?:from|import) (\w+)", "\n".join(BLOCKS), re.M)) - {"torch", "fused_adam"}
+    imported = set(re.findall(r"^(?:from|import) (\w+)", "\n".join(BLOCKS), re.M)) - {
+        "torch",
+        "fused_adam",
+    }
     assert imported == {"accelerate", "lightning", "peft", "safetensors", "transformers"}

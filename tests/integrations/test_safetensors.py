@@ -1,4 +1,6 @@
-"""safetensors and save_pretrained of models whose parameters lie in flat buffers, and of optimizer state."""
+"""safetensors and save_pretrained of models whose parameters lie in flat buffers, and of optimizer
+state.
+"""
 
 import pytest
 import torch
@@ -66,11 +68,17 @@ def test_save_file_of_a_state_dict(tmp_path):
 
 @pytest.mark.parametrize(("options", "dtype"), RECIPES, ids=str)
 def test_save_file_of_optimizer_state(options, dtype, tmp_path):
-    """Each entry has a storage of its own; model and optimizer loaded from files go on as if never stopped."""
+    """Each entry has a storage of its own; model and optimizer loaded from files go on as if never
+    stopped.
+    """
     model, other = llama(dtype), llama(dtype)
     optimizer = trained(model, **options)
     saved = optimizer.state_dict()
-    flat = {f"{index}.{key}": value for index, entry in saved["state"].items() for key, value in entry.items()}
+    flat = {
+        f"{index}.{key}": value
+        for index, entry in saved["state"].items()
+        for key, value in entry.items()
+    }
     assert all(value.untyped_storage().nbytes() == value.nbytes for value in flat.values())
     save_file(flat, tmp_path / "state")
     save_file(model.state_dict(), tmp_path / "model")

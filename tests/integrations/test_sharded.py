@@ -1,4 +1,6 @@
-"""ZeroRedundancyOptimizer and FullyShardedDataParallel (FSDP1) over two gloo processes: the bits of one process."""
+"""ZeroRedundancyOptimizer and FullyShardedDataParallel (FSDP1) over two gloo processes: the bits of
+one process.
+"""
 
 import copy
 
@@ -46,7 +48,9 @@ def with_zero(rank, options, bucket_view):
     optimizer = zero(model, options, bucket_view)
     train(model, optimizer, rank, 0, STEPS // 2)
     optimizer.consolidate_state_dict(to=0)
-    saved = [copy.deepcopy((optimizer.state_dict(), model.module.state_dict())) if rank == 0 else None]
+    saved = [
+        copy.deepcopy((optimizer.state_dict(), model.module.state_dict())) if rank == 0 else None
+    ]
     torch.distributed.broadcast_object_list(saved, 0)
     [(optimizer_state, model_state)] = saved
     train(model, optimizer, rank, STEPS // 2, STEPS)
@@ -66,7 +70,9 @@ def test_zero_redundancy_optimizer(flatten, bucket_view):
     ranks = run_ranks(WORLD, with_zero, {"flatten": flatten}, bucket_view)
     expected = alone({})
     for trained, resumed, _ in ranks:
-        assert same_bits(trained, only_weights(expected)) and same_bits(resumed, only_weights(expected))
+        assert same_bits(trained, only_weights(expected)) and same_bits(
+            resumed, only_weights(expected)
+        )
     # What was consolidated is the whole optimizer: it loads where there is one process.
     single = FusedAdamW(network().parameters(), lr=LR)
     single.load_state_dict(ranks[0][2])
@@ -75,17 +81,21 @@ def test_zero_redundancy_optimizer(flatten, bucket_view):
     assert same_bits(results(single), expected)
 
 
-# With use_orig_params=True, on a CPU, torch 2.13 exports exp_avg_sq under the name exp_avg, for its own AdamW too:
-# only weights are compared there.
+# With use_orig_params=True, on a CPU, torch 2.13 exports exp_avg_sq under the name exp_avg, for its
+# own AdamW too: only weights are compared there.
 def with_fsdp(rank, optimizer_class, options, use_orig_params):
-    model = FullyShardedDataParallel(network(), use_orig_params=use_orig_params, device_id=torch.device("cpu"))
+    model = FullyShardedDataParallel(
+        network(), use_orig_params=use_orig_params, device_id=torch.device("cpu")
+    )
     optimizer = optimizer_class(model.parameters(), lr=LR, **options)
     train(model, optimizer, rank, 0, STEPS)
     with FullyShardedDataParallel.state_dict_type(model, StateDictType.FULL_STATE_DICT):
         whole = model.state_dict()
     if use_orig_params:
         return [{"param": value.clone()} for value in whole.values()]
-    state = FullyShardedDataParallel.full_optim_state_dict(model, optimizer, rank0_only=False)["state"]
+    state = FullyShardedDataParallel.full_optim_state_dict(model, optimizer, rank0_only=False)[
+        "state"
+    ]
     return [{"param": value.clone(), **state[name]} for name, value in whole.items()]
 
 
@@ -98,7 +108,9 @@ def test_fsdp1(flatten, use_orig_params):
 
 
 def test_fsdp1_near_torch():
-    ours, theirs = (run_ranks(WORLD, with_fsdp, cls, {}, True)[0] for cls in (FusedAdamW, torch.optim.AdamW))
+    ours, theirs = (
+        run_ranks(WORLD, with_fsdp, cls, {}, True)[0] for cls in (FusedAdamW, torch.optim.AdamW)
+    )
     atol = tolerance(torch.float32, STEPS, Options(lr=LR), roundings=4)["param"]
     for mine, its in zip(ours, theirs, strict=True):
         torch.testing.assert_close(mine["param"], its["param"], rtol=0, atol=atol)

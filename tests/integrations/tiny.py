@@ -1,4 +1,6 @@
-"""Tiny random language models of Transformers, made from configs, and token sequences. Knows no optimizer."""
+"""Tiny random language models of Transformers, made from configs, and token sequences. Knows no
+optimizer.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +15,21 @@ def gpt2(dtype: torch.dtype = torch.float32) -> GPT2LMHeadModel:
     """Tied embeddings, biases, dropout."""
     torch.manual_seed(0)
     config = GPT2Config(
-        vocab_size=TOKENS, n_positions=16, n_embd=16, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0
+        vocab_size=TOKENS,
+        n_positions=16,
+        n_embd=16,
+        n_layer=2,
+        n_head=2,
+        bos_token_id=0,
+        eos_token_id=0,
     )
     return GPT2LMHeadModel(config).to(dtype)
 
 
 def llama(dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
-    """No biases and no dropout: every gradient is a number of its own, none is a sum that cancels to rounding noise."""
+    """No biases and no dropout: every gradient is a number of its own, none is a sum that cancels
+    to rounding noise.
+    """
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=TOKENS,

@@ -1,0 +1,1 @@
+"""Who runs a plan: the Triton kernels, or the same formula in plain torch."""

@@ -1,0 +1,125 @@
+"""Who runs a section: triton, reference or compiled. Runs nothing itself; imports triton only when
+asked for.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..numerics.formula import CHUNK
+from ..numerics.scalars import GradTransform, Hyper
+from ..plan import LaunchGroup, Staging
+from .reference import ReferenceRunner
+
+BACKENDS = ("auto", "triton", "reference", "compiled")
+TRITON_DEVICES = ("cuda", "xpu")  # ROCm devices are called cuda
+
+
+def is_capturing() -> bool:
+    """Whether the current stream is being captured in a CUDA graph."""
+    # Only a process that has used CUDA can be capturing. The question alone raises on a machine
+    # without a GPU: torch's CUDA build, which `pip install torch` brings to every Linux machine,
+    # asks a driver that is not there.
+    initialized: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return initialized and torch.cuda.is_current_stream_capturing()
+
+
+class Runner(Protocol):
+    """Runs one section's launches, step after step."""
+
+    def begin(self, grads: Sequence[Tensor], addresses: Sequence[int], capturing: bool) -> None:
+        """Take this step's gradients, of all parameters that have one, and where they are.
+
+        Raises RuntimeError if the step is being captured in a CUDA graph and this runner cannot be.
+        """
+        ...
+
+    def square_sum(self) -> Tensor:
+        """The sum of squares of this section's gradients: float64, one element, on its device."""
+        ...
+
+    def run(self, hyper: Hyper, guard: GradTransform) -> None:
+        """Update every row, or none, and let the gradients go. `hyper`: per group."""
+        ...
+
+
+def check_name(backend: str) -> None:
+    """Raise ValueError unless `backend` is one we know."""
+    if backend not in BACKENDS:
+        raise ValueError(
+            f"backend={backend!r} is not known; allowed: {', '.join(map(repr, BACKENDS))}"
+        )
+
+
+def choose(backend: str, device: torch.device) -> str:
+    """The backend that runs on this device: "triton", "reference" or "compiled".
+
+    Raises RuntimeError if the one asked for cannot run there, saying why and what to do.
+    """
+    if device.type == "meta":
+        raise RuntimeError(
+            f"backend={backend!r} cannot run on meta: parameters there have no values; give them some before a step, "
+            "as by to_empty(), or make the model under FakeTensorMode to step on shapes alone"
+        )
+    if backend == "auto":
+        backend = "reference" if device.type == "cpu" else "triton"
+    reason = (
+        {"triton": _no_triton, "compiled": _no_compiled}[backend](device)
+        if backend != "reference"
+        else None
+    )
+    if reason:
+        raise RuntimeError(f"backend={backend!r} cannot run on {device}: {reason}")
+    return backend
+
+
+def _interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0", "false", "off")
+
+
+def _no_triton(device: torch.device) -> str | None:
+    if device.type not in (*TRITON_DEVICES, "cpu"):
+        return f"fused-adam runs on cpu, {' and '.join(TRITON_DEVICES)} devices"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed; install triton>=3.6, or pass backend='reference' for a slow but equal step"
+    if device.type == "cpu" and not _interpreting():
+        return "a CPU runs Triton kernels only with TRITON_INTERPRET=1 set before triton is imported; use 'reference'"
+    return None
+
+
+def _no_compiled(device: torch.device) -> str | None:
+    if device.type != "cpu":
+        return "it promises its bits on CPU only; use 'triton'"
+    if not shutil.which(os.environ.get("CXX", "g++")) and not shutil.which("clang++"):
+        return "torch.compile needs a C++ compiler (g++ or clang++, or CXX); install one, or use 'reference'"
+    return None
+
+
+def staging(backend: str) -> Staging:
+    """What plans must copy for this backend: on the host, many small tensors would cost a dozen
+    calls each.
+    """
+    if backend == "triton":
+        return Staging()
+    return Staging(small=CHUNK // 8, page=2 * CHUNK, shared=True)
+
+
+def bind(backend: str, section: LaunchGroup, takes_norm: bool) -> Runner:
+    """The runner of one section.
+
+    Args:
+        backend: a name that `choose` returned.
+        takes_norm: whether `square_sum` will be asked for.
+    """
+    if backend != "triton":
+        return ReferenceRunner(section, backend)
+    from .triton import TritonRunner  # imports triton
+
+    return TritonRunner(section, takes_norm)

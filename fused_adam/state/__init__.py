@@ -1,0 +1,1 @@
+"""Optimizer state: flat memory, and how it is saved, loaded, converted and offloaded."""

@@ -1,0 +1,596 @@
+"""Flat state: segments, the slots in them, and each parameter's views. No arithmetic on moments
+here.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Collection, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, field
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..distributed import group_elements, like, local, local_as_stored, part_of
+from ..precision import ENTRIES, GROUP, GROUPED
+
+Entries = dict[
+    str, tuple[torch.dtype, torch.Size]
+]  # of one parameter's state, by name: dtype and shape
+State = MutableMapping[Any, Any]  # `optimizer.state`: parameter -> its entry, a dict
+
+# Slots start on multiples of this many elements: a whole 128-byte line of float32, a whole 32-byte
+# sector of any dtype, and the same distance in elements for all of them, so that neighbours in one
+# buffer are neighbours in every buffer.
+SLOT = 32
+# AMSGrad and precision may be switched on later: the maximum begins at 0, the weight as a copy of
+# its parameter.
+BEGINS_LATER = ("max_exp_avg_sq", "master_weight", "remainder")
+SEGMENT_BYTES = 1 << 30
+
+
+def padded(numel: int) -> int:
+    """Elements from one slot's start to the next one's."""
+    return -(-numel // SLOT) * SLOT
+
+
+def real(tensor: Tensor) -> Tensor:
+    """The tensor itself, or for a complex one its real and imaginary parts as a last dimension of
+    two.
+    """
+    return (
+        torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor.resolve_neg()
+    )
+
+
+def flat(tensor: Tensor) -> Tensor:
+    """The memory of a dense tensor, whatever the order of its dimensions, as one dimension."""
+    return tensor.detach().as_strided((tensor.numel(),), (1,))
+
+
+def with_own_storage(tensor: Tensor) -> Tensor:
+    """The same memory in a storage of its own."""
+    # Through a capsule: `Tensor.__dlpack__` refuses a GPU that is not the current one.
+    return torch.utils.dlpack.from_dlpack(torch._C._to_dlpack(tensor))
+
+
+def dense_layout(tensor: Tensor) -> tuple[torch.Size, tuple[int, ...]]:
+    """Size and strides `torch.zeros_like` would choose: the tensor's own if it is dense, else
+    contiguous.
+    """
+    like = torch.empty_like(tensor, device="meta", memory_format=torch.preserve_format)
+    return like.shape, like.stride()
+
+
+def _copies(value: Tensor, dtype: torch.dtype, param: Tensor) -> bool:
+    """Whether the tensor's values can be copied into state of this dtype: before anything is
+    written.
+    """
+    plain = (
+        value.layout == torch.strided
+        and not value.is_quantized
+        and (param.is_meta or not value.is_meta)
+    )
+    return plain and (dtype.is_complex or not value.is_complex())
+
+
+def reads_cost_nothing(tensor: Tensor) -> bool:
+    """Whether values can be read without waiting for a device."""
+    return tensor.device.type == "cpu"
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether the tensor fills its memory without gaps or overlaps, in any order of dimensions."""
+    return tensor.is_contiguous() or tensor.stride() == dense_layout(tensor)[1]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Slot:
+    """`numel` elements of a flat `segment`, from `start` on."""
+
+    segment: Tensor
+    start: int
+    numel: int
+
+    @property
+    def address(self) -> int:
+        return (
+            self.segment.data_ptr() + self.start * self.segment.element_size() if self.numel else 0
+        )
+
+    def flat(self) -> Tensor:
+        """These elements as one dimension, in a storage of their own over the segment's memory.
+
+        A plain view would make `torch.save` write the whole segment, and safetensors refuse it.
+        """
+        return with_own_storage(self.segment[self.start : self.start + self.numel])
+
+    def view(self, like: Tensor) -> Tensor:
+        """These elements in the shape and layout of `like` (complex if it is), in a storage of
+        their own.
+        """
+        return self._shaped(self.flat(), like)
+
+    def view_within(self, like: Tensor) -> Tensor:
+        """The same as a view of the segment."""
+        return self._shaped(self.segment[self.start : self.start + self.numel], like)
+
+    @staticmethod
+    def _shaped(elements: Tensor, like: Tensor) -> Tensor:
+        if like.is_complex():
+            elements = torch.view_as_complex(elements.view(-1, 2))
+        return elements.as_strided(*dense_layout(like))
+
+
+def segments(
+    numels: Sequence[int], dtype: torch.dtype, device: torch.device, group: int = 1
+) -> Iterator[list[Slot]]:
+    """Zeroed slots for `numels`, in order; each list shares one segment of at most SEGMENT_BYTES.
+
+    A parameter larger than that has a segment of its own. Segments are allocated as the iterator
+    advances. With `group`, a divisor of SLOT, a slot has one element for every `group` of the
+    parameter's.
+    """
+    limit = SEGMENT_BYTES // dtype.itemsize * group
+    starts: list[int] = []
+    end = 0
+    for i, numel in enumerate(numels):
+        starts.append(end)
+        end += padded(numel)
+        if i + 1 == len(numels) or end + padded(numels[i + 1]) > limit:
+            segment = torch.zeros(end // group, dtype=dtype, device=device)
+            batch = numels[i + 1 - len(starts) : i + 1]
+            yield [
+                Slot(segment, start // group, -(-n // group))
+                for start, n in zip(starts, batch, strict=True)
+            ]
+            starts, end = [], 0
+
+
+class StateRef(weakref.ref[Tensor]):
+    """A tensor that stands in `optimizer.state`, not kept alive: when its last holder lets go of
+    it, so does its slot.
+
+    Frameworks move state to the host by replacing entry after entry (`entry[key] =
+    entry[key].to("cpu")`). The memory it leaves has to be free at once, not at the next step.
+    """
+
+    __slots__ = ("home", "key")
+
+    def __new__(cls, tensor: Tensor, home: ParamState, key: str) -> StateRef:
+        return super().__new__(cls, tensor, _let_slot_go)
+
+    def __init__(self, tensor: Tensor, home: ParamState, key: str) -> None:
+        super().__init__(tensor, _let_slot_go)  # type: ignore[call-arg]
+        self.home, self.key = weakref.ref(home), key
+
+
+def _let_slot_go(ref: Any) -> None:
+    home = ref.home()
+    if home is not None and home.refs.get(ref.key) is ref:
+        del home.refs[ref.key]
+        home.slots.pop(ref.key, None)
+
+
+@dataclass(slots=True, eq=False)
+class Counters:
+    """Step counters of one device: float32, shape (C,).
+
+    Ours are one buffer for many parameters: entries of `state` are views, so they share its
+    version. A counter that the user put into `state` is a buffer of one.
+    """
+
+    steps: Tensor
+    version: int = -1  # of `steps`, after our own last write
+    ours: bool = True
+    values: Tensor | None = None  # on the CPU, what our own last write left there
+
+    def unchanged(self) -> bool:
+        """Whether nobody else has written to them since `note`, as far as one can tell without
+        waiting.
+        """
+        # `step.data` and arrays over the memory count no version. On the CPU the values tell, in 2
+        # us.
+        return self.steps._version == self.version and (
+            self.values is None or torch.equal(self.steps, self.values)
+        )
+
+    def note(self) -> None:
+        """Take the counts as they are now for our own work."""
+        self.version = self.steps._version
+        if reads_cost_nothing(self.steps):
+            self.values = (
+                self.steps.clone() if self.values is None else self.values.copy_(self.steps)
+            )
+
+
+@dataclass(slots=True, eq=False, weakref_slot=True)
+class ParamState:
+    """Where one parameter's state lives: its slots, the tensors that stand in `state`, its step
+    counter.
+
+    A slot is in an arena's segment, or is a whole tensor that the user put into `state`.
+    """
+
+    slots: dict[str, Slot] = field(default_factory=dict)
+    refs: dict[str, StateRef] = field(default_factory=dict)
+    counters: Counters | None = None
+    counter: int = 0
+    stored: Collection[str] = ()  # the names of what the last step stored, besides the step counter
+    layout: object = None  # the device that the slots are on, and the order of elements they are in
+    # Counters of equal age have equal values: the value itself, or a token given to those that
+    # moved on together.
+    age: object = 0.0
+
+    def view(self, key: str) -> Tensor | None:
+        """The tensor that was put into `state`, if anybody still has it."""
+        ref = self.refs.get(key)
+        return None if ref is None else ref()
+
+    def put(self, key: str, view: Tensor) -> None:
+        self.refs[key] = StateRef(view, self, key)
+
+    def holds(self, key: str, value: Any, dtype: torch.dtype) -> bool:
+        """Whether `value` is the tensor that we step on, still over the same memory and of the
+        dtype wanted.
+        """
+        view = self.view(key)
+        if view is None or value is not view or view.dtype != dtype:
+            return False
+        return local(view).data_ptr() == self.slots[key].address
+
+    def fill(self, key: str, value: Tensor) -> None:
+        """Copy what is here of a value into the entry's memory."""
+        view = self.view(key)
+        assert view is not None
+        part = local(view)
+        if key in GROUPED:
+            part = part.view(-1)[: len(value)]
+        part.copy_(value)
+
+    def holds_step(self, value: Any, device: torch.device) -> bool:
+        """The same for the step counter."""
+        view = self.view("step")
+        if self.counters is None or view is None or value is not view:
+            return False
+        return view.device == device and view.data_ptr() == self.step_address
+
+    @property
+    def step_address(self) -> int:
+        assert self.counters is not None
+        return self.counters.steps.data_ptr() + 4 * self.counter
+
+
+def _lies_as_stored(param: Tensor, key: str, value: Any, dtype: torch.dtype) -> Tensor | None:
+    """What is here of a state tensor, if it can be stepped on where it is: dtype, device and layout
+    as we make them.
+    """
+    part = local_as_stored(param, key, value)
+    mine = local(param)
+    if part is None or not _is_writable(part) or part.dtype != dtype or part.device != mine.device:
+        return None
+    if key == "step":
+        fits = part.numel() == 1
+    elif key in GROUPED:
+        fits = part.is_contiguous() and part.numel() == -(-group_elements(param) // GROUP)
+    else:
+        fits = part.shape == mine.shape and part.stride() == dense_layout(mine)[1]
+    return part if fits else None
+
+
+def _is_writable(value: object) -> bool:
+    """Whether kernels and plain torch may write to the tensor's memory in place."""
+    return (
+        type(value) in (Tensor, torch.nn.Parameter)
+        and value.layout == torch.strided  # type: ignore[attr-defined]
+        and not (value.is_conj() or value.is_neg() or value.is_inference())  # type: ignore[attr-defined]
+    )
+
+
+def _put_in_order(entry: dict[str, Any], wanted: Entries) -> None:
+    """Give an entry torch's order: the step first, then as listed. Some read state by position."""
+    first = {key: entry[key] for key in ("step", *wanted)}
+    if list(entry)[: len(first)] != list(first):
+        others = {key: value for key, value in entry.items() if key not in first}
+        entry.clear()
+        entry.update(first | others)
+
+
+class Arena:
+    """The flat state of one optimizer.
+
+    Holds the memory that it made, as long as an entry of `state` uses it. What the user put into
+    `state` is stepped on where it is, if that is how we would have stored it; anything else is
+    copied into memory of ours.
+    """
+
+    def __init__(self) -> None:
+        self.homes: dict[Tensor, ParamState] = {}
+        self.counters: list[Counters] = []  # ours
+        self.moves = 0  # how often state that was here has moved: tables made before are stale
+        # Whether what stands in `state` was just unpickled: nobody put it there, so it moves into
+        # segments.
+        self.unpickled = False
+
+    def keep(self, params: Sequence[Tensor]) -> None:
+        """Let go of parameters that the optimizer no longer has."""
+        known = set(map(id, params))
+        self.homes = {param: home for param, home in self.homes.items() if id(param) in known}
+
+    def check(
+        self,
+        param: Tensor,
+        name: str,
+        entry: Mapping[str, Any],
+        wanted: Entries,
+        stored: Collection[str] = (),
+    ) -> None:
+        """Raise ValueError if the entry is not the whole state of this parameter, stored as
+        `wanted`.
+
+        What can begin later may be missing, if it is not among the names that are `stored` already.
+        """
+        if not entry:
+            return  # made at the first step
+        foreign = [
+            key for key in ENTRIES if key in entry and key not in wanted and key != "max_exp_avg_sq"
+        ]
+        if foreign:
+            raise ValueError(
+                f"state of {name} has {foreign[0]!r}, which its precision does not store: a recipe is chosen before "
+                "training; to change it, load the state_dict into an optimizer that has the other one"
+            )
+        lacks = [
+            key
+            for key in ("step", *wanted)
+            if entry.get(key) is None and (key in stored or key not in BEGINS_LATER)
+        ]
+        if lacks:
+            raise ValueError(
+                f"state of {name} has {', '.join(map(repr, entry))}, but lacks {', '.join(map(repr, lacks))}: it is "
+                "not the whole state of an Adam; an entry that is deleted or empty starts anew"
+            )
+        for key, (dtype, shape) in wanted.items():
+            value = entry.get(key)
+            if isinstance(value, Tensor):
+                value = part_of(param, key, value)
+            if value is not None and (not isinstance(value, Tensor) or value.shape != shape):
+                got = (
+                    f"shape {tuple(value.shape)}"
+                    if isinstance(value, Tensor)
+                    else f"{type(value).__name__}"
+                )
+                raise ValueError(
+                    f"state {key!r} of {name} has {got}, but must be a tensor of shape {tuple(shape)}"
+                )
+            if value is not None and not _copies(value, dtype, param):
+                got = f"a {value.layout} tensor of {value.dtype} on {value.device}"
+                raise ValueError(
+                    f"state {key!r} of {name} is {got}, but must be a dense tensor with values of {dtype}"
+                )
+            if (
+                value is not None
+                and value.dtype != dtype
+                and not (dtype.is_floating_point or dtype.is_complex)
+            ):
+                # Codes and remainders are bits, which no conversion keeps.
+                raise ValueError(
+                    f"state {key!r} of {name} has dtype {value.dtype}, but its precision stores {dtype}"
+                )
+        step = entry["step"]
+        if isinstance(step, Tensor):
+            number = step.numel() == 1 and _copies(step, torch.float32, param)
+        else:
+            number = isinstance(step, Real)
+        if not number:
+            raise ValueError(
+                f"state 'step' of {name} is {step!r}, but must be one real number, as a tensor or plain"
+            )
+        home = self.homes.get(param)
+        if home and home.holds_step(step, local(param).device):
+            step = (
+                home.age if isinstance(home.age, float) else 0
+            )  # ours: read when somebody else has written to it
+        # Reading a counter of another device would wait for it.
+        if not (isinstance(step, Tensor) and step.device.type != "cpu") and not 0 <= float(
+            step
+        ) < float("inf"):
+            raise ValueError(
+                f"state 'step' of {name} is {float(step)}, but must be a finite number >= 0"
+            )
+
+    def adopt(self, state: State, wanted: Mapping[Tensor, Entries], in_place: bool = True) -> None:
+        """Give every parameter its state: zeros where there is none; what stands there is used or
+        copied.
+
+        A master weight begins as a copy of its parameter.
+
+        Args:
+            state: the optimizer's state; entries are created, or get our views in place of what
+                cannot be used.
+            wanted: parameters of any device and dtype; for each the names of its entries, besides
+                `step`.
+            in_place: whether what stands there may be used where it is.
+
+        Call `check` first. Only memory may run out then: entries that were empty are so again, and
+        others whole.
+        """
+        empty = [param for param in wanted if not state.get(param)]
+        try:
+            self._adopt(state, wanted, in_place)
+        except BaseException:
+            for param in empty:
+                state.pop(param, None)
+            raise
+
+    def _adopt(self, state: State, wanted: Mapping[Tensor, Entries], in_place: bool) -> None:
+        missing: dict[tuple[str, torch.dtype, torch.device], list[Tensor]] = {}
+        steps: dict[torch.device, list[Tensor]] = {}
+        usable = self._usable(state, wanted) if in_place else {}
+        moved = False
+        dicts: set[int] = set()
+        for param, entries in wanted.items():
+            entry = state.setdefault(param, {})
+            if (
+                id(entry) in dicts
+            ):  # one dict for several parameters, as `dict.fromkeys(params, {})` makes
+                entry = state[param] = {**entry}
+            dicts.add(id(entry))
+            home = self.homes.setdefault(param, ParamState())
+            home.stored = entries.keys()
+            device = local(param).device
+            layout = (device, dense_layout(local(param))[1])
+            if (
+                home.layout != layout
+            ):  # the parameter moved, or has another memory format: by value into other slots
+                home.layout = layout
+                home.refs = {key: ref for key, ref in home.refs.items() if key == "step"}
+            for key, (dtype, _) in entries.items():
+                if home.holds(key, entry.get(key), dtype):
+                    continue
+                moved = moved or home.counters is not None
+                part = usable.get((param, key))
+                if part is None:
+                    missing.setdefault((key, dtype, device), []).append(param)
+                else:
+                    home.slots[key] = Slot(
+                        flat(real(part)), 0, part.numel() * (2 if part.is_complex() else 1)
+                    )
+                    home.put(key, entry[key])
+            if not home.holds_step(entry.get("step"), device):
+                moved = moved or home.counters is not None
+                counter = usable.get((param, "step"))
+                if counter is None:
+                    steps.setdefault(device, []).append(param)
+                else:
+                    # Others may write to it, unseen: so no other parameter is known to have the
+                    # same count.
+                    home.counters, home.counter, home.age = (
+                        Counters(flat(counter), ours=False),
+                        0,
+                        object(),
+                    )
+                    home.put("step", entry["step"])
+        self.moves += moved
+        for device, owners in steps.items():
+            self._make_counters(state, owners, device)
+        for (key, dtype, device), owners in missing.items():
+            numels = [
+                group_elements(param) if key in GROUPED else real(local(param)).numel()
+                for param in owners
+            ]
+            group = GROUP if key in GROUPED else 1
+            slots = (
+                slot
+                for segment in segments(numels, dtype.to_real(), device, group)
+                for slot in segment
+            )
+            for param, slot in zip(owners, slots, strict=True):
+                self._move_in(state[param], param, key, slot)
+        for param in {param for owners in [*missing.values(), *steps.values()] for param in owners}:
+            _put_in_order(state[param], wanted[param])
+        used = {id(home.counters) for home in self.homes.values()}
+        self.counters = [c for c in self.counters if id(c) in used]
+        self.unpickled = False
+
+    def _usable(
+        self, state: State, wanted: Mapping[Tensor, Entries]
+    ) -> dict[tuple[Tensor, str], Tensor]:
+        """What the user put into `state` and can be stepped on where it is: what is here of it."""
+        candidates: dict[tuple[Tensor, str], Tensor] = {}
+        ranges: list[
+            tuple[int, int, tuple[Tensor, str] | None]
+        ] = []  # of addresses; of what is ours, without a name
+        for param, entries in wanted.items():
+            entry, home = state.get(param, {}), self.homes.get(param, ParamState())
+            for key, dtype in [
+                ("step", torch.float32),
+                *((key, dtype) for key, (dtype, _) in entries.items()),
+            ]:
+                value = entry.get(key)
+                if not isinstance(value, Tensor):
+                    continue
+                name = None
+                if (
+                    home.holds_step(value, value.device)
+                    if key == "step"
+                    else home.holds(key, value, dtype)
+                ):
+                    part: Tensor | None = local(value)
+                elif self.unpickled and not local(value).is_shared():  # type: ignore[no-untyped-call]
+                    part = None
+                else:
+                    part, name = _lies_as_stored(param, key, value, dtype), (param, key)
+                if part is None:
+                    continue
+                if name:
+                    candidates[name] = part
+                ranges.append(
+                    (part.data_ptr(), part.data_ptr() + part.numel() * part.itemsize, name)
+                )
+        # Two entries over the same memory would race: what is ours stays, else the first, and
+        # others are copied.
+        end, holder = 0, None
+        for first, last, name in sorted(ranges, key=lambda span: span[:2]) if candidates else ():
+            if first < end and name:
+                del candidates[name]
+                continue
+            if first < end and holder:
+                del candidates[holder]
+            end, holder = last, name
+        return candidates
+
+    def _make_counters(self, state: State, params: Sequence[Tensor], device: torch.device) -> None:
+        entries = [state[param] for param in params]
+        # Reading a counter waits for its device: so only those that were loaded or set by the user,
+        # once.
+        ages = [float(entry.get("step", 0)) for entry in entries]
+        counters = Counters(torch.zeros(len(ages), dtype=torch.float32, device=device))
+        if any(ages):
+            counters.steps.copy_(torch.tensor(ages, dtype=torch.float32, device="cpu"))
+        self.counters.append(counters)
+        for i, (param, entry, age) in enumerate(zip(params, entries, ages, strict=True)):
+            view, home = counters.steps[i], self.homes[param]
+            home.counters, home.counter, home.age = counters, i, age
+            home.put("step", view)
+            entry["step"] = view
+        counters.note()
+
+    def _move_in(self, entry: dict[str, Any], param: Tensor, key: str, slot: Slot) -> None:
+        home, part = self.homes[param], local(param).detach()
+        view = like(param, key, slot.flat() if key in GROUPED else slot.view(part))
+        home.slots[key] = slot
+        home.put(key, view)
+        if entry.get(key) is not None:
+            home.fill(key, part_of(param, key, entry[key]))
+        elif key == "master_weight":
+            home.fill(key, part)
+        entry[key] = view
+
+    def counters_unchanged(self) -> bool:
+        """Whether nobody but us has written to a step counter since the last step."""
+        return all(c.unchanged() for c in self.counters)
+
+    def read_counters(self) -> None:
+        """Learn the values of counters that somebody else has written to. Waits for their device."""
+        values = {id(c): c.steps.tolist() for c in self.counters if not c.unchanged()}
+        for home in self.homes.values():
+            if id(home.counters) in values:
+                home.age = values[id(home.counters)][home.counter]
+        self.note_counters()
+
+    def note_counters(self) -> None:
+        """Take the counters as they are now for our own work."""
+        for c in self.counters:
+            c.note()
+
+
+def advance_step_keys(homes: Iterable[ParamState]) -> None:
+    """Note that the counters of these parameters moved on together, by a number of steps only the
+    device may know.
+    """
+    tokens: dict[object, object] = {}
+    for home in homes:
+        home.age = tokens.setdefault(home.age, object())

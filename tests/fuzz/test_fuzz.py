@@ -1,0 +1,225 @@
+"""Whatever is done to an optimizer in whatever order: it stays with its float64 model, and its twin
+has the same bits.
+
+The long run draws FUZZ_SEED and prints it, unless it is set, and goes on until FUZZ_STEPS (100 000)
+steps are done.
+"""
+
+import os
+import random
+import time
+
+import pytest
+import torch
+
+pytest.importorskip("hypothesis")  # a machine with a GPU may lack it
+
+import hypothesis
+import hypothesis.strategies as st
+from fuzz_machine import Optimizers
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis.stateful import run_state_machine_as_test
+
+from fused_adam import FusedAdam, engine
+from fused_adam import guards as watch
+from fused_adam.backends import reference as host
+from fused_adam.numerics import codecs
+from fused_adam.numerics import formula as reference
+from fused_adam.numerics.scalars import GradTransform
+from fused_adam.state import checkpoint
+
+COMMON = settings(
+    deadline=None,
+    database=None,
+    stateful_step_count=30,
+    suppress_health_check=list(HealthCheck),
+    print_blob=False,
+)
+
+
+def run(machine, lives, **changes):
+    run_state_machine_as_test(machine, settings=settings(COMMON, max_examples=lives, **changes))
+
+
+def test_a_few_lives():
+    run(Optimizers, 25, derandomize=True)
+
+
+@pytest.mark.long
+def test_a_hundred_thousand_steps(capsys):
+    first = seed = int(os.environ.get("FUZZ_SEED", random.randrange(10**6)))
+    wanted = int(os.environ.get("FUZZ_STEPS", 100_000))
+    machine = type("Optimizers", (Optimizers,), {"steps_done": 0})
+    start = time.time()
+    with capsys.disabled():
+        print(f"\nFUZZ_SEED={first}", flush=True)
+        while machine.steps_done < wanted:
+            run(hypothesis.seed(seed)(machine), 100)
+            seed += 1
+        print(
+            f"{machine.steps_done} steps in {seed - first} times 100 lives, {time.time() - start:.0f} s",
+            flush=True,
+        )
+    assert machine.steps_done >= wanted
+
+
+class OnTheKernel(Optimizers):
+    """The second runs in Triton's interpreter: a thousand times slower."""
+
+    twins = st.just("triton")
+    longest = 2
+
+
+@pytest.mark.long
+@pytest.mark.filterwarnings(
+    "ignore::RuntimeWarning"
+)  # numpy's, in the interpreter: of overflows, inf - inf, x / 0
+def test_lives_on_the_kernel():
+    run(OnTheKernel, 100, derandomize=True)
+    assert OnTheKernel.steps_done >= 300
+
+
+class Compiled(Optimizers):
+    """The second runs through torch.compile, which takes seconds for every mix of dtypes and flags:
+    few.
+    """
+
+    twins = st.just("compiled")
+    precisions, dtypes = st.none(), {None: (torch.float32,)}
+
+
+@pytest.mark.long
+def test_compiled_lives():
+    run(Compiled, 100, derandomize=True)
+    assert Compiled.steps_done >= 1000
+
+
+# It can fail: faults that it must find
+# ------------------------------------------------------------------------------
+
+
+def corrected_for_one_step_more(patch):
+    scalars = host.scalars
+    patch.setattr(host, "scalars", lambda step, *rest: scalars(step + 1, *rest))
+
+
+def decay_of_frozen_parameters(patch):
+    step = FusedAdam.step
+
+    def decayed(self, closure=None):
+        step(self, closure)
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    p.data.mul_(1 - group["weight_decay"])
+
+    patch.setattr(FusedAdam, "step", decayed)
+
+
+def moments_lost_on_loading(patch):
+    settle = checkpoint._settle
+
+    def lossy(arena, state, param, entry, wanted):
+        settle(
+            arena,
+            state,
+            param,
+            {key: value for key, value in entry.items() if key != "exp_avg_sq"},
+            wanted,
+        )
+
+    patch.setattr(checkpoint, "_settle", lossy)
+
+
+def one_element_too_many(patch):
+    copy_out = host.Stage.copy_out
+
+    def beyond(self):
+        copy_out(self)
+        for p in self.params:
+            memory = torch.empty(0, dtype=p.dtype).set_(p.untyped_storage())
+            memory[p.storage_offset() + p.numel() :][:1] = 0.5
+
+    patch.setattr(host.Stage, "copy_out", beyond)
+
+
+def learning_rate_of_the_step_before(patch):
+    hyper = engine.hyper
+
+    def stale(group, *rest):
+        lr, *others = hyper(group, *rest)
+        before, group["before"] = group.get("before", lr), lr
+        return before, *others
+
+    patch.setattr(engine, "hyper", stale)
+
+
+def gradients_scaled_in_place(patch):
+    begin = host.ReferenceRunner.begin
+
+    def written(self, grads, *rest):
+        torch._foreach_mul_([grad for grad in grads if grad.is_contiguous()], 0.5)
+        begin(self, grads, *rest)
+
+    patch.setattr(host.ReferenceRunner, "begin", written)
+
+
+def poisoned_steps_done(patch):
+    read = GradTransform.read
+    patch.setattr(GradTransform, "read", lambda self, max_norm, _: read(self, max_norm, False))
+
+
+def parameters_that_moved_unnoticed(patch):
+    init = watch.PlanGuard.__init__
+
+    def blind(self, *args):
+        init(self, *args)
+        self.addresses = type(
+            "Any", (), {"__ne__": lambda self, other: False, "__eq__": lambda self, other: True}
+        )()
+
+    patch.setattr(watch.PlanGuard, "__init__", blind)
+
+
+def second_moments_rounded_two_codes_up(patch):
+    encode_v = codecs.encode_v
+
+    def biased(v, noise):
+        code, scale = encode_v(v, noise)
+        return (code.int() + 2).clamp(max=255).to(torch.uint8), scale
+
+    patch.setattr(codecs, "encode_v", biased)
+
+
+def decay_after_the_update(patch):
+    """p * (1 - lr * wd) of the new p: off by lr^2 * wd."""
+    update = reference.adam_update
+
+    def late(p, g, m, v, v_max, scalars, coupled, decoupled, sqrt):
+        new = update(p, g, m, v, v_max, scalars, coupled, False, sqrt)
+        return (new[0] * (1 - scalars[7]), *new[1:]) if decoupled else new
+
+    patch.setattr(reference, "adam_update", late)
+
+
+FAULTS = [
+    corrected_for_one_step_more,
+    decay_of_frozen_parameters,
+    moments_lost_on_loading,
+    one_element_too_many,
+    learning_rate_of_the_step_before,
+    gradients_scaled_in_place,
+    poisoned_steps_done,
+    parameters_that_moved_unnoticed,
+    second_moments_rounded_two_codes_up,
+    decay_after_the_update,
+]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
+def test_faults_are_found(fault, monkeypatch):
+    fault(monkeypatch)
+    with pytest.raises(AssertionError) as found:
+        run(Optimizers, 500, derandomize=True, phases=[Phase.generate], report_multiple_bugs=False)
+    print(fault.__name__, str(found.value)[:100])

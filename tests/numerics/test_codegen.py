@@ -1,0 +1,197 @@
+"""What the compiler makes of the kernels for a GPU: compiled here without one, in a process of its
+own.
+"""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def outside_the_interpreter(*command):
+    """Run Python in a process where triton compiles; returns the JSON it prints."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "kernels")}
+    environment.pop("TRITON_INTERPRET", None)
+    done = subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+# Accesses per thread to elements, by their bits: loads and stores of the body; the tail takes 32
+# bits at most. 1024 elements over 128 threads are 8 each: per operand two 128-bit accesses in fp32,
+# one in bf16. Mixed: every operand takes 4 elements per access, so that no layout is converted.
+NVIDIA = {
+    "fp32": ({"128": 8}, {"128": 6}),
+    "fp32-amsgrad": ({"128": 10}, {"128": 8}),
+    "bf16": ({"128": 4}, {"128": 3}),
+    "bf16-fp32-state": ({"128": 4, "64": 4}, {"128": 4, "64": 2}),
+    "bf16-amsgrad": ({"128": 5}, {"128": 4}),
+    "fp16": ({"128": 4}, {"128": 3}),
+    "fp32-bf16-grad": ({"128": 6, "64": 2}, {"128": 6}),
+    "bf16-fp32-grad": ({"128": 2, "64": 6}, {"64": 6}),
+}
+# What is beside a parameter takes as many elements per access as the widest operand.
+RECIPES = {
+    "native-bf16": ({"128": 4, "64": 4}, {"128": 2, "64": 4}),
+    "master32-fp32": ({"128": 6, "64": 4}, {"128": 6, "64": 2}),
+    "split32-fp32": ({"128": 4, "64": 6}, {"128": 4, "64": 4}),
+    "split32-bf16": ({"128": 5}, {"128": 4}),
+    "split24-bf16": ({"128": 4, "64": 1}, {"128": 3, "64": 1}),
+    "sr-bf16": ({"128": 4}, {"128": 3}),
+}
+# int8 beside fp32 parameters takes 32 bits an access, and beside bf16 ones 64. What full blocks
+# run, per element, is above the memory's budget of 126 and 95: an upper bound, so that it can only
+# go down.
+INT8 = {
+    "native-int8": (({"128": 4}, {"128": 2}), 170),
+    "split24-int8": (({"128": 2, "64": 3}, {"128": 1, "64": 3}), 171),
+}
+# 4 elements for each of 256 threads.
+AMD = {
+    "fp32": ({"128": 4}, {"128": 3}),
+    "fp32-amsgrad": ({"128": 5}, {"128": 4}),
+    "bf16": ({"64": 4}, {"64": 3}),
+    "bf16-fp32-state": ({"128": 2, "64": 2}, {"128": 2, "64": 1}),
+}
+ELSEWHERE = ["sm_80", "sm_86", "sm_89", "sm_100", "sm_120", "gfx942"]
+UPDATES = [
+    *((name, "sm_90") for name in (*NVIDIA, *RECIPES)),
+    *((name, target) for name in AMD for target in ELSEWHERE),
+]
+# An H200 issues 33.4e12 instructions a second while it moves 4.3e12 bytes: 217 for fp32's 28 bytes,
+# 108 for bf16's 14.
+INSTRUCTIONS_PER_BYTE = 7.75
+
+
+@pytest.fixture(scope="module")
+def reports():
+    """What `inspect` says of every case, by variant and target."""
+    inspect = ("-m", "fused_adam_kernels.inspect", "--json")
+    found = outside_the_interpreter(
+        *inspect, "--arch", "sm_90", "--variant", *NVIDIA, *RECIPES, *INT8, "fp64", "prologue"
+    )
+    found += outside_the_interpreter(*inspect, "--arch", *ELSEWHERE, "--variant", *AMD)
+    return {(report["variant"], report["target"]): report for report in found}
+
+
+@pytest.mark.parametrize(
+    ("variant", "target"), [*UPDATES, ("fp64", "sm_90"), ("prologue", "sm_90")]
+)
+def test_arithmetic_is_correctly_rounded(reports, variant, target):
+    """No fused multiply-adds, no approximate square root or division, nothing flushed to zero."""
+    report = reports[variant, target]
+    assert (report["sqrt"], report["div"], report["fused"]) == ("rn", "rn", 0)
+
+
+@pytest.mark.parametrize("variant", INT8)
+def test_only_the_guesses_of_8_bit_codes_are_approximate(reports, variant):
+    """They are corrected by exact comparisons; the update's own root and division are correctly
+    rounded.
+    """
+    report = reports[variant, "sm_90"]
+    assert (report["sqrt"], report["div"], report["fused"]) == ("approx.ftz rn", "rn", 0)
+
+
+@pytest.mark.parametrize(
+    ("variant", "target"), [*UPDATES, *((name, "sm_90") for name in INT8), ("fp64", "sm_90")]
+)
+def test_no_double_precision_in_the_update(reports, variant, target):
+    assert bool(reports[variant, target]["fp64"]) == (variant == "fp64")
+
+
+@pytest.mark.parametrize(
+    ("variant", "target"), [*UPDATES, ("fp64", "sm_90"), ("prologue", "sm_90")]
+)
+def test_no_shared_memory_and_no_spills(reports, variant, target):
+    """Shared memory would mean that a layout is converted."""
+    report = reports[variant, target]
+    assert (report["shared_bytes"], report["spills"], report["local_bytes"]) == (0, 0, 0)
+
+
+@pytest.mark.parametrize(("variant", "target"), UPDATES)
+def test_widest_accesses_the_dtypes_allow(reports, variant, target):
+    report = reports[variant, target]
+    wide = [
+        {bits: n for bits, n in report[kind].items() if int(bits) > 32}
+        for kind in ("loads", "stores")
+    ]
+    assert tuple(wide) == (AMD if target == "gfx942" else {**NVIDIA, **RECIPES})[variant]
+
+
+@pytest.mark.parametrize(("variant", "target"), [case for case in UPDATES if case[1] != "gfx942"])
+def test_fewer_instructions_than_the_memory_gives_time_for(reports, variant, target):
+    """All that full blocks run, and the slow paths of roots and divisions."""
+    report = reports[variant, target]
+    assert 8 < report["per_element"] <= INSTRUCTIONS_PER_BYTE * report["bytes_moved"]
+
+
+@pytest.mark.parametrize("variant", INT8)
+def test_8_bit_states_have_wide_accesses_no_spills_and_a_bound(reports, variant):
+    """The largest of a group goes from thread to thread through shared memory: 4 bytes per group
+    and moment at most.
+    """
+    report = reports[variant, "sm_90"]
+    (loads, stores), bound = INT8[variant]
+    wide = [
+        {bits: n for bits, n in report[kind].items() if int(bits) >= 64}
+        for kind in ("loads", "stores")
+    ]
+    assert (wide, (report["spills"], report["local_bytes"])) == ([loads, stores], (0, 0))
+    assert report["shared_bytes"] <= 128
+    assert 8 < report["per_element"] <= bound
+
+
+def test_what_full_blocks_run_is_counted_without_the_tail(reports):
+    """The tail of a recipe draws random bits for every element, and would be a third of the count."""
+    for variant, least in (("fp32", 20), ("sr-bf16", 40)):
+        report = reports[variant, "sm_90"]
+        assert (
+            report["instructions"] / 8 - report["per_element"] > least
+        )  # 1024 elements over 128 threads
+
+
+MAXIMA = """
+import json, re
+from fused_adam_kernels.inspect import TARGETS, VARIANTS, compiled
+print(json.dumps([
+    re.findall(r"max\\S*\\.f32", compiled(VARIANTS[name], TARGETS["sm_90"]).asm["ptx"])
+    for name in ("fp32-amsgrad", "bf16-amsgrad")
+]))
+"""
+
+
+def test_the_maximum_of_amsgrad_keeps_a_nan():
+    """The interpreter keeps it whatever the kernel says."""
+    for found in outside_the_interpreter("-c", MAXIMA):
+        assert set(found) == {"max.NaN.f32"}
+
+
+ADDRESSES = """
+import json, re
+from fused_adam_kernels.inspect import TARGETS, VARIANTS, compiled
+print(json.dumps({
+    name: re.findall(r"tt.addptr .* : (\\S+), (\\S+)", compiled(VARIANTS[name], TARGETS["sm_90"]).asm["ttir"])
+    for name in ("fp32-amsgrad", "norm-fp32")
+}))
+"""
+
+
+def test_every_offset_to_an_element_is_64_bits_wide():
+    """Parameters may have more than 2^31 elements."""
+    found = outside_the_interpreter("-c", ADDRESSES)
+    elements = {
+        name: [offset for pointer, offset in pairs if "tensor" in pointer]
+        for name, pairs in found.items()
+    }
+    assert elements == {
+        "fp32-amsgrad": ["tensor<1024xi64>"] * 5
+        + ["tensor<256xi64>"] * 5,  # body and tail of p, g, m, v, v_max
+        "norm-fp32": ["tensor<1024xi64>"],
+    }

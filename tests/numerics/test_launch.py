@@ -1,0 +1,97 @@
+"""The launch path up to the driver, without a GPU: what is compiled, what is held, what reaches the
+driver.
+"""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).parents[2]
+LAUNCH = """
+import json
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from fused_adam_kernels import adam, norm, scalars, table
+
+class Driver:  # all that compiling and launching ask of a GPU's driver
+    launched = []
+    get_current_target = lambda self: GPUTarget("cuda", 90, 32)
+    get_current_device = lambda self: 0
+    get_current_stream = lambda self, device=None: 7
+    get_device_properties = lambda self, device: {"max_shared_mem": 1 << 17}
+    load_binary = lambda self, name, kernel, shared, device: (self, name, 0, 0, 1024)
+    launcher_cls = lambda self, source, metadata: lambda *args: self.launched.append(args)
+    utils = property(lambda self: self)
+
+driver.set_active(Driver())
+kernels = [scalars.prologue_kernel, norm.square_sum_kernel, norm.total_kernel, adam.adam_kernel]
+jit_launches = []
+for kernel in kernels:
+    kernel.pre_run_hooks.append(lambda *args, **options: jit_launches.append(args))
+
+f32, bf16 = torch.float32, torch.bfloat16
+mixes = [(f32, f32, "native", "native"), (bf16, bf16, "native", "native"), (bf16, f32, "split24", "int8")]
+prologue, total = scalars.prologue(), norm.total()
+updates = [adam.adam_step(*mix, False) for mix in mixes]
+norms = [norm.square_sum(grad) for grad in (torch.float32, torch.bfloat16)]
+zeros, zeros64 = torch.zeros, lambda *shape: torch.zeros(shape, dtype=torch.float64)
+sent = []
+for rows in (1, 2, 16, 1000):
+    table_of_rows, values = torch.zeros(rows, table.ROW, dtype=torch.int64), zeros(rows, table.SCALARS)
+    hyper, flags, stats = zeros64(2, table.HYPER), zeros(9), zeros64(table.STATS)
+    # The flag and the scale are the user's own: anywhere in memory.
+    prologue(scalars.programs(rows), table_of_rows, hyper, values, flags[rows % 4:], flags[4:], zeros64(1), stats, rows)
+    for blocks in (1, 2, 16, 1000):
+        for update in updates:
+            update(blocks, table_of_rows, torch.zeros(blocks, 2, dtype=torch.int32), values)
+        for launch in norms:
+            launch(blocks, table_of_rows, torch.zeros(blocks, 3, dtype=torch.int32), zeros64(rows))
+    total(1, zeros64(rows), zeros64(1), rows)
+
+everything = [prologue, total, *updates, *norms]
+print(json.dumps({
+    "jit launches": len(jit_launches),
+    "launches": len(Driver.launched),
+    "grids": sorted({args[:3] for args in Driver.launched}),
+    "streams": sorted({args[3] for args in Driver.launched}),
+    "variants": len({id(launcher.compiled) for launcher in everything}),
+    "launchers": len(everything),
+    # Behind grid, stream, function, metadata and hooks: every argument of the kernel, constants
+    # included.
+    "arguments": [
+        sorted({len(args) - 9 for args in Driver.launched if args[4] == kernel.__name__}) == [len(kernel.arg_names)]
+        for kernel in kernels
+    ],
+    "prologue's aligned": [
+        kernels[0].arg_names[i] for (i,), hints in prologue.compiled.src.attrs.items() if hints
+    ],
+    "fma": sum("fma" in launcher.compiled.asm["ptx"] for launcher in everything),
+}))
+"""
+
+
+def test_kernels_are_compiled_once_and_then_launched_directly():
+    """One variant per dtype mix, whatever the sizes, steps and places of the user's tensors; no
+    argument is lost.
+    """
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "kernels")}
+    environment.pop("TRITON_INTERPRET", None)
+    done = subprocess.run(
+        [sys.executable, "-c", LAUNCH], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found == {
+        "jit launches": 7,
+        "launches": 4 * (1 + 4 * 5 + 1),
+        "grids": [[1, 1, 1], [2, 1, 1], [8, 1, 1], [16, 1, 1], [1000, 1, 1]],
+        "streams": [7],
+        "variants": 7,
+        "launchers": 7,
+        "arguments": [True] * 4,
+        "prologue's aligned": ["rows_ptr", "hyper_ptr", "scalars_ptr", "stats_ptr"],
+        "fma": 0,
+    }
