@@ -11,9 +11,9 @@ import tomllib
 import pytest
 import torch
 from named import missing, named
-from test_hash import HASH
 from torch import nn
 
+from bench.verify import HASH
 from fused_adam.precision import parse
 
 ROOT = pathlib.Path(__file__).parent.parent

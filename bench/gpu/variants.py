@@ -1,9 +1,10 @@
 """Other shapes of the update kernel, beside today's, in one process: the same bits? how many GB/s?
 
     python variants.py [--json FILE] [--seconds S] [--mixes fp32,bf16,...] [--only NAME ...]
-    [--numel N] python variants.py --compile I/N   compile every N-th kernel from the I-th on into
-    Triton's cache, and end python variants.py --check         bits alone, on small tensors; runs on
-    a CPU under TRITON_INTERPRET=1 too
+                       [--numel N]
+    python variants.py --compile I/N   compile every N-th kernel from the I-th on, and end
+    python variants.py --check         bits alone, on small tensors; runs on a CPU under
+                                       TRITON_INTERPRET=1 too
 
 A variant is an entry for `fused_adam_kernels/config.py` (a winner is a change of one line there),
 or edits of the kernels' sources where the kernel itself has to do something else. Edits are made in
@@ -104,7 +105,8 @@ def several_chunks(number: int) -> Variant:
             (
                 "adam.py",
                 BODY,
-                f"    for first in range(start, tl.minimum(start + {span}, body_end), BLOCK):\n    {BODY}",
+                f"    for first in range(start, tl.minimum(start + {span}, body_end), BLOCK):\n"
+                f"    {BODY}",
             ),
             ("adam.py", "v_scale_ptr, start, body_end", "v_scale_ptr, first, body_end"),
             ("adam.py", "tl.minimum(start + BLOCK, n)", f"tl.minimum(start + {span}, n)"),
@@ -161,12 +163,14 @@ def staying_programs() -> Variant:
 
 STREAMING = Variant(
     edits=(
-        ("adam.py", "tl.load(g_ptr + offs, mask=ok, other=0.0)", "tl.load(g_ptr + offs, mask=ok, other=0.0, "
-         'eviction_policy="evict_first")'),
+        ("adam.py", "tl.load(g_ptr + offs, mask=ok, other=0.0)",
+         'tl.load(g_ptr + offs, mask=ok, other=0.0, eviction_policy="evict_first")'),
         ("adam.py", "tl.store(p_ptr + offs, visible, mask=ok)",
          'tl.store(p_ptr + offs, visible, mask=ok, cache_modifier=".cs")'),
-        ("adam.py", "tl.store(m_ptr + offs, m, mask=ok)", 'tl.store(m_ptr + offs, m, mask=ok, cache_modifier=".cs")'),
-        ("adam.py", "tl.store(v_ptr + offs, v, mask=ok)", 'tl.store(v_ptr + offs, v, mask=ok, cache_modifier=".cs")'),
+        ("adam.py", "tl.store(m_ptr + offs, m, mask=ok)",
+         'tl.store(m_ptr + offs, m, mask=ok, cache_modifier=".cs")'),
+        ("adam.py", "tl.store(v_ptr + offs, v, mask=ok)",
+         'tl.store(v_ptr + offs, v, mask=ok, cache_modifier=".cs")'),
     )
 )  # fmt: skip
 # 16 columns of 8 bytes are a cache line; both halves of an entry come in one load.
@@ -219,7 +223,8 @@ class Build:
                 text = path.read_text()
                 if text.count(old) != 1:
                     raise NotPatched(
-                        f"{old.strip().splitlines()[0]!r} is {text.count(old)} times in {file}, not once"
+                        f"{old.strip().splitlines()[0]!r} is {text.count(old)} times in {file}, "
+                        "not once"
                     )
                 path.write_text(text.replace(old, new))
         if str(folder) not in sys.path:
@@ -291,7 +296,7 @@ def compile_update(build: Build, mix: Mix, where: torch.device) -> None:
 def make(
     name: str, build: Build, sizes: Sequence[tuple[int, int]], where: torch.device
 ) -> FusedAdamW:
-    """An optimizer over random parameters, each (elements, elements from the start of its memory)."""
+    """An optimizer over random parameters; sizes: (elements, offset in its memory) of each."""
     dtype, precision = MIXES[name]
     generator = torch.Generator(where).manual_seed(0)
     params = []
@@ -457,7 +462,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             for row in sorted(found, key=lambda row: -row["gb_per_s"]["median"]):
                 print(
                     f"{mix:13s} {row['variant']:25s} {row['ms']['median']:8.3f} ms "
-                    f"{row['gb_per_s']['median']:6.0f} GB/s {row['share_of_ceiling']:6.1%} of the ceiling",
+                    f"{row['gb_per_s']['median']:6.0f} GB/s {row['share_of_ceiling']:6.1%} "
+                    "of the ceiling",
                     flush=True,
                 )
             give_back_memory()

@@ -1,22 +1,26 @@
 """The promise in one number: SHA-256 of all weights and moments after a fixed training, whoever
-computes it.
-
-The gradients come from integer arithmetic, so that no random generator of any version takes part.
+computes it. Training and hash stand in bench/verify.py, which checks them on any machine.
 """
 
 import copy
-import hashlib
 import io
 
 import pytest
 import torch
 
+from bench.verify import (
+    GROUPS,
+    HASH,
+    PARAMS,
+    SHORT_HASH,
+    SHORT_STEPS,
+    STEPS,
+    digest,
+    start,
+    train,
+)
 from fused_adam import FusedAdam
 
-STEPS = 1000
-SHORT_STEPS = 30  # the interpreter takes milliseconds per program
-HASH = "869091b3e33581671e0dc8a745e4edf241f38d0f87a8d85883fe6f45228027af"
-SHORT_HASH = "55aa245e1e179c7e87e83c9fd087e61927c7bbbc6edc9613fd60d453ec24a92f"
 # Per precision recipe, over the bfloat16 parameters alone (float32 ones for native weights). The
 # host takes 3 ms per parameter and step for the random bits and codes; the order of the parameters
 # matters to those.
@@ -32,36 +36,6 @@ RECIPE_HASHES = {
     "native-int8": "53cf49cb4900aa13aec3d7a613b80380e2f8bdc1465aeaa9130a3aa7c8542a50",
 }
 
-# name -> (numel, dtype, group): sizes around a vector, a slot and nothing.
-GROUPS = [
-    {"weight_decay": 0.1},
-    {"weight_decay": 0.01, "amsgrad": True, "lr": 3e-3},
-    {"weight_decay": 0.1, "decoupled_weight_decay": False, "betas": (0.8, 0.99), "maximize": True},
-]
-PARAMS = {
-    f"{numel}-{dtype}-{group}": (numel, getattr(torch, dtype), group)
-    for group in range(len(GROUPS))
-    for dtype in ("float32", "bfloat16")
-    for numel in (1, 131, 1000)
-}
-
-
-def noise(numel, seed):
-    """Numbers in [-1, 1), the same on every machine: a multiplicative hash, then an exact scaling."""
-    x = (torch.arange(numel, dtype=torch.int64) + 1) * 2654435761 + seed * 40503
-    x = (x ^ (x >> 15)) * 2246822519 % 2**32
-    x = (x ^ (x >> 13)) * 3266489917 % 2**32
-    return (x ^ (x >> 16)).double() / 2**31 - 1
-
-
-def start(device, only=None):
-    """The parameters of one dtype, or of all."""
-    return {
-        name: torch.nn.Parameter(noise(numel, seed).to(dtype).to(device))
-        for seed, (name, (numel, dtype, _)) in enumerate(PARAMS.items())
-        if only in (None, dtype)
-    }
-
 
 def optimizer_of(params, split=False, permuted=False, halved=False, **arguments):
     """The same parameters with the same options, in whatever order and grouping; `halved` keeps the
@@ -72,7 +46,9 @@ def optimizer_of(params, split=False, permuted=False, halved=False, **arguments)
         names = names[7:][::-1] + names[:7]
     groups = []
     for number, options in enumerate(GROUPS):
-        members = [params[name] for name in names if name in params and PARAMS[name][2] == number]
+        members = [
+            params[name] for name in names if name in params and PARAMS[name].group == number
+        ]
         parts = (
             [members[::2], members[1::2]]
             if split
@@ -84,35 +60,6 @@ def optimizer_of(params, split=False, permuted=False, halved=False, **arguments)
     if permuted:
         groups.reverse()
     return FusedAdam(groups, lr=1e-2, decoupled_weight_decay=True, **arguments)
-
-
-def train(params, optimizer, steps, first=0):
-    """The learning rate changes as a scheduler's would; gradients follow the weights, so that
-    errors would grow.
-    """
-    for step in range(first, first + steps):
-        optimizer.zero_grad()
-        for group in optimizer.param_groups:
-            group.setdefault("initial_lr", group["lr"])
-            group["lr"] = group["initial_lr"] * (1 - step / 2000)
-        for seed, param in enumerate(params.values()):
-            wave = noise(param.numel(), 100 + seed + 1000 * step).float().to(param.device)
-            grad = (0.5 * param.detach().float() + wave).to(param.dtype)
-            if param.grad is None:
-                param.grad = grad
-            else:
-                param.grad.copy_(grad)
-        optimizer.step()
-
-
-def digest(params, optimizer):
-    """Over weights and state in one order, whatever the optimizer's."""
-    sha = hashlib.sha256()
-    for name in params:
-        for key, value in {"param": params[name].detach(), **optimizer.state[params[name]]}.items():
-            sha.update(f"{name} {key}".encode())
-            sha.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return sha.hexdigest()
 
 
 def run(steps, device="cpu", only=None, **arguments):
