@@ -83,11 +83,11 @@ def check_grad_attribute(name: object, flatten: bool, differentiable: bool) -> N
             )
 
 
-def check_reduce_norm(function: object, guards: bool) -> None:
+def check_reduce_norm(function: object, needs_norm: bool) -> None:
     """Raise TypeError or ValueError unless it can add up norms, and some are taken."""
     if function is not None and not callable(function):
         raise TypeError(f"reduce_norm={function!r} must be a function of one tensor, or None")
-    if function is not None and not guards:
+    if function is not None and not needs_norm:
         raise ValueError(
             "reduce_norm is of use with max_grad_norm or skip_nonfinite, and neither is set"
         )

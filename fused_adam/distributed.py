@@ -67,13 +67,15 @@ class LocalShards:
         self.all = {*map(type, params)} == {self.kind}
         self.placements = [param.placements for param in params] if self.all else []
 
-    def parts(self) -> list[Tensor]:
+    def tensors(self) -> list[Tensor]:
         """`local` of each parameter."""
         if self.all:
             return [param._local_tensor for param in self.params]
         return [local(param) for param in self.params]
 
-    def gradient_parts(self, grads: Sequence[Any], moved: dict[Tensor, Tensor]) -> list[Tensor]:
+    def gradient_parts(
+        self, grads: Sequence[Any], redistributed: dict[Tensor, Tensor]
+    ) -> list[Tensor]:
         """What the shards take of their parameters' gradients: summed and moved first where they
         lie otherwise.
 
@@ -89,25 +91,27 @@ class LocalShards:
                 if {*map(type, parts)} == {Tensor}:
                     return parts
         return [
-            self._gradient_part(param, grad, moved)
+            self._gradient_part(param, grad, redistributed)
             for param, grad in zip(self.params, grads, strict=True)
         ]
 
     @staticmethod
-    def _gradient_part(param: Tensor, grad: Tensor, moved: dict[Tensor, Tensor]) -> Tensor:
+    def _gradient_part(param: Tensor, grad: Tensor, redistributed: dict[Tensor, Tensor]) -> Tensor:
         if not is_sharded(grad):
             return grad
         if is_sharded(param) and grad.placements != param.placements:
-            if param not in moved:
-                moved[param] = grad.redistribute(param.device_mesh, param.placements).to_local()
-            part = moved[param]
+            if param not in redistributed:
+                redistributed[param] = grad.redistribute(
+                    param.device_mesh, param.placements
+                ).to_local()
+            part = redistributed[param]
         else:
             part = grad._local_tensor
         # One that is still on its way, from a collective of torch's own, is of another type.
         return part if type(part) is Tensor else part.wait()  # type: ignore[attr-defined]
 
 
-def like(param: Tensor, key: str, value: Tensor) -> Tensor:
+def to_dtensor(param: Tensor, key: str, value: Tensor) -> Tensor:
     """State entry `key` over the memory of `value`, this rank's part of it: a DTensor where the
     parameter is one.
     """
@@ -128,7 +132,7 @@ def like(param: Tensor, key: str, value: Tensor) -> Tensor:
     return DTensor(value, spec, requires_grad=False)  # type: ignore[no-untyped-call]
 
 
-def part_of(param: Tensor, key: str, value: Tensor) -> Tensor:
+def to_local(param: Tensor, key: str, value: Tensor) -> Tensor:
     """This rank's part of state entry `key`: of a DTensor, or of a whole tensor that every rank
     has.
 
@@ -166,7 +170,7 @@ def part_of(param: Tensor, key: str, value: Tensor) -> Tensor:
 
 
 def local_as_stored(param: Tensor, key: str, value: Tensor) -> Tensor | None:
-    """This rank's part of state entry `key`, if it is distributed over ranks as `like` would; else
+    """This rank's part of state entry `key`, if it is distributed over ranks as `to_dtensor` would; else
     None.
     """
     if not is_sharded(param) or key == "step":
@@ -214,7 +218,7 @@ def _of_groups(param: DTensor) -> tuple[tuple[Any, ...], torch.Size]:
     return placements, torch.Size([*[mesh.size(i) for i in cut], -(-most // GROUP)])
 
 
-def origin(param: Tensor) -> int:
+def global_offset(param: Tensor) -> int:
     """The number of this rank's first element, which random bits are keyed by: however rows are
     cut, bits are equal.
 
@@ -275,7 +279,7 @@ class RankGroup:
             self.group = distributed.new_group(sorted(ranks), use_local_synchronization=True)
         self.rank = distributed.get_rank(self.group)
 
-    def compare(self, facts: Sequence[dict[str, object]]) -> list[bool]:
+    def check_agreement(self, facts: Sequence[dict[str, object]]) -> list[bool]:
         """Compare what is true of each parameter; returns which of them are counted here.
 
         What several ranks hold alike (replicas, plain parameters) is counted by the first of them.
@@ -334,7 +338,7 @@ class RankGroup:
         distributed.all_gather_object(everyone, value, self.group)
         return everyone
 
-    def total(self, square_sum: Tensor) -> Tensor:
+    def sum_norms(self, square_sum: Tensor) -> Tensor:
         """The sum over all ranks, in an order that only their number decides; float64, shape (1,),
         not waited for.
         """

@@ -69,7 +69,7 @@ class CachedPlan:
     """How one set of parameters is stepped. On the kernel, plans do not keep state alive."""
 
     live: list[Tensor]  # the parameters, in order
-    homes: list[ParamState]  # of the rows' state
+    param_states: list[ParamState]  # of the rows' state
     runners: list[backends.Runner]
     watch: PlanGuard
     state: StateGuard
@@ -80,7 +80,9 @@ class CachedPlan:
 
     def coherent(self) -> bool:
         """Whether rows that are updated as one still have one step count."""
-        return all(home.age == span[0].age for span in self.spans for home in span)
+        return all(
+            param_state.step_key == span[0].step_key for span in self.spans for param_state in span
+        )
 
 
 class Engine:
@@ -96,15 +98,15 @@ class Engine:
     ) -> None:
         self.backend, self.read = backend, reader(grad_attribute)
         self.max_grad_norm, self.skip_nonfinite = max_grad_norm, skip_nonfinite
-        self.guards = max_grad_norm is not None or skip_nonfinite
+        self.needs_norm = max_grad_norm is not None or skip_nonfinite
         self.arena = Arena()
         self.flat: FlatBuffers | None = None
         self.stats: Tensor | None = None
         self.ranks: RankGroup | None = None  # where parameters are DTensors
-        self.counted: list[bool] = []
+        self.in_norm: list[bool] = []
         self.reduce_norm: Callable[[Tensor], Tensor] | None = None
-        self.moved: dict[Tensor, Tensor] = {}
-        self.moves = 0
+        self.redistributed: dict[Tensor, Tensor] = {}
+        self.state_moves = 0
         self.ran: CachedPlan | None = None
         # What captured graphs read and write: nothing of it may be freed while they can be
         # replayed.
@@ -145,11 +147,11 @@ class Engine:
         Raises what `plan.build` raises, before anything is changed.
         """
         capturing = backends.is_capturing()
-        self.moved.clear()  # of a step that failed
+        self.redistributed.clear()  # of a step that failed
         known = self._still_known(groups)
         params = self.params if known else members_of(groups)
         if shapes.are_all(params):
-            self.stats = shapes.step(groups, state, self.read(params), only, self.guards)
+            self.stats = shapes.step(groups, state, self.read(params), only, self.needs_norm)
             return
         known = known and self.arena.counters_unchanged()
         if self.flat:
@@ -201,7 +203,7 @@ class Engine:
         return (
             plan_facts(groups) == self.options  # so there are as many parameters
             and all(map(operator.is_, params, self.params))
-            and self.moves == self.arena.moves
+            and self.state_moves == self.arena.state_moves
         )
 
     def _learn(self, groups: Sequence[dict[str, Any]]) -> None:
@@ -268,7 +270,7 @@ class Engine:
     def _note_steps(self) -> None:
         """Before another plan is looked at: the parameters of the last one have moved on together."""
         if self.ran:
-            advance_step_keys(self.ran.homes)
+            advance_step_keys(self.ran.param_states)
             self.ran = None
 
     def _build_with_others(
@@ -276,11 +278,11 @@ class Engine:
     ) -> tuple[CachedPlan, Found]:
         """`_build`; where parameters are DTensors, the first time on all ranks or on none."""
         if not any(map(is_sharded, self.params)):
-            self.ranks, self.counted = None, []
+            self.ranks, self.in_norm = None, []
             return self._build(groups, state, only)
         if self.ranks is None or list(map(id, self.ranks.params)) != list(map(id, self.params)):
             ranks, failure, found = RankGroup(self.params), None, None
-            self.counted = ranks.compare(self._facts(groups))
+            self.in_norm = ranks.check_agreement(self._facts(groups))
             try:
                 found = self._build(groups, state, only)
             except Exception as error:
@@ -336,7 +338,7 @@ class Engine:
                 live.append(param)
                 found.append(grad)
         if any(map(is_sharded, live)):
-            found = LocalShards(live).gradient_parts(found, self.moved)
+            found = LocalShards(live).gradient_parts(found, self.redistributed)
             rest = iter(found)
             grads = [None if grad is None else next(rest) for grad in grads]
         devices = {
@@ -353,14 +355,14 @@ class Engine:
             buffers=self.flat,
             staging={device: backends.staging(name) for device, name in devices.items()},
         )
-        if self.moves != self.arena.moves:
+        if self.state_moves != self.arena.state_moves:
             self.plans.clear()
             self.usual = None
-            self.moves = self.arena.moves
+            self.state_moves = self.arena.state_moves
         rows = [row for section in sections for row in section.rows]
-        for row in rows if self.counted else ():
-            row.counted = self.counted[row.ordinal]
-        in_order = sorted(rows, key=operator.attrgetter("index"))
+        for row in rows if self.in_norm else ():
+            row.in_norm = self.in_norm[row.param_index]
+        in_order = sorted(rows, key=operator.attrgetter("grad_index"))
         idle = [
             param
             for param, grad in zip(params, grads, strict=True)
@@ -371,16 +373,21 @@ class Engine:
         ]
         made = CachedPlan(
             live,
-            [row.home for row in rows],
-            [backends.bind(devices[section.device], section, self.guards) for section in sections],
-            PlanGuard(live, found, idle, self.flat, self.read, self.moved),
-            StateGuard(state, [(live[row.index], row.home, row.dtypes) for row in in_order]),
-            [[row.home for row in span.rows] for span in spans if len(span.rows) > 1],
+            [row.param_state for row in rows],
+            [
+                backends.bind(devices[section.device], section, self.needs_norm)
+                for section in sections
+            ],
+            PlanGuard(live, found, idle, self.flat, self.read, self.redistributed),
+            StateGuard(
+                state, [(live[row.grad_index], row.param_state, row.dtypes) for row in in_order]
+            ),
+            [[row.param_state for row in span.rows] for span in spans if len(span.rows) > 1],
             [param for param in live if not param.is_inference()]
             + [
-                row.home.counters.steps
+                row.param_state.counters.steps
                 for row in rows
-                if row.home.counters and not row.home.counters.ours
+                if row.param_state.counters and not row.param_state.counters.ours
             ],
         )
         self.plans.pop(key, None)
@@ -389,7 +396,7 @@ class Engine:
         if only is None and live:
             self.usual = made
         while len(self.plans) > 1 and sum(
-            len(kept.homes) for kept in self.plans.values()
+            len(kept.param_states) for kept in self.plans.values()
         ) > ROWS_KEPT * len(params):
             del self.plans[next(iter(self.plans))]
         gradients = made.watch.gradients()
@@ -402,14 +409,14 @@ class Engine:
         self.ran = chosen
         for runner in chosen.runners:
             runner.begin(*found, capturing)
-        if self.guards and self.params:
+        if self.needs_norm and self.params:
             guard = self._checked(chosen, guard)
             if not chosen.runners:
                 guard.record(self.skip_nonfinite)
         for i, runner in enumerate(chosen.runners):
             # The norm is counted once.
             runner.run(values, guard if i == 0 else replace(guard, stats=None))
-        self.moved.clear()
+        self.redistributed.clear()
         self.arena.note_counters()
         # Kernels write through addresses, which nobody else sees.
         torch.autograd.graph.increment_version(chosen.written)
@@ -418,8 +425,8 @@ class Engine:
 
     def _keep_captured(self, chosen: CachedPlan) -> None:
         memory: list[Any] = [self.stats]
-        for home in chosen.homes:
-            memory += [home.counters, *home.slots.values()]
+        for param_state in chosen.param_states:
+            memory += [param_state.counters, *param_state.slots.values()]
         if self.flat:
             memory += self.flat.grad_segments
         self.captured[id(chosen)] = chosen, memory
@@ -437,7 +444,7 @@ class Engine:
             # not arrived.
             total = total + other.to(total.device)
         if self.ranks:
-            total = self.ranks.total(total)
+            total = self.ranks.sum_norms(total)
         if self.reduce_norm:
             total = arguments.check_norm(self.reduce_norm(total), total.device)
         if self.stats is None or self.stats.device != total.device:

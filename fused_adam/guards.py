@@ -90,15 +90,15 @@ class StateGuard:
         self.members = members
         self.params = [param for param, *_ in members]
         places = [
-            (slot.segment, home.refs[key], slot.address)
-            for _, home, dtypes in members
-            for key, slot in home.slots.items()
+            (slot.segment, param_state.refs[key], slot.address)
+            for _, param_state, dtypes in members
+            for key, slot in param_state.slots.items()
             if key in dtypes
         ]
         places += [
-            (home.counters.steps, home.refs["step"], home.step_address)
-            for _, home, _ in members
-            if home.counters
+            (param_state.counters.steps, param_state.refs["step"], param_state.step_address)
+            for _, param_state, _ in members
+            if param_state.counters
         ]
         if len(places) > self.ALL:
             places = list(
@@ -145,13 +145,15 @@ class StateGuard:
         ] == self.addresses
 
     def _compare(self, state: State) -> bool:
-        for param, home, dtypes in self.members:
+        for param, param_state, dtypes in self.members:
             entry = state.get(param)
-            if not isinstance(entry, dict) or not home.holds_step(
+            if not isinstance(entry, dict) or not param_state.holds_step(
                 entry.get("step"), local(param).device
             ):
                 return False
-            if not all(home.holds(key, entry.get(key), dtype) for key, dtype in dtypes.items()):
+            if not all(
+                param_state.holds(key, entry.get(key), dtype) for key, dtype in dtypes.items()
+            ):
                 return False
         return True
 
@@ -176,11 +178,14 @@ class PlanGuard:
         idle: Sequence[Tensor],
         buffers: FlatBuffers | None,
         read: Callable[[Sequence[Tensor]], list[Tensor | None]],
-        moved: dict[Tensor, Tensor],
+        redistributed: dict[Tensor, Tensor],
     ) -> None:
         self.live, self.idle, self.read, self.buffers = list(live), list(idle), read, buffers
-        self.shards, self.moved = LocalShards(live) if any(map(is_sharded, live)) else None, moved
-        memory = self.shards.parts() if self.shards else self.live
+        self.shards, self.redistributed = (
+            LocalShards(live) if any(map(is_sharded, live)) else None,
+            redistributed,
+        )
+        memory = self.shards.tensors() if self.shards else self.live
         self.addresses = list(map(data_ptr, memory))
         slots = buffers.grad_addresses if buffers else {}
         self.slots = [slots.get(param, -1) for param in live]  # no address: empty gradients have 0
@@ -216,7 +221,10 @@ class PlanGuard:
             return None
         memory = self.live
         if self.shards:
-            memory, grads = self.shards.parts(), self.shards.gradient_parts(grads, self.moved)
+            memory, grads = (
+                self.shards.tensors(),
+                self.shards.gradient_parts(grads, self.redistributed),
+            )
         if not self.layouts.hold(memory) or (
             self.grad_layouts and not self.grad_layouts.hold(grads)
         ):

@@ -180,7 +180,7 @@ class FusedAdam(torch.optim.Adam):
         so that it survives pickle, deepcopy and loaded checkpoints. Not always True, because
         Lightning refuses its own clipping for optimizers that carry it.
         """
-        if self._engine.guards or self._grad_attribute != "grad":
+        if self._engine.needs_norm or self._grad_attribute != "grad":
             return True
         return bool(self.defaults["fused"]) or any(group["fused"] for group in self.param_groups)
 
@@ -265,7 +265,7 @@ class FusedAdam(torch.optim.Adam):
             )(self, closure)
             return result
         self._accelerator_graph_capture_health_check()
-        self._check_at_home()
+        self._check_not_offloaded()
         if self._engine.release is not None:
             self._refuse_scaler()
         loss = None
@@ -291,12 +291,12 @@ class FusedAdam(torch.optim.Adam):
 
     def _step_only(self, params: Sequence[Tensor]) -> None:
         """Step these parameters alone: each has a gradient."""
-        self._check_at_home()
+        self._check_not_offloaded()
         self._engine.step(
             self.param_groups, self.state, GradTransform(), self._check_before_step, params
         )
 
-    def _check_at_home(self) -> None:
+    def _check_not_offloaded(self) -> None:
         if self._engine.origins is not None:
             raise RuntimeError(
                 "this optimizer's state is offloaded to the host: call reload() before a step"
@@ -345,7 +345,7 @@ class FusedAdam(torch.optim.Adam):
 
     @reduce_norm.setter
     def reduce_norm(self, function: Callable[[Tensor], Tensor] | None) -> None:
-        arguments.check_reduce_norm(function, self._engine.guards)
+        arguments.check_reduce_norm(function, self._engine.needs_norm)
         self._engine.reduce_norm = function
 
     @property
@@ -514,7 +514,7 @@ class FusedAdam(torch.optim.Adam):
             raise RuntimeError(
                 "init_state() cannot be combined with differentiable=True, whose state torch makes"
             )
-        self._check_at_home()
+        self._check_not_offloaded()
         self._engine.init_state(self.param_groups, self.state, self._check_group)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .distributed import local, origin
+from .distributed import global_offset, local
 from .precision import Recipe, parse
 from .state.arena import (
     Arena,
@@ -19,11 +19,11 @@ from .state.arena import (
     ParamState,
     Slot,
     State,
+    align,
+    as_flat,
+    as_real,
     dense_layout,
-    flat,
     is_dense,
-    padded,
-    real,
 )
 from .state.convert import reorder
 from .state.flatten import FlatBuffers
@@ -64,19 +64,19 @@ def options_of(group: Mapping[str, Any]) -> Options:
 class Row:
     """One parameter that has a gradient: what the tables say of it."""
 
-    index: int  # among the parameters that have a gradient
-    ordinal: int  # among all parameters
+    grad_index: int  # among the parameters that have a gradient
+    param_index: int  # among all parameters
     group: int
     param: Tensor  # real view of the user's parameter, or of its shard
     complex: bool
     options: Options
     entries: Entries
-    home: ParamState
+    param_state: ParamState
     slots: dict[str, Slot | None] = field(
         default_factory=dict
     )  # of the operands; None: the gradient, where it is
-    origin: int = 0  # of the full parameter, the element that is the first here
-    counted: bool = True  # in the norm: not what another rank counts
+    global_offset: int = 0  # of the full parameter, the element that is the first here
+    in_norm: bool = True  # in the norm: not what another rank counts
     overlaps: bool = False  # another parameter lies in the same memory, or it is listed twice
     staged: bool = False
     stage: tuple[Tensor, Tensor] | None = (
@@ -141,7 +141,7 @@ def check(param: Tensor, grad: Tensor, name: str) -> None:
     if grad.layout != torch.strided:
         raise RuntimeError(f"the gradient of {name} has layout {grad.layout}, but must be strided")
     for what, tensor in ((name, param), (f"the gradient of {name}", grad)):
-        dtype = real(tensor).dtype
+        dtype = as_real(tensor).dtype
         if dtype not in DTYPES:
             allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
             raise TypeError(
@@ -168,7 +168,7 @@ def check(param: Tensor, grad: Tensor, name: str) -> None:
         )
 
 
-def waves(rows: Sequence[Row]) -> list[int]:
+def overlap_order(rows: Sequence[Row]) -> list[int]:
     """For each row, how many rows before it overlap it in memory: such rows are stepped in order,
     as torch does.
 
@@ -186,8 +186,8 @@ def waves(rows: Sequence[Row]) -> list[int]:
         if p.numel():
             ends.append((p.data_ptr(), p.data_ptr() + reach * p.element_size(), i))
         else:
-            wave[i] = empty.get(id(row.home), 0)
-            empty[id(row.home)] = wave[i] + 1
+            wave[i] = empty.get(id(row.param_state), 0)
+            empty[id(row.param_state)] = wave[i] + 1
     cluster: list[int] = []
     cluster_end = 0
     for start, end, i in sorted(ends):
@@ -238,34 +238,34 @@ def build(
                 len(rows),
                 index,
                 group,
-                real(part.detach()),
+                as_real(part.detach()),
                 part.is_complex(),
                 chosen,
                 chosen.recipe.state(part.dtype, part.shape, chosen.amsgrad),
-                arena.homes.setdefault(param, ParamState()),
-                origin=origin(param),
+                arena.param_states.setdefault(param, ParamState()),
+                global_offset=global_offset(param),
             )
             _check_state(arena, state, param, name, row.entries)
             _place(row, param, grad, buffers, staging[part.device])
             rows.append(row)
     live = [(param, grad) for param, grad in zip(params, grads, strict=True) if grad is not None]
     for row in rows:
-        reorder(state.get(live[row.index][0], {}), live[row.index][0], row.options.recipe)
+        reorder(state.get(live[row.grad_index][0], {}), live[row.grad_index][0], row.options.recipe)
     # A parameter that is listed twice has one state, with what either of its groups asks for.
     # What is staged together lies together.
     order = sorted(rows, key=lambda row: (row.options.amsgrad, not row.staged))
-    arena.adopt(state, {live[row.index][0]: row.entries for row in order})
+    arena.adopt(state, {live[row.grad_index][0]: row.entries for row in order})
 
     sections: dict[Any, LaunchGroup] = {}
     launches: dict[Any, Launch] = {}
-    for row, wave in zip(rows, waves(rows), strict=True):
-        grad = live[row.index][1]
-        row.slots |= {key: row.home.slots[key] for key in row.entries}
+    for row, wave in zip(rows, overlap_order(rows), strict=True):
+        grad = live[row.grad_index][1]
+        row.slots |= {key: row.param_state.slots[key] for key in row.entries}
         compute = torch.float64 if row.param.dtype == torch.float64 else torch.float32
         key = (wave, row.param.device, compute)
         section = sections.setdefault(key, LaunchGroup(row.param.device, compute))
         section.rows.append(row)
-        mix = (row.param.dtype, real(grad).dtype, row.options.recipe, row.options.amsgrad)
+        mix = (row.param.dtype, as_real(grad).dtype, row.options.recipe, row.options.amsgrad)
         if (key, mix) not in launches:
             section.launches.append(launches.setdefault((key, mix), Launch(*mix)))
         launches[key, mix].rows.append(row)
@@ -282,8 +282,8 @@ def _check_state(arena: Arena, state: State, param: Tensor, name: str, entries: 
     entry = state.get(param, {})
     if not isinstance(entry, dict):
         raise ValueError(f"state of {name} is {type(entry).__name__}, but must be a dict")
-    home = arena.homes.get(param)
-    arena.check(param, name, entry, entries, home.stored if home else ())
+    param_state = arena.param_states.get(param)
+    arena.check(param, name, entry, entries, param_state.stored if param_state else ())
 
 
 def make_state(
@@ -316,7 +316,7 @@ def same_order(p: Tensor, grad: Tensor) -> bool:
     """Whether a parameter and its gradient are dense, and their elements follow each other alike in
     memory.
     """
-    g = real(grad)
+    g = as_real(grad)
     alike = g.stride() == p.stride() or (g.is_contiguous() and p.is_contiguous())
     return alike and is_dense(p) and not is_lazy(grad)
 
@@ -335,7 +335,7 @@ def _place(
     together = numel <= staging.small and row.options.recipe.weights is None
     row.staged = together or not same_order(p, grad)
     if not row.staged:
-        row.slots = {"param": Slot(flat(p), 0, numel), "grad": None}
+        row.slots = {"param": Slot(as_flat(p), 0, numel), "grad": None}
 
 
 def _stage(launch: Launch, staging: Staging, device: torch.device) -> None:
@@ -347,7 +347,7 @@ def _stage(launch: Launch, staging: Staging, device: torch.device) -> None:
     room = 0
     for row in launch.rows:
         if row.staged:
-            need = padded(row.param.numel())
+            need = align(row.param.numel())
             if not pages or need > room:
                 pages.append([])
                 room = max(staging.page, need)
@@ -355,7 +355,7 @@ def _stage(launch: Launch, staging: Staging, device: torch.device) -> None:
             room -= need
     if not pages:
         return
-    sizes = [sum(padded(row.param.numel()) for row in page) for page in pages]
+    sizes = [sum(align(row.param.numel()) for row in page) for page in pages]
     total = max(sizes) if staging.shared else sum(sizes)
     memory = {
         "param": torch.zeros(total, dtype=launch.param, device=device),
@@ -376,7 +376,7 @@ def _stage(launch: Launch, staging: Staging, device: torch.device) -> None:
                 for key in ("param", "grad")
             )
             row.stage = (p, g)
-            offset += padded(numel)
+            offset += align(numel)
         if not staging.shared:
             start += size
 
@@ -387,8 +387,12 @@ def _spans(rows: Iterable[Row]) -> Iterable[CoalescedRows]:
     for row in rows:
         if row.param.numel() == 0:
             continue
-        if span and _follows(span, row) and row.home.age == span.first.home.age:
-            span.numel = padded(span.numel) + row.param.numel()
+        if (
+            span
+            and _follows(span, row)
+            and row.param_state.step_key == span.first.param_state.step_key
+        ):
+            span.numel = align(span.numel) + row.param.numel()
             span.rows.append(row)
         else:
             if span:
@@ -410,6 +414,6 @@ def _follows(span: CoalescedRows, row: Row) -> bool:
         before = span.first.slots[key]
         if slot is None or before is None or slot.segment is not before.segment:
             return False
-        if slot.start != before.start + padded(span.numel):
+        if slot.start != before.start + align(span.numel):
             return False
     return True

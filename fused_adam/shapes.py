@@ -13,7 +13,7 @@ from torch._subclasses import FakeTensor
 
 from fused_adam_kernels import table
 
-from .distributed import group_elements, is_sharded, like, local
+from .distributed import group_elements, is_sharded, local, to_dtensor
 from .plan import check, options_of
 from .precision import GROUP, GROUPED
 from .state.arena import State
@@ -58,7 +58,7 @@ def step(
     state: State,
     grads: Sequence[Tensor | None],
     only: Sequence[Tensor] | None,
-    guards: bool,
+    needs_norm: bool,
 ) -> Tensor | None:
     """Make the state of parameters that have a gradient and count their step: the memory that a
     real one would hold.
@@ -91,7 +91,7 @@ def step(
             if not entry:
                 entry.update(_entries(group, param))
             entry["step"] += 1
-            if guards and stats is None:
+            if needs_norm and stats is None:
                 stats = torch.zeros(table.STATS, dtype=torch.float64, device=param.device)
     torch.autograd.graph.increment_version([param for *_, param, _ in live])
     return stats
@@ -106,4 +106,4 @@ def _entries(group: dict[str, Any], param: Tensor) -> Iterator[tuple[str, Tensor
             value = torch.zeros(-(-group_elements(param) // GROUP), dtype=dtype, device=part.device)
         else:
             value = torch.zeros_like(part, dtype=dtype)
-        yield key, like(param, key, value)
+        yield key, to_dtensor(param, key, value)

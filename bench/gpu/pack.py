@@ -79,8 +79,9 @@ def jobs(folder: Path) -> list[tuple[str, Callable[[], None]]]:
 
     cpu = torch.device("cpu")
     f32, bf16, f16, f64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
-    mixes = [
-        (*pair, "native", "native") for pair in itertools.product((f32, bf16, f16, f64), repeat=2)
+    mixes: list[variants.Mix] = [
+        (param, grad, "native", "native")
+        for param, grad in itertools.product((f32, bf16, f16, f64), repeat=2)
     ]
     for weights, states, param in (
         *(("native", states, f32) for states in ("bf16", "int8")),

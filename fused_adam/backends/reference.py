@@ -21,7 +21,7 @@ from ..numerics.norm import square_sum
 from ..numerics.scalars import LAST_STEP, GradTransform, Hyper, scalars
 from ..plan import CoalescedRows, Launch, LaunchGroup, Row, same_order
 from ..precision import GROUP, GROUPED
-from ..state.arena import SLOT, Slot, flat, padded, real
+from ..state.arena import SLOT_ALIGN, Slot, align, as_flat, as_real
 
 Step = Callable[..., None]
 OPERANDS = (
@@ -49,7 +49,7 @@ def compiled_adam_step(*variant: object) -> Step:
 
 def _step_slots(p: Tensor, *rest: Any) -> None:
     # Else the compiler asks in every iteration whether it is the last: a fifth of the time.
-    torch._check(p.numel() % SLOT == 0)  # type: ignore[no-untyped-call]
+    torch._check(p.numel() % SLOT_ALIGN == 0)  # type: ignore[no-untyped-call]
     adam_step(p, *rest)
 
 
@@ -70,29 +70,31 @@ class ReferenceRunner:
         self.chunk = CHUNK if section.device.type == "cpu" else 1 << 62  # multiples of SLOT
         owners: dict[int, list[Row]] = {}
         for row in section.rows:
-            owners.setdefault(id(row.home.counters), []).append(row)
+            owners.setdefault(id(row.param_state.counters), []).append(row)
         shared = [rows for rows in owners.values() if len(rows) > 1]
         # Counters of one buffer are advanced together, and so are those that are alone in theirs.
         self.counters = [
             (
-                rows[0].home.counters.steps,
-                _indexes([row.home.counter for row in rows]).to(section.device),
+                rows[0].param_state.counters.steps,
+                _indexes([row.param_state.counter for row in rows]).to(section.device),
             )
             for rows in shared
-            if rows[0].home.counters
+            if rows[0].param_state.counters
         ]
         alone = [rows[0] for rows in owners.values() if len(rows) == 1]
         self.lone_counters = [
-            row.home.counters.steps[row.home.counter] for row in alone if row.home.counters
+            row.param_state.counters.steps[row.param_state.counter]
+            for row in alone
+            if row.param_state.counters
         ]
         # Where each span's step count stands among them: which buffer, which of the rows that share
         # it.
         places = {
-            row.index: (i, j)
+            row.grad_index: (i, j)
             for i, rows in enumerate([*shared, alone])
             for j, row in enumerate(rows)
         }
-        self.places = [places[span.row.index] for span in self.spans]
+        self.places = [places[span.row.grad_index] for span in self.spans]
 
     def begin(self, grads: Sequence[Tensor], addresses: Sequence[int], capturing: bool) -> None:
         if capturing:
@@ -102,19 +104,19 @@ class ReferenceRunner:
         self.grads = grads
 
     def square_sum(self) -> Tensor:
-        counted = [self._flat_grad(row) for row in self.rows if row.counted]
+        in_norm = [self._flat_grad(row) for row in self.rows if row.in_norm]
         return (
-            square_sum(counted)
-            if counted
+            square_sum(in_norm)
+            if in_norm
             else torch.zeros((), dtype=torch.float64, device=self.device)
         )
 
     def _flat_grad(self, row: Row) -> Tensor:
-        grad = self.grads[row.index]
+        grad = self.grads[row.grad_index]
         if same_order(row.param, grad):
-            return flat(real(grad))
+            return as_flat(as_real(grad))
         # In the order that the kernel reads: that of the state.
-        return flat(torch.empty_like(row.param, dtype=real(grad).dtype).copy_(real(grad)))
+        return as_flat(torch.empty_like(row.param, dtype=as_real(grad).dtype).copy_(as_real(grad)))
 
     def run(self, hyper: Hyper, guard: GradTransform) -> None:
         grads, self.grads = self.grads, ()
@@ -181,7 +183,7 @@ class ReferenceRows:
         """Elements to view: whole slots, so that groups and vectors are full, but of the user's
         memory what is his.
         """
-        whole = padded(self.numel) // (GROUP if key in GROUPED else 1)
+        whole = align(self.numel) // (GROUP if key in GROUPED else 1)
         return min(whole, slot.segment.numel() - slot.start)
 
     def update(
@@ -198,7 +200,7 @@ class ReferenceRows:
         if self.stage:
             self.stage.copy_in(grads)
         elif "grad" not in operands:
-            operands = operands | {"grad": flat(real(grads[self.row.index]))}
+            operands = operands | {"grad": as_flat(as_real(grads[self.row.grad_index]))}
         if compiled:
             self._compiled(operands, scalars, flags)
         else:
@@ -218,7 +220,7 @@ class ReferenceRows:
     ) -> None:
         launch = self.launch
         run = compiled_adam_step((launch.param, launch.grad, launch.amsgrad), flags)
-        end, body = padded(self.numel), self.numel // SLOT * SLOT
+        end, body = align(self.numel), self.numel // SLOT_ALIGN * SLOT_ALIGN
         if all(x.numel() == end for x in operands.values()):
             run(*map(operands.get, OPERANDS), scalars, *flags, torch.sqrt)
             return
@@ -238,7 +240,7 @@ class ReferenceRows:
         flags: tuple[bool, bool, bool],
         step: float,
     ) -> None:
-        end, whole = start + numel, start + padded(numel)
+        end, whole = start + numel, start + align(numel)
         memory = {key: tensor[start:whole] for key, tensor in operands.items()}
         # Behind its end the last group is zeros. The memory there may hold what a NaN left.
         for key in memory:
@@ -248,13 +250,13 @@ class ReferenceRows:
                 memory[key] = operands[key][start:end]
             else:
                 memory[key][numel:] = 0
-        memory, copies = _to_whole_slots(memory, padded(numel))
+        memory, copies = _to_whole_slots(memory, align(numel))
         options = self.row.options
-        count = padded(numel) if options.recipe.random else 0
+        count = align(numel) if options.recipe.random else 0
         number = int(min(step, LAST_STEP))
         device = memory["param"].device  # the scalars are on the host
         words = random_words(
-            options.seed, start, number, self.row.ordinal, count, device, self.row.origin
+            options.seed, start, number, self.row.param_index, count, device, self.row.global_offset
         )
         recipe_step(options.recipe, memory, scalars, *flags, words)
         _copy_back(copies)
@@ -294,7 +296,7 @@ class Stage:
     )
 
     def __init__(self, rows: Sequence[Row], operands: dict[str, Tensor]) -> None:
-        self.indexes = [row.index for row in rows]
+        self.indexes = [row.grad_index for row in rows]
         self.params = [row.param for row in rows]
         self.copies = [row.stage for row in rows if row.stage]
         self.views = [copy[0] for copy in self.copies]
@@ -306,7 +308,7 @@ class Stage:
             for row, param in zip(rows, self.params, strict=True)
         )
         if plain and sum(numels) <= self.SMALL * len(rows):
-            self.flat_params = [flat(param) for param in self.params]
+            self.flat_params = [as_flat(param) for param in self.params]
             self.one_dimensional = all(param.ndim == 1 for param in self.params)
             start = self.views[0].storage_offset()
             starts = _indexes([int(view.storage_offset() - start) for view in self.views])
@@ -321,7 +323,9 @@ class Stage:
         chosen = [grads[i] for i in self.indexes]
         if self.positions is None:
             torch._foreach_copy_(self.views, self.params)
-            torch._foreach_copy_([copy[1] for copy in self.copies], [real(grad) for grad in chosen])
+            torch._foreach_copy_(
+                [copy[1] for copy in self.copies], [as_real(grad) for grad in chosen]
+            )
         else:
             param, grad = self.scratch
             param.index_copy_(0, self.positions, torch.cat(self.flat_params))

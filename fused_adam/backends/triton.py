@@ -18,7 +18,7 @@ from fused_adam_kernels import adam, norm, scalars, table
 
 from ..numerics.scalars import GradTransform, Hyper
 from ..plan import CoalescedRows, Launch, LaunchGroup, Row
-from ..state.arena import real
+from ..state.arena import as_real
 
 copy_all = torch._foreach_copy_
 # Name of an operand -> its column among a row's addresses.
@@ -54,7 +54,7 @@ def upload(values: Tensor, device: torch.device) -> Tensor:
     return values if device.type == "cpu" else send(values.pin_memory(), device)
 
 
-class Upload:
+class DeviceTable:
     """Numbers that the host decides, on the device: made anew when they change, never rewritten.
 
     So no copy can overtake the step before it, and a captured graph keeps what it was captured
@@ -109,20 +109,24 @@ class TritonRunner:
     def __init__(self, section: LaunchGroup, takes_norm: bool) -> None:
         rows = section.rows
         self.device, self.num_rows = section.device, len(rows)
-        leaders = {span.first.index: span for launch in section.launches for span in launch.spans}
+        leaders = {
+            span.first.grad_index: span for launch in section.launches for span in launch.spans
+        }
         self.host_rows = on_host(
-            [self._row(row, leaders.get(row.index)) for row in rows], torch.int64
+            [self._row(row, leaders.get(row.grad_index)) for row in rows], torch.int64
         )
         # Gradients that are used where they are: their rows, and their places among all gradients.
-        moving = [(i, row.index) for i, row in enumerate(rows) if row.slots.get("grad", 0) is None]
+        moving = [
+            (i, row.grad_index) for i, row in enumerate(rows) if row.slots.get("grad", 0) is None
+        ]
         self.moving_rows = on_host([i for i, _ in moving], torch.int64)
         self.moving_grads = on_host([index for _, index in moving], torch.int64)
-        self.row_table, self.hyper_table = Upload(self.device), Upload(self.device)
+        self.row_table, self.hyper_table = DeviceTable(self.device), DeviceTable(self.device)
         self.scalars = torch.empty(
             len(rows), table.SCALARS, dtype=section.compute, device=self.device
         )
         self.prologue, self.programs = scalars.prologue(), scalars.programs(len(rows))
-        position = {row.index: i for i, row in enumerate(rows)}
+        position = {row.grad_index: i for i, row in enumerate(rows)}
         self.updates = [
             (adam.adam_step(*self._mix(launch), launch.amsgrad), self._blocks(launch, position))
             for launch in section.launches
@@ -139,7 +143,7 @@ class TritonRunner:
         self.staged = (
             [row.param for row in staged],
             [row.stage[0] for row in staged if row.stage],
-            [row.index for row in staged],
+            [row.grad_index for row in staged],
             [row.stage[1] for row in staged if row.stage],
         )
 
@@ -158,20 +162,20 @@ class TritonRunner:
         columns = [0] * table.ROW
         for key, slot in row.slots.items():
             columns[COLUMNS[key]] = slot.address if slot else 0
-        columns[table.STEP] = row.home.step_address
+        columns[table.STEP] = row.param_state.step_address
         columns[table.GROUP] = row.group
         # A row that another one's span covers has no elements of its own to update.
         columns[table.NUMEL] = span.numel if span else 0
         columns[table.GRAD_NUMEL] = row.param.numel()
-        columns[table.SEED], columns[table.ORDINAL] = row.options.seed, row.ordinal
-        columns[table.ORIGIN] = row.origin if row.options.recipe.random else 0
+        columns[table.SEED], columns[table.ORDINAL] = row.options.seed, row.param_index
+        columns[table.ORIGIN] = row.global_offset if row.options.recipe.random else 0
         return columns
 
     def _blocks(self, launch: Launch, position: dict[int, int]) -> Tensor:
         block = adam.launch_config(*self._mix(launch)).block
         counts = [-(-span.numel // block) for span in launch.spans]
         chunks, total = on_host(counts, torch.int64), sum(counts)
-        leaders = on_host([position[span.first.index] for span in launch.spans], torch.int64)
+        leaders = on_host([position[span.first.grad_index] for span in launch.spans], torch.int64)
         row = torch.repeat_interleave(leaders, chunks, output_size=total)
         first = torch.repeat_interleave(chunks.cumsum(0) - chunks, chunks, output_size=total)
         chunk = torch.arange(total, device="cpu") - first
@@ -188,7 +192,7 @@ class TritonRunner:
             )
             *_, grad_indexes, stage_grads = self.staged
             if stage_grads:
-                copy_all(stage_grads, [real(grads[i]) for i in grad_indexes])
+                copy_all(stage_grads, [as_real(grads[i]) for i in grad_indexes])
 
     def _with_grads(self, addresses: Sequence[int]) -> Tensor:
         rows = self.host_rows.clone()
@@ -267,11 +271,13 @@ class Norm:
 
     def __init__(self, section: LaunchGroup) -> None:
         blocks: dict[torch.dtype, list[tuple[int, int, int]]] = {}
-        dtype_of = {row.index: launch.grad for launch in section.launches for row in launch.rows}
+        dtype_of = {
+            row.grad_index: launch.grad for launch in section.launches for row in launch.rows
+        }
         self.places = 0  # one for every chunk, in the order of the parameters
         for i, row in enumerate(section.rows):
-            for chunk in range(-(-row.param.numel() // table.NORM_CHUNK) if row.counted else 0):
-                blocks.setdefault(dtype_of[row.index], []).append((i, chunk, self.places))
+            for chunk in range(-(-row.param.numel() // table.NORM_CHUNK) if row.in_norm else 0):
+                blocks.setdefault(dtype_of[row.grad_index], []).append((i, chunk, self.places))
                 self.places += 1
         device = section.device
         self.launches = [

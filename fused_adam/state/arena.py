@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..distributed import group_elements, like, local, local_as_stored, part_of
+from ..distributed import group_elements, local, local_as_stored, to_dtensor, to_local
 from ..precision import ENTRIES, GROUP, GROUPED
 
 Entries = dict[
@@ -24,19 +24,19 @@ State = MutableMapping[Any, Any]  # `optimizer.state`: parameter -> its entry, a
 # Slots start on multiples of this many elements: a whole 128-byte line of float32, a whole 32-byte
 # sector of any dtype, and the same distance in elements for all of them, so that neighbours in one
 # buffer are neighbours in every buffer.
-SLOT = 32
+SLOT_ALIGN = 32
 # AMSGrad and precision may be switched on later: the maximum begins at 0, the weight as a copy of
 # its parameter.
 BEGINS_LATER = ("max_exp_avg_sq", "master_weight", "remainder")
 SEGMENT_BYTES = 1 << 30
 
 
-def padded(numel: int) -> int:
+def align(numel: int) -> int:
     """Elements from one slot's start to the next one's."""
-    return -(-numel // SLOT) * SLOT
+    return -(-numel // SLOT_ALIGN) * SLOT_ALIGN
 
 
-def real(tensor: Tensor) -> Tensor:
+def as_real(tensor: Tensor) -> Tensor:
     """The tensor itself, or for a complex one its real and imaginary parts as a last dimension of
     two.
     """
@@ -45,7 +45,7 @@ def real(tensor: Tensor) -> Tensor:
     )
 
 
-def flat(tensor: Tensor) -> Tensor:
+def as_flat(tensor: Tensor) -> Tensor:
     """The memory of a dense tensor, whatever the order of its dimensions, as one dimension."""
     return tensor.detach().as_strided((tensor.numel(),), (1,))
 
@@ -60,8 +60,8 @@ def dense_layout(tensor: Tensor) -> tuple[torch.Size, tuple[int, ...]]:
     """Size and strides `torch.zeros_like` would choose: the tensor's own if it is dense, else
     contiguous.
     """
-    like = torch.empty_like(tensor, device="meta", memory_format=torch.preserve_format)
-    return like.shape, like.stride()
+    twin = torch.empty_like(tensor, device="meta", memory_format=torch.preserve_format)
+    return twin.shape, twin.stride()
 
 
 def _copies(value: Tensor, dtype: torch.dtype, param: Tensor) -> bool:
@@ -107,21 +107,21 @@ class Slot:
         """
         return with_own_storage(self.segment[self.start : self.start + self.numel])
 
-    def view(self, like: Tensor) -> Tensor:
-        """These elements in the shape and layout of `like` (complex if it is), in a storage of
+    def view(self, to_dtensor: Tensor) -> Tensor:
+        """These elements in the shape and layout of `to_dtensor` (complex if it is), in a storage of
         their own.
         """
-        return self._shaped(self.flat(), like)
+        return self._shaped(self.flat(), to_dtensor)
 
-    def view_within(self, like: Tensor) -> Tensor:
+    def view_within(self, to_dtensor: Tensor) -> Tensor:
         """The same as a view of the segment."""
-        return self._shaped(self.segment[self.start : self.start + self.numel], like)
+        return self._shaped(self.segment[self.start : self.start + self.numel], to_dtensor)
 
     @staticmethod
-    def _shaped(elements: Tensor, like: Tensor) -> Tensor:
-        if like.is_complex():
+    def _shaped(elements: Tensor, to_dtensor: Tensor) -> Tensor:
+        if to_dtensor.is_complex():
             elements = torch.view_as_complex(elements.view(-1, 2))
-        return elements.as_strided(*dense_layout(like))
+        return elements.as_strided(*dense_layout(to_dtensor))
 
 
 def segments(
@@ -138,8 +138,8 @@ def segments(
     end = 0
     for i, numel in enumerate(numels):
         starts.append(end)
-        end += padded(numel)
-        if i + 1 == len(numels) or end + padded(numels[i + 1]) > limit:
+        end += align(numel)
+        if i + 1 == len(numels) or end + align(numels[i + 1]) > limit:
             segment = torch.zeros(end // group, dtype=dtype, device=device)
             batch = numels[i + 1 - len(starts) : i + 1]
             yield [
@@ -157,21 +157,21 @@ class StateRef(weakref.ref[Tensor]):
     entry[key].to("cpu")`). The memory it leaves has to be free at once, not at the next step.
     """
 
-    __slots__ = ("home", "key")
+    __slots__ = ("key", "param_state")
 
-    def __new__(cls, tensor: Tensor, home: ParamState, key: str) -> StateRef:
+    def __new__(cls, tensor: Tensor, param_state: ParamState, key: str) -> StateRef:
         return super().__new__(cls, tensor, _let_slot_go)
 
-    def __init__(self, tensor: Tensor, home: ParamState, key: str) -> None:
+    def __init__(self, tensor: Tensor, param_state: ParamState, key: str) -> None:
         super().__init__(tensor, _let_slot_go)  # type: ignore[call-arg]
-        self.home, self.key = weakref.ref(home), key
+        self.param_state, self.key = weakref.ref(param_state), key
 
 
 def _let_slot_go(ref: Any) -> None:
-    home = ref.home()
-    if home is not None and home.refs.get(ref.key) is ref:
-        del home.refs[ref.key]
-        home.slots.pop(ref.key, None)
+    param_state = ref.param_state()
+    if param_state is not None and param_state.refs.get(ref.key) is ref:
+        del param_state.refs[ref.key]
+        param_state.slots.pop(ref.key, None)
 
 
 @dataclass(slots=True, eq=False)
@@ -222,7 +222,7 @@ class ParamState:
     layout: object = None  # the device that the slots are on, and the order of elements they are in
     # Counters of equal age have equal values: the value itself, or a token given to those that
     # moved on together.
-    age: object = 0.0
+    step_key: object = 0.0
 
     def view(self, key: str) -> Tensor | None:
         """The tensor that was put into `state`, if anybody still has it."""
@@ -307,9 +307,11 @@ class Arena:
     """
 
     def __init__(self) -> None:
-        self.homes: dict[Tensor, ParamState] = {}
+        self.param_states: dict[Tensor, ParamState] = {}
         self.counters: list[Counters] = []  # ours
-        self.moves = 0  # how often state that was here has moved: tables made before are stale
+        self.state_moves = (
+            0  # how often state that was here has moved: tables made before are stale
+        )
         # Whether what stands in `state` was just unpickled: nobody put it there, so it moves into
         # segments.
         self.unpickled = False
@@ -317,7 +319,11 @@ class Arena:
     def keep(self, params: Sequence[Tensor]) -> None:
         """Let go of parameters that the optimizer no longer has."""
         known = set(map(id, params))
-        self.homes = {param: home for param, home in self.homes.items() if id(param) in known}
+        self.param_states = {
+            param: param_state
+            for param, param_state in self.param_states.items()
+            if id(param) in known
+        }
 
     def check(
         self,
@@ -355,7 +361,7 @@ class Arena:
         for key, (dtype, shape) in wanted.items():
             value = entry.get(key)
             if isinstance(value, Tensor):
-                value = part_of(param, key, value)
+                value = to_local(param, key, value)
             if value is not None and (not isinstance(value, Tensor) or value.shape != shape):
                 got = (
                     f"shape {tuple(value.shape)}"
@@ -388,10 +394,10 @@ class Arena:
             raise ValueError(
                 f"state 'step' of {name} is {step!r}, but must be one real number, as a tensor or plain"
             )
-        home = self.homes.get(param)
-        if home and home.holds_step(step, local(param).device):
+        param_state = self.param_states.get(param)
+        if param_state and param_state.holds_step(step, local(param).device):
             step = (
-                home.age if isinstance(home.age, float) else 0
+                param_state.step_key if isinstance(param_state.step_key, float) else 0
             )  # ours: read when somebody else has written to it
         # Reading a counter of another device would wait for it.
         if not (isinstance(step, Tensor) and step.device.type != "cpu") and not 0 <= float(
@@ -429,7 +435,7 @@ class Arena:
         missing: dict[tuple[str, torch.dtype, torch.device], list[Tensor]] = {}
         steps: dict[torch.device, list[Tensor]] = {}
         usable = self._usable(state, wanted) if in_place else {}
-        moved = False
+        redistributed = False
         dicts: set[int] = set()
         for param, entries in wanted.items():
             entry = state.setdefault(param, {})
@@ -438,47 +444,49 @@ class Arena:
             ):  # one dict for several parameters, as `dict.fromkeys(params, {})` makes
                 entry = state[param] = {**entry}
             dicts.add(id(entry))
-            home = self.homes.setdefault(param, ParamState())
-            home.stored = entries.keys()
+            param_state = self.param_states.setdefault(param, ParamState())
+            param_state.stored = entries.keys()
             device = local(param).device
             layout = (device, dense_layout(local(param))[1])
             if (
-                home.layout != layout
+                param_state.layout != layout
             ):  # the parameter moved, or has another memory format: by value into other slots
-                home.layout = layout
-                home.refs = {key: ref for key, ref in home.refs.items() if key == "step"}
+                param_state.layout = layout
+                param_state.refs = {
+                    key: ref for key, ref in param_state.refs.items() if key == "step"
+                }
             for key, (dtype, _) in entries.items():
-                if home.holds(key, entry.get(key), dtype):
+                if param_state.holds(key, entry.get(key), dtype):
                     continue
-                moved = moved or home.counters is not None
+                redistributed = redistributed or param_state.counters is not None
                 part = usable.get((param, key))
                 if part is None:
                     missing.setdefault((key, dtype, device), []).append(param)
                 else:
-                    home.slots[key] = Slot(
-                        flat(real(part)), 0, part.numel() * (2 if part.is_complex() else 1)
+                    param_state.slots[key] = Slot(
+                        as_flat(as_real(part)), 0, part.numel() * (2 if part.is_complex() else 1)
                     )
-                    home.put(key, entry[key])
-            if not home.holds_step(entry.get("step"), device):
-                moved = moved or home.counters is not None
+                    param_state.put(key, entry[key])
+            if not param_state.holds_step(entry.get("step"), device):
+                redistributed = redistributed or param_state.counters is not None
                 counter = usable.get((param, "step"))
                 if counter is None:
                     steps.setdefault(device, []).append(param)
                 else:
                     # Others may write to it, unseen: so no other parameter is known to have the
                     # same count.
-                    home.counters, home.counter, home.age = (
-                        Counters(flat(counter), ours=False),
+                    param_state.counters, param_state.counter, param_state.step_key = (
+                        Counters(as_flat(counter), ours=False),
                         0,
                         object(),
                     )
-                    home.put("step", entry["step"])
-        self.moves += moved
+                    param_state.put("step", entry["step"])
+        self.state_moves += redistributed
         for device, owners in steps.items():
             self._make_counters(state, owners, device)
         for (key, dtype, device), owners in missing.items():
             numels = [
-                group_elements(param) if key in GROUPED else real(local(param)).numel()
+                group_elements(param) if key in GROUPED else as_real(local(param)).numel()
                 for param in owners
             ]
             group = GROUP if key in GROUPED else 1
@@ -491,7 +499,7 @@ class Arena:
                 self._move_in(state[param], param, key, slot)
         for param in {param for owners in [*missing.values(), *steps.values()] for param in owners}:
             _put_in_order(state[param], wanted[param])
-        used = {id(home.counters) for home in self.homes.values()}
+        used = {id(param_state.counters) for param_state in self.param_states.values()}
         self.counters = [c for c in self.counters if id(c) in used]
         self.unpickled = False
 
@@ -504,7 +512,7 @@ class Arena:
             tuple[int, int, tuple[Tensor, str] | None]
         ] = []  # of addresses; of what is ours, without a name
         for param, entries in wanted.items():
-            entry, home = state.get(param, {}), self.homes.get(param, ParamState())
+            entry, param_state = state.get(param, {}), self.param_states.get(param, ParamState())
             for key, dtype in [
                 ("step", torch.float32),
                 *((key, dtype) for key, (dtype, _) in entries.items()),
@@ -514,9 +522,9 @@ class Arena:
                     continue
                 name = None
                 if (
-                    home.holds_step(value, value.device)
+                    param_state.holds_step(value, value.device)
                     if key == "step"
-                    else home.holds(key, value, dtype)
+                    else param_state.holds(key, value, dtype)
                 ):
                     part: Tensor | None = local(value)
                 elif self.unpickled and not local(value).is_shared():  # type: ignore[no-untyped-call]
@@ -546,27 +554,27 @@ class Arena:
         entries = [state[param] for param in params]
         # Reading a counter waits for its device: so only those that were loaded or set by the user,
         # once.
-        ages = [float(entry.get("step", 0)) for entry in entries]
-        counters = Counters(torch.zeros(len(ages), dtype=torch.float32, device=device))
-        if any(ages):
-            counters.steps.copy_(torch.tensor(ages, dtype=torch.float32, device="cpu"))
+        step_keys = [float(entry.get("step", 0)) for entry in entries]
+        counters = Counters(torch.zeros(len(step_keys), dtype=torch.float32, device=device))
+        if any(step_keys):
+            counters.steps.copy_(torch.tensor(step_keys, dtype=torch.float32, device="cpu"))
         self.counters.append(counters)
-        for i, (param, entry, age) in enumerate(zip(params, entries, ages, strict=True)):
-            view, home = counters.steps[i], self.homes[param]
-            home.counters, home.counter, home.age = counters, i, age
-            home.put("step", view)
+        for i, (param, entry, step_key) in enumerate(zip(params, entries, step_keys, strict=True)):
+            view, param_state = counters.steps[i], self.param_states[param]
+            param_state.counters, param_state.counter, param_state.step_key = counters, i, step_key
+            param_state.put("step", view)
             entry["step"] = view
         counters.note()
 
     def _move_in(self, entry: dict[str, Any], param: Tensor, key: str, slot: Slot) -> None:
-        home, part = self.homes[param], local(param).detach()
-        view = like(param, key, slot.flat() if key in GROUPED else slot.view(part))
-        home.slots[key] = slot
-        home.put(key, view)
+        param_state, part = self.param_states[param], local(param).detach()
+        view = to_dtensor(param, key, slot.flat() if key in GROUPED else slot.view(part))
+        param_state.slots[key] = slot
+        param_state.put(key, view)
         if entry.get(key) is not None:
-            home.fill(key, part_of(param, key, entry[key]))
+            param_state.fill(key, to_local(param, key, entry[key]))
         elif key == "master_weight":
-            home.fill(key, part)
+            param_state.fill(key, part)
         entry[key] = view
 
     def counters_unchanged(self) -> bool:
@@ -576,9 +584,9 @@ class Arena:
     def read_counters(self) -> None:
         """Learn the values of counters that somebody else has written to. Waits for their device."""
         values = {id(c): c.steps.tolist() for c in self.counters if not c.unchanged()}
-        for home in self.homes.values():
-            if id(home.counters) in values:
-                home.age = values[id(home.counters)][home.counter]
+        for param_state in self.param_states.values():
+            if id(param_state.counters) in values:
+                param_state.step_key = values[id(param_state.counters)][param_state.counter]
         self.note_counters()
 
     def note_counters(self) -> None:
@@ -587,10 +595,10 @@ class Arena:
             c.note()
 
 
-def advance_step_keys(homes: Iterable[ParamState]) -> None:
+def advance_step_keys(param_states: Iterable[ParamState]) -> None:
     """Note that the counters of these parameters moved on together, by a number of steps only the
     device may know.
     """
     tokens: dict[object, object] = {}
-    for home in homes:
-        home.age = tokens.setdefault(home.age, object())
+    for param_state in param_states:
+        param_state.step_key = tokens.setdefault(param_state.step_key, object())

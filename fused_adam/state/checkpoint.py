@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from .. import shapes
-from ..distributed import like, local
+from ..distributed import local, to_dtensor
 from ..numerics import codecs
 from ..numerics.scalars import is_number
 from ..precision import ENTRIES, WEIGHTS, as_seed, parse
@@ -36,28 +36,28 @@ def exported(state_dict: dict[str, Any], arena: Arena) -> dict[str, Any]:
         for index in group["params"]
     }
     places = {
-        id(home.view(key)): slot
-        for home in arena.homes.values()
-        for key, slot in home.slots.items()
+        id(param_state.view(key)): slot
+        for param_state in arena.param_states.values()
+        for key, slot in param_state.slots.items()
     }
     counts = {
-        id(home.view("step")): home
-        for home in arena.homes.values()
-        if home.counters and home.counters.ours
+        id(param_state.view("step")): param_state
+        for param_state in arena.param_states.values()
+        if param_state.counters and param_state.counters.ours
     }
     on_host: dict[int, Tensor] = {}  # one copy for all counters of a buffer
     state = {}
     for index, entry in state_dict["state"].items():
         if isinstance(entry, dict) and isinstance(entry.get("step"), Tensor):
             step = entry["step"]
-            home = counts.get(id(step))
+            param_state = counts.get(id(step))
             if step.device.type == "cpu" or stays.get(index):
                 step = step.clone()
-            elif home and home.counters:
-                steps = home.counters.steps
+            elif param_state and param_state.counters:
+                steps = param_state.counters.steps
                 if id(steps) not in on_host:
                     on_host[id(steps)] = steps.cpu()
-                step = on_host[id(steps)][home.counter].clone()
+                step = on_host[id(steps)][param_state.counter].clone()
             else:
                 step = step.cpu()
             sent = {key: _sendable(entry[key], places) for key in entry if key in ENTRIES}
@@ -184,7 +184,7 @@ def load(
     }
     entries: dict[Tensor, dict[str, Any]] = {}
     others: dict[Any, Any] = {}
-    counted: list[dict[str, Any]] = []  # groups whose step count becomes that of each parameter
+    in_norm: list[dict[str, Any]] = []  # groups whose step count becomes that of each parameter
     group_of = {number: group for group in saved_groups for number in group["params"]}
     for number, entry in state_dict["state"].items():
         if number in params:
@@ -196,7 +196,7 @@ def load(
             if entry and "step" not in entry and "step" in group_of[number]:
                 # apex's and TransformerEngine's FusedAdam count steps per group.
                 entry = {"step": group_of[number]["step"], **entry}
-                counted.append(group_of[number])
+                in_norm.append(group_of[number])
             source = recipes[param][0]
             # What a recipe stores does not depend on which of its dtypes a parameter has.
             dtype = param.dtype if source.weights is None else WEIGHTS[source.weights][0][0]
@@ -208,7 +208,7 @@ def load(
         else:
             others[number] = deepcopy(entry)
 
-    for group in counted:  # where nothing would advance it: a wrong count in the next checkpoint
+    for group in in_norm:  # where nothing would advance it: a wrong count in the next checkpoint
         group.pop("step", None)
     merged = [_merged(old, new) for old, new in zip(groups, saved_groups, strict=True)]
 
@@ -273,12 +273,14 @@ def export_fp32(groups: Sequence[dict[str, Any]], state_dict: dict[str, Any]) ->
             weight = widened(part)
         elif "master_weight" in entry:  # as the next step will see it
             weight = codecs.load_weight("master32", part, weight)
-        weights[name if isinstance(name, str) else number] = like(param, "param", weight.clone())
+        weights[name if isinstance(name, str) else number] = to_dtensor(
+            param, "param", weight.clone()
+        )
         if entry:
             kept = {key: value for key, value in entry.items() if key not in ENTRIES}
             state[number] = {
                 **kept,
-                **{key: like(param, key, value.clone()) for key, value in values.items()},
+                **{key: to_dtensor(param, key, value.clone()) for key, value in values.items()},
             }
     groups_of_torch = [
         {key: value for key, value in group.items() if key not in ("precision", "seed")}
@@ -296,23 +298,27 @@ def _settle(
     """Make the parameter's entry of what was saved: copied into our memory where we have some, else
     adopted later.
     """
-    home = arena.homes.get(param)
+    param_state = arena.param_states.get(param)
     own: dict[str, Any] = {}
     for key, value in entry.items():
         # One object per name, as before the first checkpoint: so the next one has the same bytes,
         # which pickle makes of references to it.
         key = sys.intern(key) if type(key) is str else key
-        view = home.view(key) if home else None
+        view = param_state.view(key) if param_state else None
         if key == "step":
             number = float(value)  # waits for its device, if it has one
-            if home and view is not None and home.holds_step(view, local(param).device):
+            if (
+                param_state
+                and view is not None
+                and param_state.holds_step(view, local(param).device)
+            ):
                 value = view.fill_(number)
             else:
                 value = number
             own[key] = value
         elif key in wanted:
-            if home and view is not None and home.holds(key, view, wanted[key][0]):
-                home.fill(key, value)
+            if param_state and view is not None and param_state.holds(key, view, wanted[key][0]):
+                param_state.fill(key, value)
                 value = view
             own[key] = value
         else:  # not ours: kept as torch keeps it, but never aliased

@@ -8,16 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..distributed import local, part_of
+from ..distributed import local, to_local
 from ..numerics import codecs
 from ..precision import ENTRIES, GROUP, Recipe
-from .arena import dense_layout, is_dense, padded
+from .arena import align, dense_layout, is_dense
 
 
 def parts_of_entry(entry: Mapping[str, Any], param: Tensor) -> dict[str, Any]:
     """The entry with what is here of its tensors, where the parameter is a DTensor."""
     return {
-        key: part_of(param, key, value) if key in ENTRIES and isinstance(value, Tensor) else value
+        key: to_local(param, key, value) if key in ENTRIES and isinstance(value, Tensor) else value
         for key, value in entry.items()
     }
 
@@ -94,7 +94,7 @@ def convert(entry: Mapping[str, Any], param: Tensor, target: Recipe) -> dict[str
     out = {key: value for key, value in entry.items() if key not in ENTRIES}
     # Half of what is rounded away: 16 bits of a second moment's chance, 8 of a weight.
     half = torch.full(
-        (padded(param.numel()),), 0x80000080 - (1 << 32), dtype=torch.int32, device="cpu"
+        (align(param.numel()),), 0x80000080 - (1 << 32), dtype=torch.int32, device="cpu"
     )
     for key in ("exp_avg", "exp_avg_sq"):
         if key in values and target.states == "int8":

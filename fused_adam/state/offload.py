@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..distributed import like, local
+from ..distributed import local, to_dtensor
 from ..precision import ENTRIES
 from .arena import Arena, ParamState, Slot, State
 
@@ -38,10 +38,10 @@ def to_host(arena: Arena, state: State, origins: Origins) -> None:
     Nothing is changed if memory runs out.
     """
     copies = {segment: _copied(segment) for segment in _segments(arena) if segment not in origins}
-    moved = {segment: copy for segment, copy in copies.items() if copy is not None}
+    redistributed = {segment: copy for segment, copy in copies.items() if copy is not None}
     strangers = [(entry, key, _copied(entry[key])) for entry, key in _strangers(arena, state)]
-    origins |= {copy: segment.device for segment, copy in moved.items()}
-    _replace(arena, state, moved)
+    origins |= {copy: segment.device for segment, copy in redistributed.items()}
+    _replace(arena, state, redistributed)
     for entry, key, copy in strangers:
         if copy is not None:
             entry[key] = copy
@@ -53,7 +53,7 @@ def to_devices(arena: Arena, state: State, origins: Origins) -> None:
 
     Nothing is changed if memory runs out.
     """
-    moved = {
+    redistributed = {
         # Does not wait: torch's allocator keeps pinned memory until the copy from it is done.
         segment: torch.empty_like(segment, device=origins[segment]).copy_(
             segment, non_blocking=True
@@ -61,7 +61,7 @@ def to_devices(arena: Arena, state: State, origins: Origins) -> None:
         for segment in _segments(arena)
         if segment in origins
     }
-    _replace(arena, state, moved)
+    _replace(arena, state, redistributed)
 
 
 def _copied(tensor: Tensor) -> Tensor | None:
@@ -72,38 +72,54 @@ def _copied(tensor: Tensor) -> Tensor | None:
 def _segments(arena: Arena) -> list[Tensor]:
     """Each segment once."""
     return list(
-        dict.fromkeys(slot.segment for home in arena.homes.values() for slot in home.slots.values())
+        dict.fromkeys(
+            slot.segment
+            for param_state in arena.param_states.values()
+            for slot in param_state.slots.values()
+        )
     )
 
 
 def _strangers(arena: Arena, state: State) -> Iterator[tuple[dict[str, Any], str]]:
     """Entries and names of tensors that are state but not ours: set by the user, or just unpickled."""
     for param, entry in state.items():
-        home = arena.homes.get(param, ParamState()) if isinstance(param, Tensor) else ParamState()
+        param_state = (
+            arena.param_states.get(param, ParamState())
+            if isinstance(param, Tensor)
+            else ParamState()
+        )
         for key, value in entry.items() if isinstance(entry, dict) else ():
-            if key in ENTRIES and isinstance(value, Tensor) and value is not home.view(key):
+            if key in ENTRIES and isinstance(value, Tensor) and value is not param_state.view(key):
                 yield entry, key
 
 
-def _replace(arena: Arena, state: State, moved: dict[Tensor, Tensor]) -> None:
+def _replace(arena: Arena, state: State, redistributed: dict[Tensor, Tensor]) -> None:
     """Let every slot of these segments be the same one of the segment's copy."""
-    for param, home in arena.homes.items():
+    for param, param_state in arena.param_states.items():
         entry = state.get(param, {})
-        for key, slot in list(home.slots.items()):
-            if slot.segment in moved:
-                _put(param, entry, home, key, Slot(moved[slot.segment], slot.start, slot.numel))
-    arena.moves += bool(moved)
+        for key, slot in list(param_state.slots.items()):
+            if slot.segment in redistributed:
+                _put(
+                    param,
+                    entry,
+                    param_state,
+                    key,
+                    Slot(redistributed[slot.segment], slot.start, slot.numel),
+                )
+    arena.state_moves += bool(redistributed)
 
 
-def _put(param: Tensor, entry: dict[str, Any], home: ParamState, key: str, slot: Slot) -> None:
+def _put(
+    param: Tensor, entry: dict[str, Any], param_state: ParamState, key: str, slot: Slot
+) -> None:
     """Give the parameter this slot; what somebody else has put into its entry stays."""
-    before = home.view(key)
+    before = param_state.view(key)
     if before is None:
         return
     # Shaped as before, not as the parameter is now: whether its layout has changed is for the next
     # step to see.
-    view = like(param, key, slot.view(local(before)))
+    view = to_dtensor(param, key, slot.view(local(before)))
     if entry.get(key) is before:
-        home.slots[key] = slot
-        home.put(key, view)
+        param_state.slots[key] = slot
+        param_state.put(key, view)
         entry[key] = view

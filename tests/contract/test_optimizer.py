@@ -410,7 +410,7 @@ def test_state_that_lies_on_another_device_moves_to_the_parameters(backend):
     params = optimizer.param_groups[0]["params"]
     before = [optimizer.state[p]["exp_avg"] for p in params]
     for p in params:
-        home = optimizer._engine.arena.homes[p]
+        home = optimizer._engine.arena.param_states[p]
         home.layout = (torch.device("meta"), home.layout[1])
         p.data = p.data.clone()
     train(optimizer, 2, first=2)

@@ -335,8 +335,8 @@ def test_what_a_graph_uses_lives_as_long_as_the_optimizer(monkeypatch, flatten, 
     graph.capture(optimizer.step)
     tensors = [arg for _, args in graph.work for arg in args if isinstance(arg, torch.Tensor)]
     tables = [weakref.ref(tensor.untyped_storage()) for tensor in tensors]
-    homes = optimizer._engine.arena.homes.values()
-    state = [weakref.ref(slot.segment) for home in homes for slot in home.slots.values()]
+    param_states = optimizer._engine.arena.param_states.values()
+    state = [weakref.ref(slot.segment) for home in param_states for slot in home.slots.values()]
     graph.work.clear()
     del tensors
     edit(optimizer)

@@ -335,8 +335,10 @@ def moved_by_loops(rank, options, move):
     freed = []
     for step in range(STEPS):
         for _ in ("there", "back"):
-            homes = optimizer._engine.arena.homes.values()
-            memory = [weakref.ref(slot.segment) for home in homes for slot in home.slots.values()]
+            param_states = optimizer._engine.arena.param_states.values()
+            memory = [
+                weakref.ref(slot.segment) for home in param_states for slot in home.slots.values()
+            ]
             for entry in optimizer.state.values():
                 move(entry)
             freed.append(all(ref() is None for ref in memory))
@@ -373,7 +375,7 @@ def partial_gradient(rank):
         before = params[0].grad
         optimizer.step()
         assert params[0].grad is before and before.placements[0].is_partial()
-        assert not optimizer._engine.moved  # the sums are let go
+        assert not optimizer._engine.redistributed  # the sums are let go
     return whole_results(optimizer)
 
 

@@ -7,7 +7,7 @@ import torch
 from training import gradient, parameters, results, same_bits, train, values
 
 from fused_adam import FusedAdam, FusedAdamW
-from fused_adam.state.arena import SLOT, padded
+from fused_adam.state.arena import SLOT_ALIGN, align
 from fused_adam_kernels import adam
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -50,7 +50,7 @@ def test_nothing_around_the_buffers_is_touched(numel, offset, backend, dtype, ke
         assert untouched(buffer, param)
     assert untouched(grads, grad)
     assert torch.equal(grad, before)  # gradients are read, never written
-    home = optimizer._engine.arena.homes[param]
+    home = optimizer._engine.arena.param_states[param]
     for slot in home.slots.values():
         assert (slot.segment[slot.start + numel :] == 0).all()  # the gap behind the slot
 
@@ -67,9 +67,9 @@ def test_misaligned_state_cannot_happen():
     params = parameters(torch.bfloat16)
     optimizer = FusedAdam(params)
     train(optimizer, 1)
-    for home in optimizer._engine.arena.homes.values():
+    for home in optimizer._engine.arena.param_states.values():
         for slot in home.slots.values():
-            assert slot.start % SLOT == 0
+            assert slot.start % SLOT_ALIGN == 0
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -216,7 +216,7 @@ def test_neighbours_in_flat_buffers_are_one_row(kernel_device):
     [runner] = optimizer._engine.usual.runners
     [(_, blocks)] = runner.updates
     block = adam.launch_config(torch.float32, torch.float32, "native", "native").block
-    assert len(blocks) == -(-50 * padded(100) // block)
+    assert len(blocks) == -(-50 * align(100) // block)
 
 
 def test_gradients_move_between_steps(kernel_device):

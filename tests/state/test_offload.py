@@ -55,8 +55,10 @@ def stored(optimizer):
 
 
 def segments(optimizer):
-    homes = optimizer._engine.arena.homes.values()
-    return list(dict.fromkeys(slot.segment for home in homes for slot in home.slots.values()))
+    param_states = optimizer._engine.arena.param_states.values()
+    return list(
+        dict.fromkeys(slot.segment for home in param_states for slot in home.slots.values())
+    )
 
 
 def saved(state_dict):
