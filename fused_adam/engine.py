@@ -92,7 +92,7 @@ class Engine:
         self.arena = Arena()
         self.flat: FlatBuffers | None = None  # with flatten=True
         self.ranks: RankGroup | None = None  # where parameters are DTensors
-        # Per parameter, whether its gradient counts here; empty: all do. Another rank counts copies.
+        # Per parameter, whether its gradient counts here: of copies, one rank's does. Empty: all.
         self.in_norm: list[bool] = []
         self.redistributed: dict[Tensor, Tensor] = {}  # this step's gradients in other placements
 
@@ -231,8 +231,8 @@ class Engine:
         if backends.is_capturing():
             raise RuntimeError(
                 "this step cannot be captured in a CUDA graph, because what it needs is not there "
-                "yet: run a step with the same parameters, and gradients of the same layout, before "
-                "the capture"
+                "yet: run a step with the same parameters, and gradients of the same layout, "
+                "before the capture"
             )
         if not (self._are_current(groups) and self.arena.counters_unchanged()):
             self._learn(groups, check_group)

@@ -1,37 +1,30 @@
-"""FusedAdam and FusedAdamW: arguments, param groups, step(). No arithmetic on moments, no memory
-layout here.
+"""FusedAdam and FusedAdamW: arguments, param groups, step and zero_grad.
+
+Methods that save, load and move state are in optimizer_state.py. How a step runs is in engine.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from itertools import chain
+from collections.abc import Callable, Sequence
 from typing import Any, overload
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT, _device_dtype_check_for_fused
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fused_adam_kernels import table
 
-from . import arguments, distributed, shapes
+from . import arguments, shapes
 from .backends import choose as backends
-from .engine import Engine, outside_inference_mode
+from .engine import outside_inference_mode, params_of
 from .numerics.scalars import GradTransform
+from .optimizer_state import OptimizerState
 from .precision import as_seed, parse
 from .state import checkpoint
-from .state import offload as offloading
 from .state.flatten import FlatBuffers
 
-# What copies and pickles keep besides torch's.
-_PICKLED = (
-    *("_backend", "_flatten", "_grad_attribute", "_max_grad_norm"),
-    *("_precision", "_seed", "_skip_nonfinite"),
-)
 
-
-class FusedAdam(torch.optim.Adam):
+class FusedAdam(OptimizerState):
     """Adam whose whole step is one fused pass: a drop-in for `torch.optim.Adam`.
 
     All arithmetic is float32 (float64 for float64 parameters), each operation rounded once, in one
@@ -125,9 +118,9 @@ class FusedAdam(torch.optim.Adam):
         flatten = arguments.as_flag("flatten", flatten)
         skip_nonfinite = arguments.as_flag("skip_nonfinite", skip_nonfinite)
         max_grad_norm = arguments.as_max_grad_norm(max_grad_norm)
-        arguments.check_flatten(flatten, differentiable)
-        arguments.check_guards(max_grad_norm, skip_nonfinite, differentiable)
-        arguments.check_grad_attribute(grad_attribute, flatten, differentiable)
+        arguments.check_combinations(
+            flatten, max_grad_norm, skip_nonfinite, grad_attribute, differentiable
+        )
         parse(precision)
         self._backend, self._flatten = backend, flatten
         self._precision, self._seed, self._grad_attribute = precision, as_seed(seed), grad_attribute
@@ -151,34 +144,31 @@ class FusedAdam(torch.optim.Adam):
         )
         for device in {param.device for param in self._params()} - {torch.device("meta")}:
             backends.choose(backend, device)
-        self._set_up()
+        self._make_engine()
         self._move_to_buffers()
 
-    def _set_up(self) -> None:
-        """What is derived, and made anew after pickle and deepcopy."""
-        self._engine = Engine(
-            self._backend, self._max_grad_norm, self._skip_nonfinite, self._grad_attribute
-        )
-
     def _move_to_buffers(self) -> None:
-        # A copy does so at its first use: while it is unpickled, its storages have the unpickler
-        # for an owner.
+        """Move parameters into flat buffers, if that is asked for and not done yet.
+
+        A copy does so at its first use: while it is unpickled, the unpickler still holds its
+        storages, so they could not be moved.
+        """
         if self._flatten and self._engine.flat is None and not shapes.are_all(self._params()):
             with outside_inference_mode():
                 self._engine.flat = FlatBuffers(self._params())
 
     def _params(self) -> list[Tensor]:
-        return list(chain.from_iterable([group["params"] for group in self.param_groups]))
+        return params_of(self.param_groups)
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        """Whether GradScaler leaves unscaling and the overflow decision to `step`, without waiting
-        for the device.
+        """Whether GradScaler leaves unscaling and the overflow check to `step`, without a sync.
 
-        As in torch, with `fused=True`; and with `max_grad_norm` or `skip_nonfinite`; and with a
-        `grad_attribute` whose gradients it would not unscale, so that the step can say so. Derived,
-        so that it survives pickle, deepcopy and loaded checkpoints. Not always True, because
-        Lightning refuses its own clipping for optimizers that carry it.
+        As in torch with `fused=True`; also with `max_grad_norm` or `skip_nonfinite`. With a
+        `grad_attribute` GradScaler would not unscale those gradients, so `step` has to say so.
+
+        Derived, so that pickles, deep copies and loaded checkpoints have it right. Not always True,
+        because Lightning refuses to clip for optimizers that say True.
         """
         if self._engine.needs_norm or self._grad_attribute != "grad":
             return True
@@ -186,19 +176,22 @@ class FusedAdam(torch.optim.Adam):
 
     @_step_supports_amp_scaling.setter
     def _step_supports_amp_scaling(self, value: bool) -> None:
-        """torch's constructor assigns True under `fused=True`, from which it is derived."""
+        """Ignore torch's constructor, which assigns True with `fused=True`."""
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a param group, as in torch; with `flatten=True` its parameters stay where they are.
+        """Add a param group, as in torch. It may have a `precision` of its own.
 
-        A group may have a `precision` of its own.
+        With `flatten=True`, parameters that are added later are not moved into flat buffers.
+
+        Raises:
+            TypeError, ValueError: a parameter cannot be stepped, or its dtype does not fit the
+                precision. The group is not added then.
         """
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         if self._precision is not None or "precision" in group:
-            # In a copy: what we add must not go on to another optimizer that the user gives this
-            # dict to.
+            # Users may give the same dict to another optimizer, which must not get our entries.
             group = self.param_groups[-1] = {**group}
         try:
             self._check_group(group)
@@ -207,34 +200,13 @@ class FusedAdam(torch.optim.Adam):
             raise
 
     def _check_group(self, group: dict[str, Any]) -> None:
-        """Give the group its precision, if it has one, and raise if its parameters cannot be
-        stepped so.
-        """
-        if self._precision is not None:
-            group.setdefault("precision", self._precision)
-        recipe = parse(group.get("precision"))
+        """Give the group the optimizer's precision, and raise if it cannot be stepped."""
         number = next(i for i, other in enumerate(self.param_groups) if other is group)
-        for name, param in zip(checkpoint.names_of(group), group["params"], strict=True):
-            if is_traceable_wrapper_subclass(param) and not distributed.is_sharded(param):
-                raise TypeError(
-                    f"a parameter is a {type(param).__name__}, but must be a plain tensor or a DTensor"
-                )
-            distributed.check(param)
-            recipe.check(param.dtype, f"parameter {name!r} of param group {number}")
-        if recipe.weights is None:
-            return
-        group["seed"] = as_seed(group.get("seed", self._seed))
-        for name, value, other, reason in (
-            ("backend", self._backend, "compiled", "compiled steps know no recipes"),
-            ("differentiable", group["differentiable"], True, "that step is torch's"),
-        ):
-            if value == other:
-                raise ValueError(
-                    f"precision={group['precision']!r} cannot be combined with {name}={value!r}, because {reason}"
-                )
+        names = checkpoint.names_of(group)
+        arguments.complete_group(group, number, names, self._precision, self._seed, self._backend)
 
     def _check_before_step(self, group: dict[str, Any]) -> None:
-        """The same for a group that somebody may have edited since it was added."""
+        """Check a group that its user may have edited since it was added."""
         self._check_group(group)
         for param in group["params"] if group["fused"] else ():
             if param.is_meta and param.grad is not None:  # torch asks the parameters that it steps
@@ -248,26 +220,25 @@ class FusedAdam(torch.optim.Adam):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Perform one optimization step.
 
+        Parameters without a gradient are skipped: their weights, state and step counter stay.
+
         Args:
-            closure: reevaluates the model and returns the loss.
+            closure: reevaluates the model and returns the loss, which is returned.
 
-        Parameters without a gradient are skipped: neither they nor their state nor their step
-        counter change.
-
-        Raises RuntimeError, TypeError or ValueError for what cannot be stepped, before anything is
-        changed.
+        Raises:
+            RuntimeError, TypeError, ValueError: something cannot be stepped. Nothing has changed
+                then.
         """
         if self.defaults["differentiable"]:
             function: Any = torch.optim.Adam.step
-            # Without torch's hook wrapper, which this method already has.
-            result: float | None = (
-                function.__wrapped__ if getattr(function, "hooked", False) else function
-            )(self, closure)
+            if getattr(function, "hooked", False):
+                function = function.__wrapped__  # this method has torch's hooks already
+            result: float | None = function(self, closure)
             return result
         self._accelerator_graph_capture_health_check()
         self._check_not_offloaded()
         if self._engine.in_backward is not None:
-            self._refuse_scaler()
+            self._grad_transform()  # refuses a scaler before the closure's backward steps
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -277,69 +248,77 @@ class FusedAdam(torch.optim.Adam):
             self._engine.in_backward.end_round()
         with torch.no_grad():
             self._move_to_buffers()
-            self._engine.step(self.param_groups, self.state, self._guard(), self._check_before_step)
+            transform = self._grad_transform()
+            self._engine.step(self.param_groups, self.state, transform, self._check_before_step)
         return loss
 
-    def _refuse_scaler(self) -> None:
-        """Of steps inside backward: a scaler comes too late."""
-        guard = self._guard()
-        if guard.found_inf is not None or guard.grad_scale is not None:
-            raise RuntimeError(
-                "a GradScaler cannot be combined with step_in_backward, because parameters were updated before it "
-                "could unscale gradients or see an overflow; train in bfloat16 without one"
-            )
-
     def _step_only(self, params: Sequence[Tensor]) -> None:
-        """Step these parameters alone: each has a gradient."""
+        """Step only these parameters, each of which has a gradient."""
         self._check_not_offloaded()
         self._engine.step(
             self.param_groups, self.state, GradTransform(), self._check_before_step, params
         )
 
-    def _check_not_offloaded(self) -> None:
-        if self._engine.origins is not None:
+    def _grad_transform(self) -> GradTransform:
+        """Return the scale and overflow flag that a GradScaler set; raise where none can work."""
+        found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
+        scaled = found_inf is not None or grad_scale is not None
+        if scaled and self._engine.in_backward is not None:
             raise RuntimeError(
-                "this optimizer's state is offloaded to the host: call reload() before a step"
+                "a GradScaler cannot be combined with step_in_backward, because parameters were "
+                "updated before it could unscale gradients or see an overflow; train in bfloat16 "
+                "without one"
             )
-
-    def _guard(self) -> GradTransform:
-        guard = GradTransform(getattr(self, "found_inf", None), getattr(self, "grad_scale", None))
-        if self._grad_attribute != "grad" and (
-            guard.found_inf is not None or guard.grad_scale is not None
-        ):
+        if scaled and self._grad_attribute != "grad":
             raise RuntimeError(
-                f"a GradScaler cannot be combined with grad_attribute={self._grad_attribute!r}, because it looks for "
-                "overflows in `grad` alone: unscale gradients yourself, and skip steps with skip_nonfinite=True"
+                f"a GradScaler cannot be combined with grad_attribute={self._grad_attribute!r}, "
+                "because it looks for overflows in `grad` alone: unscale gradients yourself, and "
+                "skip steps with skip_nonfinite=True"
             )
-        return guard
+        return GradTransform(found_inf, grad_scale)
 
     @property
     def grad_norm(self) -> Tensor | None:
-        """L2 norm of the last step's gradients before clipping (unscaled under a GradScaler):
-        float32, shape ().
+        """The L2 norm of the last step's gradients, before clipping and after unscaling.
 
-        On the device of the first parameters; reading its value waits for it. None before the first
-        step, and without `max_grad_norm` and `skip_nonfinite`.
+        float32, shape (), on the device of the first parameter. Reading its value waits for that
+        device. None before the first step, and without `max_grad_norm` and `skip_nonfinite`.
         """
         return None if self._engine.stats is None else self._engine.stats[table.GRAD_NORM].float()
 
     @property
+    def skipped_steps(self) -> Tensor | None:
+        """The number of steps skipped because of non-finite gradients or a GradScaler's overflow.
+
+        int64, shape (), on the device of the first parameter. None where `grad_norm` is None.
+        """
+        stats = self._engine.stats
+        return None if stats is None else stats[table.SKIPPED_STEPS].long()
+
+    @property
     def reduce_norm(self) -> Callable[[Tensor], Tensor] | None:
-        """Adds up what no mesh shows: pipeline stages, or experts that are not DTensors.
+        """Combine gradient norms across ranks that share no device mesh, such as pipeline stages.
 
-        A function from the sum of squares of all gradients, over all ranks of the parameters'
-        meshes, to the sum over
-        all that are clipped together: float64, shape (1,), on the device of the first parameters,
-        as it returns it. It is called in every step, on every rank, and must give the same value
-        there:
-        `lambda total: all_reduce(total, group=pipeline) or total`. None: nothing is added.
+        Set it to a function that takes this rank's sum of squared gradients and returns the sum
+        over all ranks that clip together. Sums over device meshes (FSDP2, tensor parallelism) are
+        already included. None, the default, adds nothing.
 
-        Copies of the optimizer keep it. A pickle needs one that can be pickled: a function at the
-        top level of a module, not a lambda. A `state_dict` never contains it.
+        The function is called once per step, on every rank. Input and output are float64 tensors of
+        shape (1,) on the device of the first parameter, and every rank must return the same value.
+        Copies and pickles of the optimizer keep it, so pickling needs a function at the top level
+        of a module. A `state_dict` never contains it.
 
-        Raises TypeError if it cannot be called, ValueError without max_grad_norm and
-        skip_nonfinite; so does a step, before anything is changed, if it returns another kind of
-        tensor.
+        Raises:
+            TypeError: it is set to something that cannot be called. In a step: it returned no
+                tensor.
+            ValueError: neither `max_grad_norm` nor `skip_nonfinite` is set. In a step: it returned
+                another kind of tensor. Nothing has changed then.
+
+        Example:
+            >>> def over_pipeline(square_sum):
+            ...     torch.distributed.all_reduce(square_sum, group=pipeline_group)
+            ...     return square_sum
+            >>> optimizer.reduce_norm = over_pipeline
         """
         return self._engine.reduce_norm
 
@@ -348,28 +327,18 @@ class FusedAdam(torch.optim.Adam):
         arguments.check_reduce_norm(function, self._engine.needs_norm)
         self._engine.reduce_norm = function
 
-    @property
-    def skipped_steps(self) -> Tensor | None:
-        """How many steps were skipped for non-finite gradients or a GradScaler's overflow: int64,
-        shape ().
-
-        Where and when as `grad_norm`.
-        """
-        return (
-            None if self._engine.stats is None else self._engine.stats[table.SKIPPED_STEPS].long()
-        )
-
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset all gradients.
 
-        With `flatten=True` views of the zeroed buffers take the place of None. Until something
-        writes to them the parameter has no gradient for a step. `set_to_none=False` leaves
-        gradients of zeros, as in torch.
+        With `flatten=True`, `grad` is then a zeroed view of a flat buffer instead of None. A step
+        skips the parameter until something writes to that view.
 
-        With a `grad_attribute`, its gradients too: "decoupled_grad" as `set_to_none` says,
-        "main_grad" always to zero and in place, because it is a view of a buffer that backward adds
-        to.
+        Gradients in a `grad_attribute` are reset, too. "main_grad" is always zeroed in place, never
+        None, because it is a view of a buffer that backward adds to.
+
+        Args:
+            set_to_none: as in torch. False leaves gradients of zeros, which count in a step.
         """
         self._move_to_buffers()
         if self._engine.in_backward is not None:
@@ -377,16 +346,16 @@ class FusedAdam(torch.optim.Adam):
         if self._engine.flat is None:
             super().zero_grad(set_to_none)
         else:
-            with torch.autograd.profiler.record_function(
-                self._zero_grad_profile_name
-            ):  # as torch's own
+            # The name that profiles of torch's own zero_grad have.
+            with torch.autograd.profiler.record_function(self._zero_grad_profile_name):
                 self._zero_buffers(self._engine.flat, set_to_none)
         if self._grad_attribute != "grad":
-            self._zero_elsewhere(set_to_none and self._grad_attribute != "main_grad")
+            self._zero_attribute(set_to_none and self._grad_attribute != "main_grad")
 
     def _zero_buffers(self, flat: FlatBuffers, set_to_none: bool) -> None:
         flat.keep(self._params())
-        flat.uncounted = flat.uncounted or backends.is_capturing()  # replays zero gradients
+        # A captured zero_grad zeroes gradients at every replay, which no version counts.
+        flat.uncounted = flat.uncounted or backends.is_capturing()
         for param in flat.zero_grad(set_to_none):
             grad = param.grad
             if set_to_none or grad is None:
@@ -398,146 +367,34 @@ class FusedAdam(torch.optim.Adam):
                     grad.requires_grad_(False)
                 grad.zero_()
 
-    def _zero_elsewhere(self, set_to_none: bool) -> None:
+    def _zero_attribute(self, set_to_none: bool) -> None:
         params = self._params()
-        found = [
-            (param, grad)
-            for param, grad in zip(params, self._engine.read_attribute(params), strict=True)
-            if grad is not None
-        ]
+        grads = self._engine.read_attribute(params)
+        present = [(p, grad) for p, grad in zip(params, grads, strict=True) if grad is not None]
         if set_to_none:
-            for param, _ in found:
+            for param, _ in present:
                 setattr(param, self._grad_attribute, None)
-        elif found:
-            torch._foreach_zero_([grad for _, grad in found])
-
-    @torch._disable_dynamo  # type: ignore[attr-defined]
-    def offload(self) -> None:
-        """Move moments, master weights, remainders, codes and scales to pinned host memory, until
-        `reload()`.
-
-        For phases that need the device's memory for something else: generation in RL, evaluation.
-        One copy per segment (up to 1 GiB, or one parameter that is larger), not one per parameter;
-        afterwards the memory is torch's allocator's to give (`torch.cuda.empty_cache()` gives it to
-        other processes). Step counters (4 bytes per parameter) and parameters stay. Entries of
-        `state` are host tensors then, so `state_dict()`, `export_fp32()`, `load_state_dict()` and
-        `add_param_group()` work; a step raises. Copies of the optimizer (deepcopy, pickle) are
-        not offloaded: their first step takes state to the device. State of parameters on the CPU
-            stays where it is.
-
-        Does nothing for state that is offloaded already. CUDA graphs that were captured before hold
-        addresses of the
-        old memory: capture them anew after `reload()` and a step, and never replay the old ones.
-
-        Raises RuntimeError while a CUDA graph is being captured, and with `differentiable=True`.
-        """
-        self._check_may_move("offload")
-        origins: offloading.Origins = self._engine.origins or {}
-        with outside_inference_mode():
-            offloading.to_host(self._engine.arena, self.state, origins)
-        self._engine.origins = origins
-        self._engine.drop_plans()  # plans hold on to the memory that they step
-        self._engine.captured.clear()
-
-    @torch._disable_dynamo  # type: ignore[attr-defined]
-    def reload(self) -> None:
-        """Move state back after `offload()`: steps have the bits that they would have had without.
-
-        Copies do not wait for the device: they come before what is launched next on the current
-        stream. Does nothing if state is not offloaded.
-
-        Raises RuntimeError while a CUDA graph is being captured.
-        """
-        self._check_may_move("reload")
-        if self._engine.origins is not None:
-            with outside_inference_mode():
-                offloading.to_devices(self._engine.arena, self.state, self._engine.origins)
-            self._engine.origins = None
-
-    def _check_may_move(self, name: str) -> None:
-        if backends.is_capturing():
-            raise RuntimeError(
-                f"{name}() cannot be captured in a CUDA graph: call it before or after the capture"
-            )
-        if self.defaults["differentiable"]:
-            raise RuntimeError(
-                f"{name}() cannot be combined with differentiable=True, whose state is part of autograd's graph"
-            )
-
-    def export_fp32(self) -> dict[str, Any]:
-        """Weights and moments as float32, whatever the precision: a copy, on the parameters'
-        devices.
-
-        Returns `{"params": ..., "state": ...}`: weights by name (by position where there are no
-        names; master weights where the recipe keeps some), and a `state_dict` in torch.optim's
-        form, which torch.optim.Adam(W) over float32 parameters loads. Also before the first step.
-        """
-        return checkpoint.export_fp32(self.param_groups, super().state_dict())
-
-    def state_dict(self) -> dict[str, Any]:
-        """torch's form: loads into torch.optim.Adam(W) and back. Moments are not copied; steps are.
-
-        Its tensors may be sent to other processes. On a GPU they are views of flat segments for
-        that: to save one of them alone, take it from `optimizer.state`, or clone it.
-        """
-        return checkpoint.exported(super().state_dict(), self._engine.arena)
-
-    @torch._disable_dynamo  # type: ignore[attr-defined]
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Load a checkpoint of this class or of torch.optim.Adam(W), copied into our own memory.
-
-        Raises ValueError, before anything is changed, if groups or shapes do not match or it is no
-        optimizer's dict.
-        """
-        state_dict = dict(state_dict)
-        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
-            state_dict = pre_hook(self, state_dict) or state_dict
-        with outside_inference_mode():
-            groups = checkpoint.load(self.param_groups, self._engine.arena, self.state, state_dict)
-            if self._engine.origins is not None:  # what was not there before was made on the device
-                offloading.to_host(self._engine.arena, self.state, self._engine.origins)
-        self.__setstate__({"state": self.state, "param_groups": groups})
-        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
-            post_hook(self)
+        elif present:
+            torch._foreach_zero_([grad for _, grad in present])
 
     def init_state(self) -> None:
-        """Make the state of every parameter that requires gradients, with step 0, as the first step
-        would.
+        """Make the state of every parameter that requires gradients, with step count 0.
 
-        For tools that look at state before training: torch's `get_optimizer_state_dict` takes a
-        dummy step where there is none, and leaves it counted. State that is there stays.
+        Use it with tools that read state before the first step. torch's `get_optimizer_state_dict`
+        otherwise takes a dummy step, which stays counted. Existing state is kept.
 
-        Raises ValueError, before anything is changed, if what is there is not a parameter's whole
-        state.
+        Raises:
+            ValueError: existing state is not the whole state of its parameter. Nothing has changed
+                then.
+            RuntimeError: with `differentiable=True`, or while state is offloaded.
         """
         if self.defaults["differentiable"]:
             raise RuntimeError(
-                "init_state() cannot be combined with differentiable=True, whose state torch makes"
+                "init_state() cannot be combined with differentiable=True, because torch makes "
+                "that state"
             )
         self._check_not_offloaded()
         self._engine.init_state(self.param_groups, self.state, self._check_group)
-
-    def __getstate__(self) -> dict[str, Any]:
-        kept = {name: getattr(self, name) for name in _PICKLED}
-        return {
-            **super().__getstate__(),
-            **kept,
-            "_reduce_norm": arguments.ReduceNorm(self._engine.reduce_norm),
-        }
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        if "_backend" in state:  # unpickled or deep-copied, not loaded from a state_dict
-            self._set_up()
-            self._engine.reduce_norm = self.__dict__.pop("_reduce_norm").function
-            self._engine.arena.unpickled = True
-
-    def __copy__(self) -> FusedAdam:
-        """As torch's optimizers, a shallow copy shares groups and state; what steps them, too."""
-        twin = type(self).__new__(type(self))
-        twin.__setstate__(self.__getstate__())
-        twin._engine = self._engine
-        return twin
 
 
 class FusedAdamW(FusedAdam, torch.optim.AdamW):
