@@ -13,20 +13,10 @@ from torch import Tensor
 
 from .distributed import global_offset, local
 from .precision import Recipe, parse
-from .state.arena import (
-    Arena,
-    Entries,
-    ParamState,
-    Slot,
-    State,
-    align,
-    as_flat,
-    as_real,
-    dense_layout,
-    is_dense,
-)
+from .state.arena import Arena, Entries, ParamState, State
 from .state.convert import reorder
 from .state.flatten import FlatBuffers
+from .state.memory import Slot, align, as_flat, as_real, dense_layout, is_dense
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 

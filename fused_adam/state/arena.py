@@ -5,7 +5,7 @@ here.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Collection, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any
@@ -15,53 +15,16 @@ from torch import Tensor
 
 from ..distributed import group_elements, local, local_as_stored, to_dtensor, to_local
 from ..precision import ENTRIES, GROUP, GROUPED
+from .memory import Slot, as_flat, as_real, dense_layout, segments
 
 Entries = dict[
     str, tuple[torch.dtype, torch.Size]
 ]  # of one parameter's state, by name: dtype and shape
 State = MutableMapping[Any, Any]  # `optimizer.state`: parameter -> its entry, a dict
 
-# Slots start on multiples of this many elements: a whole 128-byte line of float32, a whole 32-byte
-# sector of any dtype, and the same distance in elements for all of them, so that neighbours in one
-# buffer are neighbours in every buffer.
-SLOT_ALIGN = 32
 # AMSGrad and precision may be switched on later: the maximum begins at 0, the weight as a copy of
 # its parameter.
 BEGINS_LATER = ("max_exp_avg_sq", "master_weight", "remainder")
-SEGMENT_BYTES = 1 << 30
-
-
-def align(numel: int) -> int:
-    """Elements from one slot's start to the next one's."""
-    return -(-numel // SLOT_ALIGN) * SLOT_ALIGN
-
-
-def as_real(tensor: Tensor) -> Tensor:
-    """The tensor itself, or for a complex one its real and imaginary parts as a last dimension of
-    two.
-    """
-    return (
-        torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor.resolve_neg()
-    )
-
-
-def as_flat(tensor: Tensor) -> Tensor:
-    """The memory of a dense tensor, whatever the order of its dimensions, as one dimension."""
-    return tensor.detach().as_strided((tensor.numel(),), (1,))
-
-
-def with_own_storage(tensor: Tensor) -> Tensor:
-    """The same memory in a storage of its own."""
-    # Through a capsule: `Tensor.__dlpack__` refuses a GPU that is not the current one.
-    return torch.utils.dlpack.from_dlpack(torch._C._to_dlpack(tensor))
-
-
-def dense_layout(tensor: Tensor) -> tuple[torch.Size, tuple[int, ...]]:
-    """Size and strides `torch.zeros_like` would choose: the tensor's own if it is dense, else
-    contiguous.
-    """
-    twin = torch.empty_like(tensor, device="meta", memory_format=torch.preserve_format)
-    return twin.shape, twin.stride()
 
 
 def _copies(value: Tensor, dtype: torch.dtype, param: Tensor) -> bool:
@@ -79,74 +42,6 @@ def _copies(value: Tensor, dtype: torch.dtype, param: Tensor) -> bool:
 def reads_cost_nothing(tensor: Tensor) -> bool:
     """Whether values can be read without waiting for a device."""
     return tensor.device.type == "cpu"
-
-
-def is_dense(tensor: Tensor) -> bool:
-    """Whether the tensor fills its memory without gaps or overlaps, in any order of dimensions."""
-    return tensor.is_contiguous() or tensor.stride() == dense_layout(tensor)[1]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Slot:
-    """`numel` elements of a flat `segment`, from `start` on."""
-
-    segment: Tensor
-    start: int
-    numel: int
-
-    @property
-    def address(self) -> int:
-        return (
-            self.segment.data_ptr() + self.start * self.segment.element_size() if self.numel else 0
-        )
-
-    def flat(self) -> Tensor:
-        """These elements as one dimension, in a storage of their own over the segment's memory.
-
-        A plain view would make `torch.save` write the whole segment, and safetensors refuse it.
-        """
-        return with_own_storage(self.segment[self.start : self.start + self.numel])
-
-    def view(self, to_dtensor: Tensor) -> Tensor:
-        """These elements in the shape and layout of `to_dtensor` (complex if it is), in a storage of
-        their own.
-        """
-        return self._shaped(self.flat(), to_dtensor)
-
-    def view_within(self, to_dtensor: Tensor) -> Tensor:
-        """The same as a view of the segment."""
-        return self._shaped(self.segment[self.start : self.start + self.numel], to_dtensor)
-
-    @staticmethod
-    def _shaped(elements: Tensor, to_dtensor: Tensor) -> Tensor:
-        if to_dtensor.is_complex():
-            elements = torch.view_as_complex(elements.view(-1, 2))
-        return elements.as_strided(*dense_layout(to_dtensor))
-
-
-def segments(
-    numels: Sequence[int], dtype: torch.dtype, device: torch.device, group: int = 1
-) -> Iterator[list[Slot]]:
-    """Zeroed slots for `numels`, in order; each list shares one segment of at most SEGMENT_BYTES.
-
-    A parameter larger than that has a segment of its own. Segments are allocated as the iterator
-    advances. With `group`, a divisor of SLOT, a slot has one element for every `group` of the
-    parameter's.
-    """
-    limit = SEGMENT_BYTES // dtype.itemsize * group
-    starts: list[int] = []
-    end = 0
-    for i, numel in enumerate(numels):
-        starts.append(end)
-        end += align(numel)
-        if i + 1 == len(numels) or end + align(numels[i + 1]) > limit:
-            segment = torch.zeros(end // group, dtype=dtype, device=device)
-            batch = numels[i + 1 - len(starts) : i + 1]
-            yield [
-                Slot(segment, start // group, -(-n // group))
-                for start, n in zip(starts, batch, strict=True)
-            ]
-            starts, end = [], 0
 
 
 class StateRef(weakref.ref[Tensor]):

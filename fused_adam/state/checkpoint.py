@@ -17,8 +17,9 @@ from ..distributed import local, to_dtensor
 from ..numerics import codecs
 from ..numerics.scalars import is_number
 from ..precision import ENTRIES, WEIGHTS, as_seed, parse
-from .arena import Arena, Entries, Slot, State, with_own_storage
+from .arena import Arena, Entries, State
 from .convert import convert, decode, parts_of_entry, same_storage, widened
+from .memory import Slot, with_own_storage
 
 
 def exported(state_dict: dict[str, Any], arena: Arena) -> dict[str, Any]:
