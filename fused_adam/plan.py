@@ -13,20 +13,11 @@ from torch import Tensor
 
 from .distributed import global_offset, local
 from .precision import Recipe, parse
-from .state.arena import (
-    Arena,
-    Entries,
-    ParamState,
-    Slot,
-    State,
-    align,
-    as_flat,
-    as_real,
-    dense_layout,
-    is_dense,
-)
+from .state.arena import Arena, Entries, ParamState, State
 from .state.convert import reorder
 from .state.flatten import FlatBuffers
+from .state.memory import Slot, align, as_flat, as_real, dense_layout, is_dense
+from .state.validate import check_entry
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -245,7 +236,7 @@ def build(
                 arena.param_states.setdefault(param, ParamState()),
                 global_offset=global_offset(param),
             )
-            _check_state(arena, state, param, name, row.entries)
+            check_entry(param, name, state.get(param, {}), row.entries, row.param_state)
             _place(row, param, grad, buffers, staging[part.device])
             rows.append(row)
     live = [(param, grad) for param, grad in zip(params, grads, strict=True) if grad is not None]
@@ -277,15 +268,6 @@ def build(
     return ordered
 
 
-def _check_state(arena: Arena, state: State, param: Tensor, name: str, entries: Entries) -> None:
-    """Raise ValueError if what stands in `state` cannot be this parameter's state."""
-    entry = state.get(param, {})
-    if not isinstance(entry, dict):
-        raise ValueError(f"state of {name} is {type(entry).__name__}, but must be a dict")
-    param_state = arena.param_states.get(param)
-    arena.check(param, name, entry, entries, param_state.stored if param_state else ())
-
-
 def make_state(
     params: Sequence[Tensor],
     groups: Sequence[int],
@@ -304,7 +286,9 @@ def make_state(
         if param.requires_grad:
             part, chosen = local(param), options[group]
             entries = chosen.recipe.state(part.dtype, part.shape, chosen.amsgrad)
-            _check_state(arena, state, param, f"parameter {index} (group {group})", entries)
+            name = f"parameter {index} (group {group})"
+            param_state = arena.param_states.get(param)
+            check_entry(param, name, state.get(param, {}), entries, param_state)
             wanted[param] = entries
     for param, group in zip(params, groups, strict=True):
         if param in wanted:

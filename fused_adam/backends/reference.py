@@ -21,7 +21,7 @@ from ..numerics.norm import square_sum
 from ..numerics.scalars import LAST_STEP, GradTransform, Hyper, scalars
 from ..plan import CoalescedRows, Launch, LaunchGroup, Row, same_order
 from ..precision import GROUP, GROUPED
-from ..state.arena import SLOT_ALIGN, Slot, align, as_flat, as_real
+from ..state.memory import SLOT_ALIGN, Slot, align, as_flat, as_real
 
 Step = Callable[..., None]
 OPERANDS = (

@@ -18,7 +18,7 @@ from fused_adam_kernels import adam, norm, scalars, table
 
 from ..numerics.scalars import GradTransform, Hyper
 from ..plan import CoalescedRows, Launch, LaunchGroup, Row
-from ..state.arena import as_real
+from ..state.memory import as_real
 
 copy_all = torch._foreach_copy_
 # Name of an operand -> its column among a row's addresses.

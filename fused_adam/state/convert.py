@@ -11,7 +11,7 @@ from torch import Tensor
 from ..distributed import local, to_local
 from ..numerics import codecs
 from ..precision import ENTRIES, GROUP, Recipe
-from .arena import align, dense_layout, is_dense
+from .memory import align, dense_layout, is_dense
 
 
 def parts_of_entry(entry: Mapping[str, Any], param: Tensor) -> dict[str, Any]:

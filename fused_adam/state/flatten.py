@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .arena import Slot, segments
+from .memory import Slot, segments
 
 # Of parameters that we have moved: an optimizer that is made later may move them again.
 _our_storages: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()

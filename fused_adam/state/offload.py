@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ..distributed import local, to_dtensor
 from ..precision import ENTRIES
-from .arena import Arena, ParamState, Slot, State
+from .arena import Arena, ParamState, State
+from .memory import Slot
 
 Origins = dict[
     Tensor, torch.device
