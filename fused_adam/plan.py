@@ -25,10 +25,9 @@ from .state.arena import (
     dense_layout,
     is_dense,
 )
+from .state.checks import check_pair, is_lazy
 from .state.convert import reorder
 from .state.flatten import FlatBuffers
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,49 +124,6 @@ class LaunchGroup:
     launches: list[Launch] = field(default_factory=list)
 
 
-def is_lazy(tensor: Tensor) -> bool:
-    """Whether the tensor's values are the conjugate or negative of what lies in memory."""
-    return tensor.is_conj() or tensor.is_neg()
-
-
-def check(param: Tensor, grad: Tensor, name: str) -> None:
-    """Raise if the step cannot take this parameter with this gradient. Texts of torch.optim where
-    it has one.
-    """
-    if grad.is_sparse:
-        raise RuntimeError(
-            "Adam does not support sparse gradients, please consider SparseAdam instead"
-        )
-    if grad.layout != torch.strided:
-        raise RuntimeError(f"the gradient of {name} has layout {grad.layout}, but must be strided")
-    for what, tensor in ((name, param), (f"the gradient of {name}", grad)):
-        dtype = as_real(tensor).dtype
-        if dtype not in DTYPES:
-            allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
-            raise TypeError(
-                f"{what} has dtype {tensor.dtype}, but must be one of {allowed} (or complex of these)"
-            )
-    if (
-        grad.shape != param.shape
-        or grad.device != param.device
-        or grad.is_complex() != param.is_complex()
-    ):
-        raise ValueError(
-            f"the gradient of {name} is {grad.dtype} of shape {tuple(grad.shape)} on {grad.device}, "
-            f"but must match the parameter: {param.dtype} of shape {tuple(param.shape)} on {param.device}"
-        )
-    if is_lazy(param):
-        raise RuntimeError(
-            f"{name} is a conjugate or negative view, which cannot be written; use .resolve_conj()"
-        )
-    if any(
-        stride == 0 and size > 1 for size, stride in zip(param.shape, param.stride(), strict=True)
-    ):
-        raise RuntimeError(
-            f"{name} is expanded: several of its elements share one place in memory; use .clone()"
-        )
-
-
 def overlap_order(rows: Sequence[Row]) -> list[int]:
     """For each row, how many rows before it overlap it in memory: such rows are stepped in order,
     as torch does.
@@ -232,7 +188,7 @@ def build(
         if grad is not None:
             name = f"parameter {index} (group {group})"
             part = local(param)
-            check(part, grad, name)
+            check_pair(part, grad, name)
             chosen = options[group]
             row = Row(
                 len(rows),

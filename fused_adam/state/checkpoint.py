@@ -12,11 +12,11 @@ from typing import Any
 
 from torch import Tensor
 
-from .. import shapes
 from ..distributed import local, to_dtensor
 from ..numerics import codecs
 from ..numerics.scalars import is_number
 from ..precision import ENTRIES, WEIGHTS, as_seed, parse
+from . import shapes
 from .arena import Arena, Entries, Slot, State, with_own_storage
 from .convert import convert, decode, parts_of_entry, same_storage, widened
 
