@@ -16,11 +16,12 @@ from torch import Tensor
 
 from fused_adam_kernels import table
 
-from . import arguments, plan, shapes
+from . import arguments, plan
 from .backends import choose as backends
 from .distributed import LocalShards, RankGroup, is_sharded
 from .guards import PlanGuard, StateGuard, reader
 from .numerics.scalars import GradTransform, hyper
+from .state import shapes
 from .state.arena import Arena, ParamState, State, advance_step_keys
 from .state.flatten import FlatBuffers
 

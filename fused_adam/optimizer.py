@@ -15,12 +15,12 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fused_adam_kernels import table
 
-from . import arguments, distributed, shapes
+from . import arguments, distributed
 from .backends import choose as backends
 from .engine import Engine, outside_inference_mode
 from .numerics.scalars import GradTransform
 from .precision import as_seed, parse
-from .state import checkpoint
+from .state import checkpoint, shapes
 from .state import offload as offloading
 from .state.flatten import FlatBuffers
 

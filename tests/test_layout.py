@@ -23,7 +23,7 @@ FLOORS = [
     ["fused_adam.engine"],
     ["fused_adam.backends"],
     ["fused_adam.guards"],
-    ["fused_adam.plan", "fused_adam.shapes"],
+    ["fused_adam.plan"],
     ["fused_adam.state"],
     ["fused_adam.distributed"],
     ["fused_adam.arguments", "fused_adam.groups"],

@@ -5,6 +5,7 @@ from training import gradient
 
 from fused_adam.backends import choose as backend
 from fused_adam.backends import triton as device
+from fused_adam.state import staging
 from fused_adam_kernels.launch import Launcher
 
 
@@ -16,7 +17,7 @@ class Recorder:
     def __init__(self, monkeypatch):
         self.work, self.capturing = [], False
         monkeypatch.setattr(backend, "is_capturing", lambda: self.capturing)
-        for owner, name in ((Launcher, "__call__"), (device, "copy_all")):
+        for owner, name in ((Launcher, "__call__"), (staging, "copy_all")):
             monkeypatch.setattr(owner, name, self._deferred(getattr(owner, name)))
         monkeypatch.setattr(device, "send", self._send)
 
