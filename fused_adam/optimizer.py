@@ -266,15 +266,15 @@ class FusedAdam(torch.optim.Adam):
             return result
         self._accelerator_graph_capture_health_check()
         self._check_not_offloaded()
-        if self._engine.release is not None:
+        if self._engine.in_backward is not None:
             self._refuse_scaler()
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         # After the closure: Lightning runs backward in one, or passes one that does nothing.
-        if self._engine.release is not None:
-            self._engine.release.end_round()
+        if self._engine.in_backward is not None:
+            self._engine.in_backward.end_round()
         with torch.no_grad():
             self._move_to_buffers()
             self._engine.step(self.param_groups, self.state, self._guard(), self._check_before_step)
@@ -372,8 +372,8 @@ class FusedAdam(torch.optim.Adam):
         to.
         """
         self._move_to_buffers()
-        if self._engine.release is not None:
-            self._engine.release.drop_failed_backward()
+        if self._engine.in_backward is not None:
+            self._engine.in_backward.drop_failed_backward()
         if self._engine.flat is None:
             super().zero_grad(set_to_none)
         else:
@@ -402,7 +402,7 @@ class FusedAdam(torch.optim.Adam):
         params = self._params()
         found = [
             (param, grad)
-            for param, grad in zip(params, self._engine.read(params), strict=True)
+            for param, grad in zip(params, self._engine.read_attribute(params), strict=True)
             if grad is not None
         ]
         if set_to_none:
@@ -436,7 +436,7 @@ class FusedAdam(torch.optim.Adam):
         with outside_inference_mode():
             offloading.to_host(self._engine.arena, self.state, origins)
         self._engine.origins = origins
-        self._engine.forget()  # plans hold on to the memory that they step
+        self._engine.drop_plans()  # plans hold on to the memory that they step
         self._engine.captured.clear()
 
     @torch._disable_dynamo  # type: ignore[attr-defined]

@@ -21,6 +21,7 @@ FLOORS = [
     ["fused_adam.in_backward"],
     ["fused_adam.optimizer"],
     ["fused_adam.engine"],
+    ["fused_adam.cached_plan"],
     ["fused_adam.backends"],
     ["fused_adam.guards"],
     ["fused_adam.plan"],

@@ -25,7 +25,7 @@ def _is_fake(param: Tensor) -> bool:
     return isinstance(local(param), FakeTensor)
 
 
-def _under_mode() -> bool:
+def under_fake_mode() -> bool:
     return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
 
 
@@ -35,7 +35,7 @@ def are_all(params: Sequence[Tensor]) -> bool:
     Raises RuntimeError if only some are fake, or if the mode is on and the parameters are real.
     """
     # Two questions in an ordinary step, however many parameters there are.
-    if not params or not (_under_mode() or _is_fake(params[0])):
+    if not params or not (under_fake_mode() or _is_fake(params[0])):
         return False
     real = next((i for i, param in enumerate(params) if not _is_fake(param)), None)
     # Tables that are made under the mode have no addresses, so real parameters cannot use them.
@@ -49,7 +49,7 @@ def are_all(params: Sequence[Tensor]) -> bool:
 
 def refuse(action: str, params: Sequence[Tensor]) -> None:
     """Raise RuntimeError if some of the parameters are fake, or a mode is on."""
-    if _under_mode() or any(map(_is_fake, params)):
+    if under_fake_mode() or any(map(_is_fake, params)):
         raise RuntimeError(
             f"{action} cannot be used under FakeTensorMode, because tensors have no values there"
         )
