@@ -70,6 +70,11 @@ class Row:
     scratch: Scratch | None = None  # where those copies are
 
     @property
+    def compute(self) -> torch.dtype:
+        """What the step computes in: float32 holds all that the smaller dtypes do."""
+        return torch.float64 if self.param.dtype == torch.float64 else torch.float32
+
+    @property
     def dtypes(self) -> dict[str, torch.dtype]:
         """State entry -> its dtype."""
         return {key: dtype for key, (dtype, _) in self.entries.items()}
@@ -108,6 +113,14 @@ class LaunchGroup(NamedTuple):
     compute: torch.dtype
     rows: list[Row]  # in the order of the parameters
     launches: list[Launch]
+
+
+def grouped(items: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
+    """The items by key, both in the order in which they first come."""
+    groups: dict[K, list[T]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return groups
 
 
 def build(
@@ -211,43 +224,24 @@ def _place(row: Row, grad: Tensor, buffers: FlatBuffers | None, staging: Staging
         row.slots = {"param": Slot(as_flat(row.param), 0, numel), "grad": None}
 
 
-class _GroupKey(NamedTuple):
-    """What the rows of one launch group have in common."""
-
-    overlap_order: int
-    device: torch.device
-    compute: torch.dtype
-
-
 def _launch_groups(rows: Sequence[Row], staging: dict[torch.device, Staging]) -> list[LaunchGroup]:
     """The rows by device and dtypes, in the order in which they have to run."""
     _mark_overlaps(rows)
-    by_group = _grouped(rows, _group_key)
-    groups = []
-    for key in sorted(by_group, key=lambda key: key.overlap_order):
-        members = by_group[key]
-        launches = [_launch(part, staging[key.device]) for part in _grouped(members, _mix).values()]
-        groups.append(LaunchGroup(key.device, key.compute, members, launches))
-    return groups
-
-
-def _group_key(row: Row) -> _GroupKey:
-    # float32 holds all that the smaller dtypes do; only float64 parameters need more.
-    compute = torch.float64 if row.param.dtype == torch.float64 else torch.float32
-    return _GroupKey(row.overlap_order, row.param.device, compute)
+    groups = grouped(rows, lambda row: (row.overlap_order, row.param.device, row.compute))
+    return [
+        LaunchGroup(
+            device,
+            compute,
+            members,
+            [_launch(part, staging[device]) for part in grouped(members, _mix).values()],
+        )
+        for (_, device, compute), members in sorted(groups.items(), key=lambda item: item[0][0])
+    ]
 
 
 def _mix(row: Row) -> tuple[torch.dtype, torch.dtype, Recipe, bool]:
     """What is compiled into a kernel, so what the rows of one launch have in common."""
     return row.param.dtype, row.grad_dtype, row.options.recipe, row.options.amsgrad
-
-
-def _grouped(items: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
-    """The items by key, both in the order in which they first come."""
-    groups: dict[K, list[T]] = {}
-    for item in items:
-        groups.setdefault(key(item), []).append(item)
-    return groups
 
 
 def _mark_overlaps(rows: Sequence[Row]) -> None:
@@ -274,7 +268,7 @@ def _mark_overlaps(rows: Sequence[Row]) -> None:
         cluster_end = max(cluster_end, end)
     # An empty parameter has no memory to share, but one that is listed twice counts two steps.
     empty = [i for i, row in enumerate(rows) if not row.param.numel()]
-    clusters += _grouped(empty, lambda i: id(rows[i].param_state)).values()
+    clusters += grouped(empty, lambda i: id(rows[i].param_state)).values()
     for cluster in clusters:
         if len(cluster) > 1:
             for order, i in enumerate(sorted(cluster)):

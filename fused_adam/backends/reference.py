@@ -21,7 +21,7 @@ from ..numerics.codecs import random_words
 from ..numerics.formula import CHUNK, adam_step, exact_sqrt, recipe_step
 from ..numerics.norm import square_sum
 from ..numerics.scalars import LAST_STEP, GradTransform, Hyper, scalars
-from ..plan import CoalescedRows, Launch, LaunchGroup, Row
+from ..plan import CoalescedRows, Launch, LaunchGroup, Row, grouped
 from ..precision import GROUP, GROUPED
 from ..state.memory import SLOT_ALIGN, Slot, align, as_flat, as_real
 from ..state.staging import PackedCopies, StagedCopies, same_order
@@ -140,15 +140,15 @@ class StepCounters:
     """
 
     def __init__(self, rows: Sequence[Row], device: torch.device) -> None:
-        by_buffer: dict[int, list[Row]] = {}
-        for row in rows:
-            by_buffer.setdefault(id(row.param_state.counters), []).append(row)
-        shared = [members for members in by_buffer.values() if len(members) > 1]
-        alone = [members[0] for members in by_buffer.values() if len(members) == 1]
-        self.buffers = [
-            (_steps(members[0]), _indexes([row.param_state.counter for row in members]).to(device))
-            for members in shared
-        ]
+        by_buffer = grouped(rows, lambda row: id(row.param_state.counters)).values()
+        shared = [members for members in by_buffer if len(members) > 1]
+        alone = [members[0] for members in by_buffer if len(members) == 1]
+        self.buffers: list[tuple[Tensor, Tensor]] = []  # counters, and indexes of ours among them
+        for members in shared:
+            indexes = [row.param_state.counter for row in members]
+            # On the host first, whatever the user's default device.
+            on_host = torch.tensor(indexes, dtype=torch.int64, device="cpu")
+            self.buffers.append((_steps(members[0]), on_host.to(device)))
         self.alone = [_steps(row)[row.param_state.counter] for row in alone]
         in_order = [row for members in [*shared, alone] for row in members]
         # grad_index of a row -> where its count is in what `advance` returns.
@@ -171,11 +171,6 @@ def _steps(row: Row) -> Tensor:
     counters = row.param_state.counters
     assert counters is not None  # every row has state
     return counters.steps
-
-
-def _indexes(numbers: Sequence[int]) -> Tensor:
-    """int64, on the host whatever the user's default device."""
-    return torch.tensor(numbers, dtype=torch.int64, device="cpu")
 
 
 class ReferenceRows:
@@ -247,22 +242,19 @@ class ReferenceRows:
         _copy_back(copies)
 
     def _by_recipe(self, operands: Operands, values: StepValues) -> None:
-        options = self.row.options
-        step = int(min(values.step, LAST_STEP))
+        row, seed, recipe = self.row, self.row.options.seed, self.row.options.recipe
+        step, device = int(min(values.step, LAST_STEP)), row.param.device
         for start, end in self.chunks:
             whole = align(end - start)
             memory = self._recipe_memory(operands, start, end)
             memory, copies = _to_whole_slots(memory, whole)
+            # One word per element, keyed by what never changes: the seed, the step, and the
+            # element's place in the full parameter.
+            count = whole if recipe.random else 0
             words = random_words(
-                options.seed,
-                start,
-                step,
-                self.row.param_index,
-                whole if options.recipe.random else 0,
-                self.row.param.device,
-                self.row.global_offset,
+                seed, start, step, row.param_index, count, device, row.global_offset
             )
-            recipe_step(options.recipe, memory, values.scalars, *values.flags, words)
+            recipe_step(recipe, memory, values.scalars, *values.flags, words)
             _copy_back(copies)
 
     @staticmethod

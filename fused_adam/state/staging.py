@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .memory import Slot, align, as_flat, as_real, dense_layout, is_dense
 from .checks import is_lazy
+from .memory import Slot, align, as_flat, as_real, dense_layout, is_dense
 
 copy_all = torch._foreach_copy_
 _flatten_dense_tensors: Callable[[Sequence[Tensor]], Tensor] = torch._utils._flatten_dense_tensors

@@ -1,5 +1,6 @@
-"""CUDA graphs: what a captured step reads and writes at replay. On CPU a recorder stands in for the
-graph.
+"""CUDA graphs: what a captured step reads and writes at replay.
+
+On a CPU a recorder stands in for the graph.
 """
 
 import gc
@@ -39,7 +40,7 @@ def eager(optimizer, steps, **options):
 )
 @pytest.mark.parametrize("flatten", [False, True])
 def test_replays_equal_eager_steps(graph, kernel_device, flatten, options):
-    """Warm up, capture, replay; eager steps in between, with gradients elsewhere, change nothing."""
+    """Warm up, capture, replay. Eager steps in between, with gradients elsewhere, change nothing."""
     captured, plain = (optimizer_on(kernel_device, flatten=flatten, **options) for _ in range(2))
     eager(captured, [0, 1, 2])
     set_gradients(captured, 3, in_place=flatten)
@@ -254,8 +255,9 @@ EDITS = [_load, _write_a_counter, _add_a_group, _replace_state]
 @pytest.mark.parametrize("edit", EDITS, ids=lambda edit: edit.__name__)
 @pytest.mark.parametrize("flatten", [False, True])
 def test_what_a_graph_uses_lives_as_long_as_the_optimizer(monkeypatch, flatten, edit):
-    """Tables, scalars, state: an eager step after an edit made others, and a replay read recycled
-    memory.
+    """Tables, scalars and state, although an eager step after an edit makes others.
+
+    A replay read recycled memory.
     """
     graph, optimizer = (
         Recorder(monkeypatch),
@@ -309,8 +311,9 @@ def test_a_graph_goes_on_after_an_eager_step_with_other_tables(graph, kernel_dev
 
 
 def test_views_count_as_gradients_where_versions_cannot_tell(monkeypatch):
-    """With `capturable=True`, and after `zero_grad()` in a capture: a replay writes gradients that
-    nothing counts.
+    """With `capturable=True`, and after `zero_grad()` in a capture.
+
+    A replay writes gradients, and no version counts them.
     """
     graph = Recorder(monkeypatch)
     for capturable in (True, False):
@@ -328,8 +331,9 @@ def test_views_count_as_gradients_where_versions_cannot_tell(monkeypatch):
 
 @pytest.mark.gpu
 def test_a_captured_backward_is_noticed():
-    """Eager steps and zero_grad around it, which see no version move: its gradients must not be
-    lost.
+    """Its gradients are not lost to the eager steps and `zero_grad()` around it.
+
+    No version counter shows that a replay has written them.
     """
     weight = torch.nn.Parameter(torch.ones(8, device="cuda"))
     optimizer = FusedAdamW([weight], flatten=True)
