@@ -17,12 +17,13 @@ from torch import Tensor
 
 from fused_adam_kernels import table
 
-from . import arguments, plan, shapes
+from . import arguments, plan
 from .backends import choose as backends
 from .cached_plan import CachedPlan, Match, PlanKey, bind
 from .distributed import LocalShards, RankGroup, is_sharded
 from .guards import Gradients, PlanGuard, StateGuard, reader
 from .numerics.scalars import GradTransform, hyper
+from .state import shapes
 from .state.arena import Arena, State, advance_step_keys
 from .state.flatten import FlatBuffers
 

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import shapes
 from .distributed import LocalShards, is_sharded, local
 from .plan import Row
+from .state import shapes
 from .state.arena import Arena, ParamState, State
 from .state.flatten import FlatBuffers, read_grad
 

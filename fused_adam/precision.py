@@ -8,7 +8,7 @@ import contextlib
 import difflib
 import operator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -46,6 +46,13 @@ ENTRIES = (
     *("exp_avg_code", "exp_avg_sq_code", "exp_avg_scale", "exp_avg_sq_scale"),
 )
 NAMES = tuple(f"{weights}-{states}" for weights in WEIGHTS for states in STATES)
+
+
+class EntrySpec(NamedTuple):
+    """What one state entry of a parameter is stored as."""
+
+    dtype: torch.dtype
+    shape: torch.Size
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,13 +95,14 @@ class Recipe:
                 f"{str(dtype).removeprefix('torch.')} another 'precision', None for torch's semantics"
             )
 
-    def state(
-        self, dtype: torch.dtype, shape: torch.Size, amsgrad: bool
-    ) -> dict[str, tuple[torch.dtype, torch.Size]]:
-        """State entry -> dtype and shape, for a parameter of this dtype and shape; the step counter
-        is not among them.
+    def state(self, dtype: torch.dtype, shape: torch.Size, amsgrad: bool) -> dict[str, EntrySpec]:
+        """What is stored for a parameter of this dtype and shape, besides the step counter.
 
         Raises ValueError as `check` does.
+
+        Example:
+            >>> parse("sr-bf16").state(torch.bfloat16, torch.Size([3]), amsgrad=False)["exp_avg"]
+            EntrySpec(dtype=torch.bfloat16, shape=torch.Size([3]))
         """
         self.check(dtype)
         if self.weights is None or self.states is None:
@@ -106,9 +114,10 @@ class Recipe:
             maximum = MAXIMUM[self.states]
         groups = torch.Size([-(-shape.numel() // GROUP)])
         return {
-            **{name: (kind, shape) for name, kind in per_element.items()},
-            **{name: (kind, groups) for name, kind in per_group.items()},
-            **({"max_exp_avg_sq": (maximum, shape)} if amsgrad else {}),  # last, as in torch
+            **{name: EntrySpec(kind, shape) for name, kind in per_element.items()},
+            **{name: EntrySpec(kind, groups) for name, kind in per_group.items()},
+            # Last, as in torch.
+            **({"max_exp_avg_sq": EntrySpec(maximum, shape)} if amsgrad else {}),
         }
 
     def held_bytes(self, dtype: torch.dtype, amsgrad: bool = False) -> float:

@@ -7,7 +7,7 @@ import torch
 from training import gradient, parameters, results, same_bits, train, values
 
 from fused_adam import FusedAdam, FusedAdamW
-from fused_adam.state.arena import SLOT_ALIGN, align
+from fused_adam.state.memory import SLOT_ALIGN, align
 from fused_adam_kernels import adam
 
 DTYPES = [torch.float32, torch.bfloat16]

@@ -10,7 +10,7 @@ from torch import nn
 from training import gradient, parameters, results, same_bits, train, values
 
 from fused_adam import FusedAdam, FusedAdamW
-from fused_adam.state.arena import segments
+from fused_adam.state.memory import segments
 
 
 def attached(optimizer):
@@ -286,7 +286,7 @@ def test_the_storages_outlive_the_optimizer():
 
 
 def test_segments_are_split_at_their_limit(monkeypatch):
-    monkeypatch.setattr("fused_adam.state.arena.SEGMENT_BYTES", 4 * 900)
+    monkeypatch.setattr("fused_adam.state.memory.SEGMENT_BYTES", 4 * 900)
     parts = list(segments([300, 300, 300, 2000, 1], torch.float32, torch.device("cpu")))
     assert [[slot.numel for slot in part] for part in parts] == [[300, 300], [300], [2000], [1]]
     assert [slot.start for part in parts for slot in part] == [0, 320, 0, 0, 0]
@@ -294,7 +294,7 @@ def test_segments_are_split_at_their_limit(monkeypatch):
 
 
 def test_flattened_training_across_segments(monkeypatch):
-    monkeypatch.setattr("fused_adam.state.arena.SEGMENT_BYTES", 4 * 400)
+    monkeypatch.setattr("fused_adam.state.memory.SEGMENT_BYTES", 4 * 400)
     runs = []
     for flatten in (False, True):
         optimizer = FusedAdamW(

@@ -18,7 +18,7 @@ from training import gradient, parameters, results, same_bits, train, values
 from fused_adam import FusedAdamW, step_in_backward
 from fused_adam.backends import choose as backend
 from fused_adam.precision import ENTRIES
-from fused_adam.state import arena, offload
+from fused_adam.state import memory, offload
 
 SHAPES = [(5,), (33, 3), (), (0, 3), (129,)]
 RECIPES = ["master32", "split32-bf16", "split24-int8", "sr-bf16"]
@@ -128,9 +128,9 @@ class Copies(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("limit", [arena.SEGMENT_BYTES, 4 * 200])
+@pytest.mark.parametrize("limit", [memory.SEGMENT_BYTES, 4 * 200])
 def test_one_copy_per_segment(limit, elsewhere, monkeypatch):
-    monkeypatch.setattr(arena, "SEGMENT_BYTES", limit)
+    monkeypatch.setattr(memory, "SEGMENT_BYTES", limit)
     optimizer = new(shapes=SHAPES * 10)
     train(optimizer, 1)
     sizes = sorted(segment.numel() for segment in segments(optimizer))
