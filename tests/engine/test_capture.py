@@ -18,7 +18,7 @@ from fused_adam_kernels.launch import Launcher
 
 
 class Recorder:
-    """Stands in for a CUDA graph: keeps what is sent to the device meanwhile, and does it at replay."""
+    """Stands in for a CUDA graph: what is sent to the device meanwhile is done at replay."""
 
     def __init__(self, monkeypatch):
         self.work, self.capturing = [], False
@@ -108,7 +108,7 @@ def eager(optimizer, steps, **options):
 )
 @pytest.mark.parametrize("flatten", [False, True])
 def test_replays_equal_eager_steps(graph, kernel_device, flatten, options):
-    """Warm up, capture, replay. Eager steps in between, with gradients elsewhere, change nothing."""
+    """Eager steps before, between and after replays change nothing, wherever gradients are."""
     captured, plain = (optimizer_on(kernel_device, flatten=flatten, **options) for _ in range(2))
     eager(captured, [0, 1, 2])
     set_gradients(captured, 3, in_place=flatten)
