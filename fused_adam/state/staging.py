@@ -1,8 +1,8 @@
 """Scratch copies of parameters and gradients, for steps that do not work on them in place.
 
-Two kinds of parameters are staged. Some have to be: the elements of parameter and gradient follow
-each other in different orders, or leave gaps. Some are better so: on a CPU, many small tensors cost
-a dozen calls each, and copied next to each other they are updated as one.
+Some parameters have to be staged: their elements leave gaps in memory, or are in another order
+than those of the gradient. Others are staged to save time: on a CPU every tensor costs a dozen
+calls, but small ones that are copied next to each other are updated as one.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 from .checks import is_lazy
 from .memory import Slot, align, as_flat, as_real, dense_layout, is_dense
 
+# By this name, so that tests which stand in for a CUDA graph can defer all copies.
 copy_all = torch._foreach_copy_
 _flatten_dense_tensors: Callable[[Sequence[Tensor]], Tensor] = torch._utils._flatten_dense_tensors
 
@@ -51,15 +52,16 @@ class Scratch(NamedTuple):
 
 
 def same_order(param: Tensor, grad: Tensor) -> bool:
-    """Whether the step can read a gradient, and update its parameter, where they are.
+    """Whether parameter and gradient are dense, with their elements in the same order in memory.
 
-    Both are dense then, and their elements follow each other alike in memory.
+    Only then can the step update the one and read the other where they are.
 
     Args:
-        param: real.
-        grad: of the same shape, or complex and of the same numbers.
+        param: real numbers, of any layout.
+        grad: its gradient, which may be complex.
     """
     g = as_real(grad)
+    # Strides of dimensions of one element may differ although the order is the same.
     alike = g.stride() == param.stride() or (g.is_contiguous() and param.is_contiguous())
     return alike and is_dense(param) and not is_lazy(grad)
 
@@ -86,7 +88,7 @@ def allocate(params: Sequence[Tensor], grad_dtype: torch.dtype, staging: Staging
             p_slot, g_slot = (Slot(segment, start, numel) for segment in memory)
             p, g = (segment[start : start + numel].as_strided(*layout) for segment in memory)
             scratch.append(Scratch({"param": p_slot, "grad": g_slot}, p, g))
-            start += align(numel)
+            start += align(numel)  # as in the state's segments, or rows would not stay neighbours
     return scratch
 
 
@@ -108,6 +110,7 @@ def _page_memory(
     sizes: Sequence[int], dtype: torch.dtype, device: torch.device, shared: bool
 ) -> Sequence[Tensor]:
     """One zeroed tensor for each page, all of them over one allocation."""
+    # Zeros: the gaps between slots are updated, too, and what lies there should be numbers.
     memory = torch.zeros(max(sizes) if shared else sum(sizes), dtype=dtype, device=device)
     return [memory[:size] for size in sizes] if shared else torch.split(memory, list(sizes))
 

@@ -40,7 +40,7 @@ def eager(optimizer, steps, **options):
 )
 @pytest.mark.parametrize("flatten", [False, True])
 def test_replays_equal_eager_steps(graph, kernel_device, flatten, options):
-    """Warm up, capture, replay. Eager steps in between, with gradients elsewhere, change nothing."""
+    """Eager steps before, between and after replays change nothing, wherever gradients are."""
     captured, plain = (optimizer_on(kernel_device, flatten=flatten, **options) for _ in range(2))
     eager(captured, [0, 1, 2])
     set_gradients(captured, 3, in_place=flatten)

@@ -10,9 +10,7 @@ from fused_adam_kernels.launch import Launcher
 
 
 class Recorder:
-    """Stands in for a CUDA graph: whatever would be sent to the device while capturing is kept, and
-    done at replay.
-    """
+    """Stands in for a CUDA graph: what is sent to the device meanwhile is done at replay."""
 
     def __init__(self, monkeypatch):
         self.work, self.capturing = [], False
