@@ -1,5 +1,5 @@
-"""A training killed while it saves loses nothing: the README's way to save, and files that are
-damaged or foreign.
+"""A training killed while it saves loses nothing: the way to save that docs/training.md has, and
+files that are damaged or foreign.
 """
 
 import collections
