@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from . import commands, demo_command, models, recipes, recipes_command
+from . import commands, convergence, demo_command, recipes_command
 from .arguments import (
     DEVICES,
     DTYPES,
@@ -21,7 +21,8 @@ from .arguments import (
     positive_number,
     whole_number,
 )
-from .peers import peers
+from .harness.optimizers import peers
+from .harness.shapes import ALLOWED, shapes_of
 
 MOST_STEPS = 1_000_000
 BACKENDS = ("auto", "triton", "reference", "compiled")
@@ -275,7 +276,7 @@ def add_models(sub: Parser) -> None:
         "--model",
         type=list_of(model_name),
         metavar="NAME,...",
-        help=f"default: gpt2,many-small; of: {models.ALLOWED}",
+        help=f"default: gpt2,many-small; of: {ALLOWED}",
     )
     group.add_argument(
         "--shapes",
@@ -291,7 +292,7 @@ def add_models(sub: Parser) -> None:
 def model_name(text: str) -> str:
     """An argument type: a model's name."""
     try:
-        models.shapes_of(text)
+        shapes_of(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
     return text
@@ -300,7 +301,7 @@ def model_name(text: str) -> str:
 def recipe(text: str) -> str:
     """An argument type: a precision recipe's name, or `all`."""
     try:
-        recipes.names_of(text)
+        convergence.names_of(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
     return text

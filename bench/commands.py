@@ -13,23 +13,24 @@ from typing import Any
 
 import torch
 
-from . import (
-    measure_accuracy,
-    measure_host,
-    measure_memory,
-    measure_step,
-    measure_verify,
-    models,
-    record,
-    suite,
-    tables,
-)
+from . import accuracy, host, memory, step, suite, tables, verify
 from .arguments import STDOUT
-from .formula import Options
-from .peers import BASELINE, OURS, Case, Entry, all_of_ours, common_dtype, make, peers
-from .record import Record, Recorder
-from .show import Screen
-from .stub import interpreted
+from .harness import results
+from .harness.console import Screen
+from .harness.launches import interpreted
+from .harness.optimizers import (
+    BASELINE,
+    OURS,
+    Case,
+    OptimizerSpec,
+    all_of_ours,
+    common_dtype,
+    make,
+    peers,
+)
+from .harness.oracle import Options
+from .harness.results import Record, Recorder
+from .harness.shapes import Shape, read_hf_config, read_shapes, shapes_of
 
 # Where a run writes to is no part of what it measured.
 NOT_RECORDED = ("run", "command", "json", "plot", "out", "update", "files", "device")
@@ -67,7 +68,7 @@ def screen_of(arguments: argparse.Namespace) -> Screen:
     return Screen(sys.stderr if arguments.json == STDOUT else None)
 
 
-def entries_of(arguments: argparse.Namespace, recorder: Recorder) -> list[Entry]:
+def specs_of(arguments: argparse.Namespace, recorder: Recorder) -> list[OptimizerSpec]:
     """Ours and the peers that were asked for; by default all but the slow ones.
 
     Raises ValueError for a precision that is not known.
@@ -76,27 +77,25 @@ def entries_of(arguments: argparse.Namespace, recorder: Recorder) -> list[Entry]
         arguments.device, arguments.backend, FLATTEN[arguments.flatten], arguments.precision or ()
     )
     chosen = []
-    for name, entry in peers().items():
+    for name, spec in peers().items():
         if arguments.peers is not None:
             if name in arguments.peers:
-                chosen.append(entry)
-        elif entry.slow:
-            recorder.leave_out(entry.name, "compiles for long: only where --peers names it")
+                chosen.append(spec)
+        elif spec.slow:
+            recorder.leave_out(spec.name, "compiles for long: only where --peers names it")
         else:
-            chosen.append(entry)
+            chosen.append(spec)
     return [*ours, *chosen]
 
 
 def timed(
-    entries: Sequence[Entry], arguments: argparse.Namespace, recorder: Recorder
-) -> list[Entry]:
+    specs: Sequence[OptimizerSpec], arguments: argparse.Namespace, recorder: Recorder
+) -> list[OptimizerSpec]:
     """Without kernels in Triton's interpreter, whose time says nothing."""
-    slow = [
-        entry for entry in entries if entry.backend == "triton" and arguments.device.type == "cpu"
-    ]
-    for entry in slow:
-        recorder.leave_out(entry.name, "runs in Triton's interpreter here, whose time says nothing")
-    return [entry for entry in entries if entry not in slow]
+    slow = [spec for spec in specs if spec.backend == "triton" and arguments.device.type == "cpu"]
+    for spec in slow:
+        recorder.leave_out(spec.name, "runs in Triton's interpreter here, whose time says nothing")
+    return [spec for spec in specs if spec not in slow]
 
 
 def case_of(arguments: argparse.Namespace) -> Case:
@@ -111,7 +110,7 @@ def finish(arguments: argparse.Namespace, found: Record, screen: Screen) -> None
         screen.table(table)
         screen.print("")
     if arguments.json:
-        record.write(found, arguments.json)
+        results.write(found, arguments.json)
         if arguments.json != STDOUT:
             screen.print(f"record: {arguments.json}")
     if getattr(arguments, "plot", None):
@@ -123,7 +122,7 @@ def draw(records: Sequence[Record], path: Path, screen: Screen) -> None:
     if importlib.util.find_spec("matplotlib") is None:
         screen.print("picture: none, because matplotlib is not installed (pip install matplotlib)")
         return
-    from . import plots
+    from .harness import plots
 
     plots.draw(records, path)
     screen.print(f"picture: {path}")
@@ -132,7 +131,7 @@ def draw(records: Sequence[Record], path: Path, screen: Screen) -> None:
 def failures(found: Record) -> list[dict[str, Any]]:
     """What of ours broke or was wrong, in every part of a record."""
     parts = found["results"] if found["command"] == "suite" else [found]
-    return [entry for part in parts for entry in part["left_out"] if entry.get("failed")]
+    return [spec for part in parts for spec in part["left_out"] if spec.get("failed")]
 
 
 def check(found: Record, limit: float | None, screen: Screen) -> int:
@@ -140,8 +139,8 @@ def check(found: Record, limit: float | None, screen: Screen) -> int:
     wherever measured.
     """
     code = 0
-    for entry in failures(found):
-        screen.print(f"FAILED: {entry['name']}: {entry['reason']}")
+    for spec in failures(found):
+        screen.print(f"FAILED: {spec['name']}: {spec['reason']}")
         code = 1
     if limit is None:
         return code
@@ -165,33 +164,31 @@ def check(found: Record, limit: float | None, screen: Screen) -> int:
 def run_host(arguments: argparse.Namespace) -> int:
     """Time the host's part of a step."""
     screen, recorder = screen_of(arguments), recorder_of(arguments)
-    entries, case = timed(entries_of(arguments, recorder), arguments, recorder), case_of(arguments)
+    specs, case = timed(specs_of(arguments, recorder), arguments, recorder), case_of(arguments)
     seconds = arguments.seconds or (10.0 if arguments.quick else 60.0)
     warm = arguments.caches == "warm"
-    counts = arguments.tensors or measure_host.COUNTS[: 3 if arguments.quick else None]
+    counts = arguments.tensors or host.COUNTS[: 3 if arguments.quick else None]
     if arguments.dtensors:
-        entries.append(measure_host.dtensor_entry(arguments.backend or "auto"))
+        specs.append(host.dtensor_spec(arguments.backend or "auto"))
     with screen.progress("host") as progress:
-        measure_host.measure(
-            recorder, entries, case, counts, seconds, arguments.grads == "new", warm, progress
+        host.measure(
+            recorder, specs, case, counts, seconds, arguments.grads == "new", warm, progress
         )
     found = recorder.record()
     finish(arguments, found, screen)
     return check(found, arguments.check, screen)
 
 
-def models_of(
-    arguments: argparse.Namespace, default: Sequence[str]
-) -> dict[str, list[models.Shape]]:
+def models_of(arguments: argparse.Namespace, default: Sequence[str]) -> dict[str, list[Shape]]:
     """Shapes by model name; `default` where none was named. Raises ValueError that says what is
     allowed.
     """
     if arguments.shapes:
-        return {arguments.shapes.stem: models.read_shapes(arguments.shapes)}
+        return {arguments.shapes.stem: read_shapes(arguments.shapes)}
     if arguments.hf_config:
         path = arguments.hf_config.resolve()
-        return {path.stem if path.is_dir() else path.parent.name: models.read_hf_config(path)}
-    return {name: models.shapes_of(name) for name in arguments.model or default}
+        return {path.stem if path.is_dir() else path.parent.name: read_hf_config(path)}
+    return {name: shapes_of(name) for name in arguments.model or default}
 
 
 def run_step(arguments: argparse.Namespace) -> int:
@@ -200,14 +197,14 @@ def run_step(arguments: argparse.Namespace) -> int:
     shapes = models_of(
         arguments, ["many-small", "resnet50"] if arguments.quick else ["gpt2", "many-small"]
     )
-    entries, case = timed(entries_of(arguments, recorder), arguments, recorder), case_of(arguments)
-    modes = measure_step.MODES if arguments.device.type == "cuda" else measure_step.MODES[:1]
+    specs, case = timed(specs_of(arguments, recorder), arguments, recorder), case_of(arguments)
+    modes = step.MODES if arguments.device.type == "cuda" else step.MODES[:1]
     seconds = (arguments.seconds or (10.0 if arguments.quick else 60.0)) / len(shapes) / len(modes)
     with screen.progress("step") as progress:
         for name, model in shapes.items():
             for mode in modes:
-                job = measure_step.Job(name, model, case, mode)
-                measure_step.measure(recorder, entries, job, seconds, progress)
+                job = step.Job(name, model, case, mode)
+                step.measure(recorder, specs, job, seconds, progress)
     found = recorder.record()
     finish(arguments, found, screen)
     return check(found, arguments.check, screen)
@@ -216,14 +213,12 @@ def run_step(arguments: argparse.Namespace) -> int:
 def run_memory(arguments: argparse.Namespace) -> int:
     """Measure what optimizers hold."""
     screen, recorder = screen_of(arguments), recorder_of(arguments)
-    entries, case = entries_of(arguments, recorder), case_of(arguments)
+    specs, case = specs_of(arguments, recorder), case_of(arguments)
     default = ["resnet50"] if arguments.quick or arguments.device.type == "cpu" else ["gpt2"]
     with screen.progress("memory") as progress:
         for name, shapes in models_of(arguments, default).items():
-            job = measure_step.Job(name, shapes, case, "eager")
-            measure_memory.measure(
-                recorder, measure_step.fitting(entries, job, recorder), job, progress
-            )
+            job = step.Job(name, shapes, case, "eager")
+            memory.measure(recorder, step.fitting(specs, job, recorder), job, progress)
     found = recorder.record()
     finish(arguments, found, screen)
     return check(found, None, screen)
@@ -232,11 +227,11 @@ def run_memory(arguments: argparse.Namespace) -> int:
 def run_accuracy(arguments: argparse.Namespace) -> int:
     """Hold optimizers against float64."""
     screen, recorder = screen_of(arguments), recorder_of(arguments)
-    entries = entries_of(arguments, recorder)
+    specs = specs_of(arguments, recorder)
     dtypes = arguments.dtypes or [torch.float32, torch.bfloat16, torch.float16]
-    steps = arguments.steps or (20 if arguments.quick else measure_accuracy.STEPS)
+    steps = arguments.steps or (20 if arguments.quick else accuracy.STEPS)
     with screen.progress("accuracy") as progress:
-        measure_accuracy.measure(recorder, entries, arguments.device, dtypes, steps, progress)
+        accuracy.measure(recorder, specs, arguments.device, dtypes, steps, progress)
     found = recorder.record()
     finish(arguments, found, screen)
     return check(found, None, screen)
@@ -246,12 +241,12 @@ def run_env(arguments: argparse.Namespace) -> int:
     """Say what is here: machine, versions, optimizers."""
     screen, recorder = screen_of(arguments), recorder_of(arguments)
     case = Case(arguments.device)
-    for entry in [*all_of_ours(arguments.device, None, None), *peers().values()]:
-        made = make(entry, [torch.nn.Parameter(torch.zeros(8, device=arguments.device))], case)
+    for spec in [*all_of_ours(arguments.device, None, None), *peers().values()]:
+        made = make(spec, [torch.nn.Parameter(torch.zeros(8, device=arguments.device))], case)
         if isinstance(made, str):
-            recorder.leave_out(entry.name, made)
+            recorder.leave_out(spec.name, made)
         else:
-            recorder.results.append({"optimizer": entry.name, "family": entry.family})
+            recorder.results.append({"optimizer": spec.name, "family": spec.family})
     finish(arguments, recorder.record(), screen)
     return 0
 
@@ -260,7 +255,7 @@ def run_verify(arguments: argparse.Namespace) -> int:
     """Check the promise on this machine; one block to paste."""
     screen, recorder = screen_of(arguments), recorder_of(arguments)
     with screen.progress("verify") as progress:
-        measure_verify.measure(recorder, arguments.device, arguments.quick, progress)
+        verify.measure(recorder, arguments.device, arguments.quick, progress)
         if not arguments.quick:
             verify_step(recorder, arguments.device, progress)
     found = recorder.record()
@@ -268,7 +263,7 @@ def run_verify(arguments: argparse.Namespace) -> int:
     screen.print("\n".join(tables.verify_lines(found)))
     screen.print("```")
     if arguments.json:
-        record.write(found, arguments.json)
+        results.write(found, arguments.json)
     return check(found, None, screen)
 
 
@@ -277,9 +272,9 @@ def verify_step(
 ) -> None:
     """A glance at the speed: ours beside torch fused on one model."""
     part = Recorder("step", {}, device)
-    job = measure_step.Job("resnet50", models.shapes_of("resnet50"), Case(device), "eager")
-    entries = [*all_of_ours(device, "auto", None), peers()["torch-fused"]]
-    measure_step.measure(part, entries, job, GLANCE_SECONDS, progress)
+    job = step.Job("resnet50", shapes_of("resnet50"), Case(device), "eager")
+    specs = [*all_of_ours(device, "auto", None), peers()["torch-fused"]]
+    step.measure(part, specs, job, GLANCE_SECONDS, progress)
     recorder.results += [{"check": "step", **result} for result in part.results]
     recorder.left_out += part.left_out
 
@@ -287,13 +282,13 @@ def verify_step(
 def run_suite(arguments: argparse.Namespace) -> int:
     """Run everything into one record."""
     screen, recorder = screen_of(arguments), recorder_of(arguments)
-    entries = timed(entries_of(arguments, recorder), arguments, recorder)
+    specs = timed(specs_of(arguments, recorder), arguments, recorder)
     limit = suite.LIMIT_SECONDS["quick" if arguments.quick else arguments.device.type]
     options = Options(amsgrad=arguments.amsgrad, clip=arguments.clip)
     seconds = arguments.seconds or limit
     dtype = common_dtype(arguments.precision or ())
     plan = suite.Suite(
-        arguments.device, entries, options, arguments.quick, arguments.sweep, seconds, dtype
+        arguments.device, specs, options, arguments.quick, arguments.sweep, seconds, dtype
     )
     with screen.progress("suite") as progress:
         suite.run(plan, recorder, progress)
@@ -310,7 +305,7 @@ def run_report(arguments: argparse.Namespace) -> int:
         after = tables.update_document(before, arguments.update.parent)
         arguments.update.write_text(after)
         screen.print(f"{arguments.update}: {'unchanged' if after == before else 'updated'}")
-    found = [record.read(path) for path in arguments.files]
+    found = [results.read(path) for path in arguments.files]
     for one in found:
         if arguments.markdown:
             screen.print(tables.markdown(one))

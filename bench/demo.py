@@ -18,8 +18,8 @@ from torch import Tensor
 
 from fused_adam import FusedAdamW
 
-from .gpt import GPT, Shape
-from .text import Corpus, draw_batch
+from .harness.corpus import Corpus, draw_batch
+from .harness.gpt import GPT, Shape
 from .verdict import YARDSTICK_LR_FACTOR, Verdict, judge
 
 TORCH, FUSED, FLAT, YARDSTICK = "torch AdamW", "FusedAdamW", "FusedAdamW flatten", "yardstick"

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import importlib.util
 
-from . import demo, demo_picture, demo_report, recipes_command, record
-from .record import Recorder
-from .text import load_corpus
+from . import demo, demo_picture, demo_report, recipes_command
+from .harness.corpus import load_corpus
+from .harness.results import Recorder, write
 
 STEPS = 250
 
@@ -32,7 +32,7 @@ def run(arguments: argparse.Namespace) -> int:
     print(demo_report.verdict_text(outcome))
     if arguments.json:
         recorder.results.append(demo.result(outcome))
-        record.write(recorder.record(), arguments.json)
+        write(recorder.record(), arguments.json)
         print(f"record: {arguments.json}")
     if importlib.util.find_spec("matplotlib"):
         demo_picture.draw(outcome, arguments.out)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .demo_picture import GREY, INK, STYLE
-from .record import Record
+from .harness.results import Record
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

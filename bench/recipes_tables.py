@@ -7,8 +7,8 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
-from .record import Record
-from .show import Table
+from .harness.console import Table
+from .harness.results import Record
 
 COLUMNS = [
     "optimizer",

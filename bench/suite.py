@@ -22,14 +22,22 @@ from typing import Any
 
 import torch
 
-from . import measure_accuracy, measure_host, measure_memory, measure_step, measure_verify, models
-from .formula import Options
-from .models import Shape
-from .peers import Case, Entry, ours
-from .record import Recorder
-from .stub import launch_shape
-from .timing import Copy, Rod, interleaved, seconds_of, statistic, warm_up_seconds
-from .workload import contend, make_params, released
+from . import accuracy, host, memory, step, verify
+from .harness.launches import launch_shape
+from .harness.optimizers import Case, OptimizerSpec, ours
+from .harness.oracle import Options
+from .harness.results import Recorder
+from .harness.shapes import Shape, shapes_of
+from .harness.shapes import numel as count
+from .harness.timing import (
+    Bandwidth,
+    CopyBandwidth,
+    interleaved,
+    seconds_of,
+    statistic,
+    warm_up_seconds,
+)
+from .harness.workload import instantiate, make_params, released
 
 LIMIT_SECONDS = {"cuda": 450.0, "cpu": 450.0, "quick": 45.0}
 # Small ones first: what the time does not allow is at the end.
@@ -67,7 +75,7 @@ class Suite:
     """
 
     device: torch.device
-    entries: Sequence[Entry]
+    specs: Sequence[OptimizerSpec]
     options: Options
     quick: bool
     sweep: bool
@@ -96,14 +104,14 @@ class Suite:
 def run(suite: Suite, recorder: Recorder, progress: Progress) -> None:
     """All parts in turn, each into `recorder.results`."""
     parts: list[tuple[str, Callable[[Suite, Progress], Recorder]]] = [
-        ("verify", verify),
-        ("tests", tests),
-        ("ceiling", ceiling),
-        ("host", host),
-        ("accuracy", accuracy),
-        ("sweep", sweep),
-        ("step", step),
-        ("memory", memory),
+        ("verify", verify_part),
+        ("tests", tests_part),
+        ("ceiling", ceiling_part),
+        ("host", host_part),
+        ("accuracy", accuracy_part),
+        ("sweep", sweep_part),
+        ("step", step_part),
+        ("memory", memory_part),
     ]
     for name, part in parts:
         if name == "sweep" and not suite.sweep:
@@ -116,14 +124,14 @@ def run(suite: Suite, recorder: Recorder, progress: Progress) -> None:
         recorder.results.append(part(suite, tell).record())
 
 
-def verify(suite: Suite, progress: Progress) -> Recorder:
+def verify_part(suite: Suite, progress: Progress) -> Recorder:
     """The hashes and the copy bandwidth."""
     part = suite.part("verify")
-    measure_verify.measure(part, suite.device, suite.quick, progress)
+    verify.measure(part, suite.device, suite.quick, progress)
     return part
 
 
-def tests(suite: Suite, progress: Progress) -> Recorder:
+def tests_part(suite: Suite, progress: Progress) -> Recorder:
     """The native tests, in a process of their own."""
     part = suite.part("tests")
     root = Path(__file__).resolve().parent.parent
@@ -151,7 +159,7 @@ def tests(suite: Suite, progress: Progress) -> Recorder:
     return part
 
 
-def ceiling(suite: Suite, progress: Progress, numel: int = CEILING_NUMEL) -> Recorder:
+def ceiling_part(suite: Suite, progress: Progress, numel: int = CEILING_NUMEL) -> Recorder:
     """The bandwidth of the update's accesses alone."""
     part = suite.part("ceiling", numel=numel)
     if not suite.cuda:
@@ -164,47 +172,51 @@ def ceiling(suite: Suite, progress: Progress, numel: int = CEILING_NUMEL) -> Rec
 
 def measure_ceiling(device: torch.device, numel: int, seconds: float = 2.0) -> dict[str, Any]:
     """GB/s of `move`, and of `copy_`."""
-    from .ceiling import Move
+    from .harness.stream import AccessBandwidth
 
     with released():
-        rods: dict[str, Rod] = {"gb_per_s": Move(device, numel), "copy_gb_per_s": Copy(device)}
-        measures = {name: rod.measure for name, rod in rods.items()}
+        limits: dict[str, Bandwidth] = {
+            "gb_per_s": AccessBandwidth(device, numel),
+            "copy_gb_per_s": CopyBandwidth(device),
+        }
+        measures = {name: limit.measure for name, limit in limits.items()}
         samples = interleaved(measures, seconds, min_rounds=5, warm_up=warm_up_seconds(device))
         rates = {
-            name: statistic(list(map(rod.gb_per_s, samples[name]))) for name, rod in rods.items()
+            name: statistic(list(map(limit.gb_per_s, samples[name])))
+            for name, limit in limits.items()
         }
     return {"dtype": "float32", **rates}
 
 
-def host(suite: Suite, progress: Progress) -> Recorder:
+def host_part(suite: Suite, progress: Progress) -> Recorder:
     """Python time per step."""
     part = suite.part("host")
-    counts = measure_host.COUNTS[: 2 if suite.quick else None]
-    measure_host.measure(
-        part, suite.entries, suite.case(), counts, 0.07 * suite.seconds, False, False, progress
+    counts = host.COUNTS[: 2 if suite.quick else None]
+    host.measure(
+        part, suite.specs, suite.case(), counts, 0.07 * suite.seconds, False, False, progress
     )
     return part
 
 
-def accuracy(suite: Suite, progress: Progress) -> Recorder:
+def accuracy_part(suite: Suite, progress: Progress) -> Recorder:
     """Errors against float64."""
     part = suite.part("accuracy")
     dtypes = (suite.dtype,) if suite.quick else (torch.float32, torch.bfloat16)
-    steps, numel = (10, 1000) if suite.quick else (measure_accuracy.STEPS, measure_accuracy.NUMEL)
-    measure_accuracy.measure(part, suite.entries, suite.device, dtypes, steps, progress, numel)
+    steps, numel = (10, 1000) if suite.quick else (accuracy.STEPS, accuracy.NUMEL)
+    accuracy.measure(part, suite.specs, suite.device, dtypes, steps, progress, numel)
     return part
 
 
-def memory(suite: Suite, progress: Progress) -> Recorder:
+def memory_part(suite: Suite, progress: Progress) -> Recorder:
     """State and peaks."""
     part = suite.part("memory")
     model = "gpt2/64" if suite.quick else "resnet50"
-    job = measure_step.Job(model, models.shapes_of(model), suite.case(), "eager")
-    measure_memory.measure(part, suite.entries, job, progress)
+    job = step.Job(model, shapes_of(model), suite.case(), "eager")
+    memory.measure(part, suite.specs, job, progress)
     return part
 
 
-def sweep(suite: Suite, progress: Progress) -> Recorder:
+def sweep_part(suite: Suite, progress: Progress) -> Recorder:
     """The update under other launch sizes."""
     part = suite.part("sweep")
     if not suite.cuda:
@@ -213,7 +225,7 @@ def sweep(suite: Suite, progress: Progress) -> Recorder:
     for model in ("gpt2", "many-small"):
         progress(model, 0.0)
         with released():
-            part.results += measure_sweep(suite.device, model, models.shapes_of(model), SWEEP)
+            part.results += measure_sweep(suite.device, model, shapes_of(model), SWEEP)
     return part
 
 
@@ -227,16 +239,16 @@ def measure_sweep(
 ) -> list[dict[str, Any]]:
     """Time per step and bandwidth of every (block, num_warps), interleaved."""
     case = Case(device)
-    contenders = {}
+    instances = {}
     for block, warps in configs:
-        made = contend(ours("triton", flatten=False), make_params(shapes, case), case)
+        made = instantiate(ours("triton", flatten=False), make_params(shapes, case), case)
         if isinstance(made, str):
             raise RuntimeError(made)
-        contenders[f"{block}/{warps}"] = made
+        instances[f"{block}/{warps}"] = made
 
     def measure(block: int, warps: int) -> float:
         with launch_shape(block, warps):
-            return seconds_of(contenders[f"{block}/{warps}"].step, device, repeats)
+            return seconds_of(instances[f"{block}/{warps}"].step, device, repeats)
 
     for block, warps in configs:
         measure(block, warps)
@@ -247,8 +259,8 @@ def measure_sweep(
     )
     found = []
     for block, warps in configs:
-        times, contender = samples[f"{block}/{warps}"], contenders[f"{block}/{warps}"]
-        rates = [contender.moved_bytes(clip=False) / s / 1e9 for s in times]
+        times, instance = samples[f"{block}/{warps}"], instances[f"{block}/{warps}"]
+        rates = [instance.moved_bytes(clip=False) / s / 1e9 for s in times]
         words = {"model": model, "block": block, "num_warps": warps}
         found.append(
             {**words, "step_ms": statistic([s * 1e3 for s in times]), "gb_per_s": statistic(rates)}
@@ -256,10 +268,10 @@ def measure_sweep(
     return found
 
 
-def step(suite: Suite, progress: Progress) -> Recorder:
+def step_part(suite: Suite, progress: Progress) -> Recorder:
     """Whole steps: every model and dtype mix, until the time is up."""
     part = suite.part("step")
-    modes = measure_step.MODES if suite.cuda else measure_step.MODES[:1]
+    modes = step.MODES if suite.cuda else step.MODES[:1]
     jobs = [
         (model, mix, mode)
         for model in (("many-small",) if suite.quick else (*MODELS, WHOLE))
@@ -267,21 +279,19 @@ def step(suite: Suite, progress: Progress) -> Recorder:
         for mode in modes
     ]
     for number, (model, (dtype, grad_dtype), mode) in enumerate(jobs):
-        shapes = models.shapes_of(model)
+        shapes = shapes_of(model)
         words = f"{model} {dtype} {mode}".replace("torch.", "")
-        if not suite.cuda and models.numel(shapes) > MOST_ON_CPU:
+        if not suite.cuda and count(shapes) > MOST_ON_CPU:
             part.leave_out(words, f"over {MOST_ON_CPU // 10**6} M parameters, left to a GPU")
             continue
         left = suite.seconds * (STEP_SHARE - suite.share())
         if number and left <= 0:
             part.leave_out(words, f"no time left of {suite.seconds:.0f} s")
             continue
-        job = measure_step.Job(
-            model, shapes, Case(suite.device, dtype, grad_dtype, suite.options), mode
-        )
+        job = step.Job(model, shapes, Case(suite.device, dtype, grad_dtype, suite.options), mode)
         seconds = min(20.0, max(1.0, 0.5 * left / (len(jobs) - number)))
         try:
-            measure_step.measure(part, suite.entries, job, seconds, progress)
+            step.measure(part, suite.specs, job, seconds, progress)
         except MemoryError as error:
             part.leave_out(words, str(error))
     return part

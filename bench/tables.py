@@ -9,10 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from . import machine
+from .harness import machine
+from .harness.console import Table, markdown_lines
+from .harness.results import Record, read
 from .recipes_tables import recipe_tables
-from .record import Record, read
-from .show import Table, markdown_lines
 
 Results = list[dict[str, Any]]
 

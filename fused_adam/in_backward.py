@@ -79,7 +79,7 @@ def step_in_backward(
             raise ValueError(
                 f"{name}={value!r} cannot be combined with step_in_backward, because {reason}"
             )
-    if optimizer._engine.release is not None:
+    if optimizer._engine.in_backward is not None:
         raise ValueError(
             "this optimizer steps in backward already; call remove() on its handle first"
         )
@@ -118,7 +118,7 @@ class StepInBackward:
             param.register_post_accumulate_grad_hook(self._arrived)  # type: ignore[no-untyped-call]
             for param in dict.fromkeys(params)
         ]
-        optimizer._engine.release = self
+        optimizer._engine.in_backward = self
 
     def remove(self) -> None:
         """End it: gradients stay for `optimizer.step()`, as without."""
@@ -126,8 +126,8 @@ class StepInBackward:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
-        if self._optimizer._engine.release is self:
-            self._optimizer._engine.release = None
+        if self._optimizer._engine.in_backward is self:
+            self._optimizer._engine.in_backward = None
 
     @contextlib.contextmanager
     def accumulate(self) -> Iterator[None]:

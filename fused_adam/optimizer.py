@@ -15,12 +15,12 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fused_adam_kernels import table
 
-from . import arguments, distributed, shapes
+from . import arguments, distributed
 from .backends import choose as backends
 from .engine import Engine, outside_inference_mode
 from .numerics.scalars import GradTransform
 from .precision import as_seed, parse
-from .state import checkpoint
+from .state import checkpoint, shapes
 from .state import offload as offloading
 from .state.flatten import FlatBuffers
 
@@ -32,70 +32,68 @@ _PICKLED = (
 
 
 class FusedAdam(torch.optim.Adam):
-    """Adam whose whole step is one fused pass: a drop-in for `torch.optim.Adam`.
+    """Adam with the whole step fused into one kernel; a drop-in for `torch.optim.Adam`.
 
-    All arithmetic is float32 (float64 for float64 parameters), each operation rounded once, in one
-    documented order; the Triton kernel and the CPU reference give the same bits. Kingma & Ba 2015,
-    algorithm 1; AMSGrad: Reddi et al. 2018; decoupled decay: Loshchilov & Hutter 2019.
+        m_t = beta1 * m_{t-1} + (1 - beta1) * g_t
+        v_t = beta2 * v_{t-1} + (1 - beta2) * g_t^2
+        p_t = p_{t-1} - lr * (m_t / (1 - beta1^t)) / (sqrt(v_t / (1 - beta2^t)) + eps)
+
+    Kingma & Ba 2015, algorithm 1; amsgrad: Reddi et al. 2018. docs/numerics.md has the exact order
+    of operations, which is the same on CPU and GPU.
+
+    Example:
+        >>> optimizer = FusedAdam(model.parameters(), lr=1e-3)
+        >>> loss_fn(model(x), y).backward()
+        >>> optimizer.step()
+        >>> optimizer.zero_grad()
+
+    State per parameter is `step`, `exp_avg`, `exp_avg_sq` and, with amsgrad, `max_exp_avg_sq`, as
+    in torch. Checkpoints load into `torch.optim.Adam` and back. `state` is an ordinary dict: the
+    next step starts from what you write into it.
 
     Args:
-        params: parameters, named parameters or param groups, as for `torch.optim.Adam`. Dtypes
-            float32, bfloat16, float16, float64 and complex ones of these; devices and dtypes may be
-            mixed in one group. DTensors (FSDP2, tensor parallelism) are stepped shard by shard,
-            with the bits of one process.
-        lr, betas, eps, weight_decay, amsgrad, maximize, decoupled_weight_decay: as in
-        `torch.optim.Adam`.
-        foreach, fused: accepted and checked as in torch; they choose no code path. With
-            `fused=True` a GradScaler hands its scale and overflow flag over to the step, as in
-            torch.
-        capturable: the step may be captured in a CUDA graph, after one that ran outside it (GPU,
-            triton). Values of lr, betas, eps and weight_decay that are tensors on the device are
-            read at every replay; others, among them tensors on the CPU, are those of the capture.
-        differentiable: the step runs through torch's own differentiable implementation.
-        precision: how weights and moments are stored, as "<weights>-<states>"; None: as in torch,
-            all in the parameter's dtype. Weights: "native", "master32", "split32", "split24", "sr";
-            states: "fp32", "bf16", "int8"; see the README. A param group may have its own. The
-            parameter itself counts: the next step starts from what somebody wrote into it (split
-            weights: to within half of its last place; zeros stay zeros).
-        seed: of the random bits that some recipes round with; torch's generators are not touched.
-            Bits are keyed by seed, step, element and the parameter's position in this optimizer.
-            Two optimizers with one seed draw the same bits for their first parameters, for their
-            second ones and so on: with an optimizer per parameter or per layer, give each a seed of
-            its own.
-        flatten: move parameters into flat buffers at construction: those that are trained, dense,
-            and the only owners of memory that torch allocated; others stay. From the first
-            `zero_grad()` after its first gradient on, a parameter's gradient is a view of a flat
-            buffer, which backward adds to. Nothing else changes: a view that nothing has written to
-            is no gradient (the README lists what a GPU cannot tell), and the bits are the same. On
-            a GPU flat parameters cannot be sent to other processes, because CUDA sends whole
-            allocations.
-        max_grad_norm: clip the gradients' global L2 norm, as `torch.nn.utils.clip_grad_norm_`
-            before the step would, without writing them and without waiting for the device. The norm
-            is `optimizer.grad_norm`; with inf it is measured, and finite gradients are left alone.
-        skip_nonfinite: a step with a NaN or Inf in any gradient changes nothing, decided on the
-            device; `optimizer.skipped_steps` counts them.
-        grad_attribute: where a parameter's gradient is: "grad", "main_grad" (Megatron's gradient
-            buffers) or "decoupled_grad" (TransformerEngine's and Megatron-FSDP's). With the latter
-            two, steps, clipping and `skip_nonfinite` read that attribute, of any floating dtype,
-            and not `grad`; None or no attribute is no gradient. Scale it yourself: torch's
-            GradScaler looks at `grad` alone, and such a step raises.
-        backend: "auto" (triton on GPUs, reference on CPU), "triton", "reference" or "compiled" (the
-            reference through torch.compile: CPU only, needs a C++ compiler). All give the same
-            bits.
-
-    `state` is an ordinary dict of dicts, the user's to edit: what stands there at a step is stepped
-    on, where it is if it is stored as we would, else copied into flat memory.
-
-    State per parameter is torch's: `step`, `exp_avg`, `exp_avg_sq` and with amsgrad
-    `max_exp_avg_sq`, in the parameter's dtype; checkpoints are exchanged with torch.optim.Adam(W)
-    both ways. A precision stores what its name says instead; its checkpoints are as exact, those of
-    any other precision are converted on loading, and `export_fp32` gives all of it to
-    torch.optim.Adam(W).
+        params: tensors, (name, tensor) pairs, or dicts that define param groups. float32, bfloat16,
+            float16, float64 and their complex dtypes, on any devices, may be mixed in one group. Of
+            a DTensor (FSDP2, tensor parallelism) each rank updates its shard.
+        lr: learning rate. A number, or a tensor of one element. Default: 1e-3.
+        betas: decay rates of the first and the second moment. Default: (0.9, 0.999).
+        eps: added to the square root, so that the division is safe. Default: 1e-8.
+        weight_decay: L2 penalty: `weight_decay * p` is added to the gradient. Default: 0.
+        amsgrad: divide by the largest second moment so far, not by the current one. Default: False.
+        foreach: accepted for compatibility. There is one implementation, so it chooses nothing.
+        maximize: follow the gradient uphill. Default: False.
+        capturable: allow the step to be captured in a CUDA graph, after one step outside the graph.
+            A replay reads lr, betas, eps and weight_decay anew if they are tensors on the GPU, and
+            otherwise uses their values at capture. Default: False.
+        differentiable: let autograd differentiate through the step. It is then torch's own step and
+            cannot be combined with this class's own arguments, except `backend` and `seed`.
+            Default: False.
+        fused: accepted for compatibility. With True, a GradScaler leaves unscaling and the overflow
+            check to the step.
+        decoupled_weight_decay: decay as AdamW does. Default: False.
+        precision: name of a recipe that stores weights and moments in fewer bytes, such as
+            "split32-bf16"; docs/precision.md lists them. A param group may have its own. Default:
+            None, everything in the parameter's dtype.
+        max_grad_norm: clip the global L2 norm of the gradients to this value inside the step, as
+            `torch.nn.utils.clip_grad_norm_` would before it. Read the norm from `grad_norm`. inf
+            measures the norm and clips nothing. Default: None, no clipping.
+        skip_nonfinite: skip a step whose gradients contain NaN or Inf, without waiting for the GPU.
+            Count such steps with `skipped_steps`. Default: False.
+        flatten: move parameters and gradients into flat buffers. Faster for models with many small
+            tensors. After `zero_grad()`, gradients are views of zeros instead of None. Default:
+            False.
+        grad_attribute: where to read gradients: "grad", "main_grad" (Megatron) or "decoupled_grad"
+            (TransformerEngine, Megatron-FSDP). Default: "grad".
+        backend: "triton", "reference" (plain PyTorch), "compiled" (the reference through
+            torch.compile, on CPUs) or "auto" (triton on GPUs, reference on CPUs). All give the same
+            bits. Default: "auto".
+        seed: seed of the stochastic rounding that some recipes use. torch's random generators are
+            not touched. Give each of several optimizers its own. Default: 0.
 
     Raises:
-        ValueError, TypeError: an argument is out of range, with torch's texts for torch's
-            arguments.
-        RuntimeError: the backend cannot run here; the text says why and what to do.
+        TypeError, ValueError: an argument cannot be used; the message says what is allowed. For
+            torch's arguments the message is torch's.
+        RuntimeError: the backend cannot run here; the message says why and what to do.
     """
 
     def __init__(
@@ -153,6 +151,21 @@ class FusedAdam(torch.optim.Adam):
             backends.choose(backend, device)
         self._set_up()
         self._move_to_buffers()
+
+    def __repr__(self) -> str:
+        """torch's text, and below it this class's own arguments where they are set.
+
+        `precision` and `seed` stand in the param groups, which may have their own.
+        """
+        own = {
+            "max_grad_norm": (self._max_grad_norm, None),
+            "skip_nonfinite": (self._skip_nonfinite, False),
+            "flatten": (self._flatten, False),
+            "grad_attribute": (self._grad_attribute, "grad"),
+            "backend": (self._backend, "auto"),
+        }
+        lines = [f"{name}: {value}\n" for name, (value, default) in own.items() if value != default]
+        return super().__repr__().removesuffix(")") + "".join(lines) + ")"
 
     def _set_up(self) -> None:
         """What is derived, and made anew after pickle and deepcopy."""
@@ -266,15 +279,15 @@ class FusedAdam(torch.optim.Adam):
             return result
         self._accelerator_graph_capture_health_check()
         self._check_not_offloaded()
-        if self._engine.release is not None:
+        if self._engine.in_backward is not None:
             self._refuse_scaler()
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         # After the closure: Lightning runs backward in one, or passes one that does nothing.
-        if self._engine.release is not None:
-            self._engine.release.end_round()
+        if self._engine.in_backward is not None:
+            self._engine.in_backward.end_round()
         with torch.no_grad():
             self._move_to_buffers()
             self._engine.step(self.param_groups, self.state, self._guard(), self._check_before_step)
@@ -372,8 +385,8 @@ class FusedAdam(torch.optim.Adam):
         to.
         """
         self._move_to_buffers()
-        if self._engine.release is not None:
-            self._engine.release.drop_failed_backward()
+        if self._engine.in_backward is not None:
+            self._engine.in_backward.drop_failed_backward()
         if self._engine.flat is None:
             super().zero_grad(set_to_none)
         else:
@@ -402,7 +415,7 @@ class FusedAdam(torch.optim.Adam):
         params = self._params()
         found = [
             (param, grad)
-            for param, grad in zip(params, self._engine.read(params), strict=True)
+            for param, grad in zip(params, self._engine.read_attribute(params), strict=True)
             if grad is not None
         ]
         if set_to_none:
@@ -436,7 +449,7 @@ class FusedAdam(torch.optim.Adam):
         with outside_inference_mode():
             offloading.to_host(self._engine.arena, self.state, origins)
         self._engine.origins = origins
-        self._engine.forget()  # plans hold on to the memory that they step
+        self._engine.drop_plans()  # plans hold on to the memory that they step
         self._engine.captured.clear()
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
@@ -541,9 +554,69 @@ class FusedAdam(torch.optim.Adam):
 
 
 class FusedAdamW(FusedAdam, torch.optim.AdamW):
-    """AdamW whose whole step is one fused pass: a drop-in for `torch.optim.AdamW`.
+    """AdamW with the whole step fused into one kernel; a drop-in for `torch.optim.AdamW`.
 
-    Arguments as in `torch.optim.AdamW`, and `FusedAdam`'s own. Loshchilov & Hutter 2019.
+        m_t = beta1 * m_{t-1} + (1 - beta1) * g_t
+        v_t = beta2 * v_{t-1} + (1 - beta2) * g_t^2
+        p_t = p_{t-1} - lr * (weight_decay * p_{t-1}
+                              + (m_t / (1 - beta1^t)) / (sqrt(v_t / (1 - beta2^t)) + eps))
+
+    Loshchilov & Hutter 2019; amsgrad: Reddi et al. 2018. docs/numerics.md has the exact order of
+    operations, which is the same on CPU and GPU.
+
+    Example:
+        >>> optimizer = FusedAdamW(model.parameters(), lr=3e-4, weight_decay=0.1, max_grad_norm=1.0)
+        >>> loss_fn(model(x), y).backward()
+        >>> optimizer.step()
+        >>> optimizer.zero_grad()
+
+    State per parameter is `step`, `exp_avg`, `exp_avg_sq` and, with amsgrad, `max_exp_avg_sq`, as
+    in torch. Checkpoints load into `torch.optim.AdamW` and back. `state` is an ordinary dict: the
+    next step starts from what you write into it.
+
+    Args:
+        params: tensors, (name, tensor) pairs, or dicts that define param groups. float32, bfloat16,
+            float16, float64 and their complex dtypes, on any devices, may be mixed in one group. Of
+            a DTensor (FSDP2, tensor parallelism) each rank updates its shard.
+        lr: learning rate. A number, or a tensor of one element. Default: 1e-3.
+        betas: decay rates of the first and the second moment. Default: (0.9, 0.999).
+        eps: added to the square root, so that the division is safe. Default: 1e-8.
+        weight_decay: decoupled decay: `lr * weight_decay * p` is subtracted from the parameter.
+            Default: 1e-2.
+        amsgrad: divide by the largest second moment so far, not by the current one. Default: False.
+        maximize: follow the gradient uphill. Default: False.
+        foreach: accepted for compatibility. There is one implementation, so it chooses nothing.
+        capturable: allow the step to be captured in a CUDA graph, after one step outside the graph.
+            A replay reads lr, betas, eps and weight_decay anew if they are tensors on the GPU, and
+            otherwise uses their values at capture. Default: False.
+        differentiable: let autograd differentiate through the step. It is then torch's own step and
+            cannot be combined with this class's own arguments, except `backend` and `seed`.
+            Default: False.
+        fused: accepted for compatibility. With True, a GradScaler leaves unscaling and the overflow
+            check to the step.
+        precision: name of a recipe that stores weights and moments in fewer bytes, such as
+            "split32-bf16"; docs/precision.md lists them. A param group may have its own. Default:
+            None, everything in the parameter's dtype.
+        max_grad_norm: clip the global L2 norm of the gradients to this value inside the step, as
+            `torch.nn.utils.clip_grad_norm_` would before it. Read the norm from `grad_norm`. inf
+            measures the norm and clips nothing. Default: None, no clipping.
+        skip_nonfinite: skip a step whose gradients contain NaN or Inf, without waiting for the GPU.
+            Count such steps with `skipped_steps`. Default: False.
+        flatten: move parameters and gradients into flat buffers. Faster for models with many small
+            tensors. After `zero_grad()`, gradients are views of zeros instead of None. Default:
+            False.
+        grad_attribute: where to read gradients: "grad", "main_grad" (Megatron) or "decoupled_grad"
+            (TransformerEngine, Megatron-FSDP). Default: "grad".
+        backend: "triton", "reference" (plain PyTorch), "compiled" (the reference through
+            torch.compile, on CPUs) or "auto" (triton on GPUs, reference on CPUs). All give the same
+            bits. Default: "auto".
+        seed: seed of the stochastic rounding that some recipes use. torch's random generators are
+            not touched. Give each of several optimizers its own. Default: 0.
+
+    Raises:
+        TypeError, ValueError: an argument cannot be used; the message says what is allowed. For
+            torch's arguments the message is torch's.
+        RuntimeError: the backend cannot run here; the message says why and what to do.
     """
 
     def __init__(

@@ -73,8 +73,8 @@ def jobs(folder: Path) -> list[tuple[str, Callable[[], None]]]:
     """
     import torch
 
-    from bench.ceiling import move
     from bench.gpu import variants
+    from bench.harness.stream import move
     from fused_adam_kernels import adam, norm, scalars, table
 
     cpu = torch.device("cpu")

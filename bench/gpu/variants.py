@@ -30,9 +30,9 @@ from unittest import mock
 
 import torch
 
-from bench.timing import (
-    Copy,
-    Rod,
+from bench.harness.timing import (
+    Bandwidth,
+    CopyBandwidth,
     give_back_memory,
     interleaved,
     seconds_of,
@@ -373,15 +373,15 @@ def time_all(
     name: str, builds: dict[str, Build], numel: int, seconds: float, where: torch.device
 ) -> list[Any]:
     """GB/s of every variant, of a copy and of the update's accesses, interleaved."""
-    from bench.ceiling import Move
+    from bench.harness.stream import AccessBandwidth
 
-    rods: dict[str, Rod] = {
+    limits: dict[str, Bandwidth] = {
         title: Timed(name, build, numel, where) for title, build in builds.items()
     }
-    rods |= {"copy": Copy(where), "accesses alone": Move(where, numel // 2)}
-    measures = {title: rod.measure for title, rod in rods.items()}
+    limits |= {"copy": CopyBandwidth(where), "accesses alone": AccessBandwidth(where, numel // 2)}
+    measures = {title: limit.measure for title, limit in limits.items()}
     samples = interleaved(measures, seconds, warm_up=warm_up_seconds(where))
-    rates = {title: [rod.gb_per_s(s) for s in samples[title]] for title, rod in rods.items()}
+    rates = {title: [limit.gb_per_s(s) for s in samples[title]] for title, limit in limits.items()}
     ceiling = max(statistics.median(rates[title]) for title in ("copy", "accesses alone"))
     return [
         {

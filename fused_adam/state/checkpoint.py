@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from .. import shapes
 from ..distributed import local, to_dtensor
 from ..numerics import codecs
 from ..precision import ENTRIES, WEIGHTS, Recipe, as_seed, parse
+from . import shapes
 from .arena import Arena, Entries, ParamState, State
 from .convert import convert, decode, parts_of_entry, same_storage, widened
 from .memory import Slot, with_own_storage

@@ -5,12 +5,14 @@ long.
 import json
 import math
 import sys
+import sysconfig
 from dataclasses import replace
 
 import pytest
 import torch
 
-from bench import cli, demo, demo_picture, demo_report, text
+from bench import cli, demo, demo_picture, demo_report
+from bench.harness.corpus import LIMIT_CHARACTERS, draw_batch, load_corpus, read_text
 from bench.verdict import MARGIN, judge, resolution, tolerances
 
 STEPS = 60
@@ -104,29 +106,29 @@ def test_curves_of_other_lengths_are_refused(lengths):
 
 
 def test_the_text_is_long_and_always_the_same():
-    corpus, again = text.load_corpus(), text.load_corpus()
+    corpus, again = load_corpus(), load_corpus()
     assert torch.equal(corpus.train, again.train) and torch.equal(
         corpus.validation, again.validation
     )
     assert corpus.characters == again.characters and corpus.characters.isascii()
-    assert len(corpus.train) + len(corpus.validation) == text.LIMIT_CHARACTERS
+    assert len(corpus.train) + len(corpus.validation) == LIMIT_CHARACTERS
     assert 60 < len(corpus.characters) < 128
     assert int(corpus.train.max()) == len(corpus.characters) - 1
-    whole = text.read_text()
+    whole = read_text()
     assert "".join(corpus.characters[i] for i in corpus.train[:1000]) == whole[:1000]
-    assert text.read_text(1000) == whole[:1000]
+    assert read_text(1000) == whole[:1000]
 
 
 def test_targets_are_the_next_characters():
     numbers = torch.arange(50)
-    inputs, targets = text.draw_batch(numbers, 64, 10, torch.Generator().manual_seed(0))
+    inputs, targets = draw_batch(numbers, 64, 10, torch.Generator().manual_seed(0))
     assert inputs.shape == targets.shape == (64, 10)
     assert torch.equal(inputs + 1, targets)
     assert int(targets.max()) == 49 and int(inputs.min()) == 0
 
 
 def test_a_python_without_sources_is_named(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(text.sysconfig, "get_path", lambda name: str(tmp_path))
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
     assert cli.main(["demo", "--steps", "1"]) == 2
     assert f"the folder {tmp_path} has no Python source files" in capsys.readouterr().err
 

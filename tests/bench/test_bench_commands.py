@@ -13,18 +13,9 @@ import types
 import pytest
 import torch
 
-from bench import (
-    cli,
-    commands,
-    measure_accuracy,
-    measure_step,
-    measure_verify,
-    models,
-    peers,
-    plots,
-    promise,
-    timing,
-)
+from bench import accuracy, cli, commands, promise, step, verify
+from bench.harness import optimizers, plots, timing
+from bench.harness import shapes as shapes_module
 
 ROOT = pathlib.Path(__file__).parents[2]
 FEW = ["--device", "cpu", "--backend", "reference", "--flatten", "off", "--seconds", "0.05"]
@@ -35,7 +26,7 @@ TWO = ["--peers", "torch-fused,torch-single"]
 def small_copies(monkeypatch):
     """A gigabyte of copying tells nothing here; settings that commands make are put back."""
     monkeypatch.setattr(timing, "COPY_BYTES", 1 << 16)
-    monkeypatch.setattr(measure_step, "COPY_BYTES", 1 << 16)
+    monkeypatch.setattr(step, "COPY_BYTES", 1 << 16)
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
@@ -131,7 +122,7 @@ def test_every_other_optimizer_is_measured_or_has_a_reason(run, shapes):
     names = {result["optimizer"] for result in record["results"]} | {
         entry["name"] for entry in record["left_out"]
     }
-    assert names == {"FusedAdamW reference", *(entry.name for entry in peers.peers().values())}
+    assert names == {"FusedAdamW reference", *(spec.name for spec in optimizers.peers().values())}
     assert all(entry["reason"] for entry in record["left_out"])
 
 
@@ -154,11 +145,11 @@ def test_check_without_torch_fused_fails(run, shapes):
 
 
 def test_a_wrong_optimizer_gets_no_time(run, shapes, monkeypatch):
-    class Slow(peers.FusedAdamW):
+    class Slow(optimizers.FusedAdamW):
         def __init__(self, params, **arguments):
             super().__init__(params, **{**arguments, "lr": arguments["lr"] * 1.01})
 
-    monkeypatch.setattr(peers, "FusedAdamW", Slow)
+    monkeypatch.setattr(optimizers, "FusedAdamW", Slow)
     code, record, out = run("step", *shapes, *FEW, *TWO)
     assert code == 1 and set(by_name(record)) == {"torch fused", "torch single"}
     assert "FAILED: FusedAdamW reference: wrong: after 5 steps" in out
@@ -166,7 +157,7 @@ def test_a_wrong_optimizer_gets_no_time(run, shapes, monkeypatch):
 
 def test_memory_holds_one_at_a_time(run, shapes, monkeypatch):
     """Each optimizer is then made anew for every turn, and measured as often as the others."""
-    monkeypatch.setattr(measure_step, "free_bytes", lambda device: 290_000)
+    monkeypatch.setattr(step, "free_bytes", lambda device: 290_000)
     _, record, out = run("step", *shapes, *FEW, *TWO)
     assert [result["resident"] for result in record["results"]] == [False] * 3
     assert {result["step_ms"]["rounds"] for result in record["results"]} == {2}
@@ -175,7 +166,7 @@ def test_memory_holds_one_at_a_time(run, shapes, monkeypatch):
 
 @pytest.mark.parametrize("command", ["step", "memory"])
 def test_too_little_memory_is_one_line(command, monkeypatch, capsys):
-    monkeypatch.setattr(measure_step, "free_bytes", lambda device: 10**9)
+    monkeypatch.setattr(step, "free_bytes", lambda device: 10**9)
     assert cli.main([command, *FEW, *TWO, "--model", "gpt2"]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
@@ -242,11 +233,11 @@ def test_memory(run):
 
 
 def test_accuracy(run, monkeypatch):
-    monkeypatch.setattr(measure_accuracy.measure, "__defaults__", (500,))
+    monkeypatch.setattr(accuracy.measure, "__defaults__", (500,))
     code, record, out = run("accuracy", *FEW, *TWO, "--dtype", "float32,bfloat16", "--steps", "5")
     assert code == 0
     cells = {(r["optimizer"], r["option"], r["dtype"]): r for r in record["results"]}
-    assert len(cells) == 3 * len(measure_accuracy.OPTIONS) * 2
+    assert len(cells) == 3 * len(accuracy.OPTIONS) * 2
     for (name, option, dtype), result in cells.items():
         unit = torch.finfo(getattr(torch, dtype)).eps / 2
         # Five roundings of half a unit at most each way, and as much again from the step.
@@ -263,7 +254,7 @@ def test_accuracy(run, monkeypatch):
 
 def test_accuracy_of_recipes(run, monkeypatch):
     """All that is stored of a parameter counts: what split32 keeps beside it, too."""
-    monkeypatch.setattr(measure_accuracy.measure, "__defaults__", (500,))
+    monkeypatch.setattr(accuracy.measure, "__defaults__", (500,))
     recipes = ["--precision", "none,split32", "--dtype", "bfloat16", "--peers", "none"]
     code, record, _ = run("accuracy", *FEW, *recipes, "--steps", "5")
     assert code == 0
@@ -276,7 +267,7 @@ def test_accuracy_of_recipes(run, monkeypatch):
 
 def test_an_overflow_is_recorded(run, monkeypatch):
     """In float16 1e-8 is zero, as are small second moments: torch divides by them."""
-    monkeypatch.setattr(measure_accuracy.measure, "__defaults__", (500,))
+    monkeypatch.setattr(accuracy.measure, "__defaults__", (500,))
     arguments = ["--dtype", "float16", "--peers", "torch-single", "--steps", "50"]
     code, record, out = run("accuracy", *FEW, *arguments)
     assert code == 0 and "overflow" in out
@@ -310,7 +301,7 @@ def test_verify_in_full(run, monkeypatch):
     monkeypatch.setattr(
         promise, "digest", lambda steps, *how: asked.append((steps, *how)) or promise.HASHES[steps]
     )
-    monkeypatch.setitem(models.MODELS, "resnet50", lambda: [(10, 10)])
+    monkeypatch.setitem(shapes_module.MODELS, "resnet50", lambda: [(10, 10)])
     monkeypatch.setattr(commands, "GLANCE_SECONDS", 0.05)
     code, record, out = run("verify", "--device", "cpu")
     cpu = torch.device("cpu")
@@ -328,7 +319,7 @@ def test_verify_in_full(run, monkeypatch):
 
 def test_verify_finds_other_bits(run, monkeypatch):
     monkeypatch.setitem(promise.HASHES, 30, "0" * 64)
-    monkeypatch.setattr(measure_verify, "plan", lambda device, quick: [("reference", 30, False)])
+    monkeypatch.setattr(verify, "plan", lambda device, quick: [("reference", 30, False)])
     code, _, out = run("verify", "--quick", "--device", "cpu")
     assert (
         code == 1
@@ -509,7 +500,7 @@ def test_a_recipe_runs_on_a_cpu_where_it_can_and_says_where_not(run, shapes, cap
     ],
 )
 def test_the_dtype_is_one_that_every_recipe_serves(recipes, dtype):
-    assert peers.common_dtype(recipes) == getattr(torch, dtype)
+    assert optimizers.common_dtype(recipes) == getattr(torch, dtype)
 
 
 def interrupt(*_):

@@ -10,34 +10,35 @@ from typing import ClassVar
 import pytest
 import torch
 
-from bench import measure_step, models, peers, record, suite, tables, timing
-from bench.measure_step import COPY, MOVE, Job
-from bench.peers import Case
+from bench import step, suite, tables
+from bench.harness import optimizers, results, shapes, timing
+from bench.harness.optimizers import Case
+from bench.step import COPY, MOVE, Job
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 SHAPES = [(30, 40), (7,)]
-REFERENCE = peers.ours("reference", flatten=False)
-FUSED, FOREACH = peers.peers()["torch-fused"], peers.peers()["torch-foreach"]
+REFERENCE = optimizers.ours("reference", flatten=False)
+FUSED, FOREACH = optimizers.peers()["torch-fused"], optimizers.peers()["torch-foreach"]
 MB = 1 << 20
 
 
 @pytest.fixture(autouse=True)
 def small_copies(monkeypatch):
-    for module in (timing, measure_step):
+    for module in (timing, step):
         monkeypatch.setattr(module, "COPY_BYTES", 1 << 16)
 
 
 @pytest.fixture
 def recorder():
-    return record.Recorder("step", {}, CPU)
+    return results.Recorder("step", {}, CPU)
 
 
 def cpu_job():
     return Job("little", SHAPES, Case(CPU), "eager")
 
 
-def measured(recorder, entries):
-    measure_step.measure(recorder, entries, cpu_job(), 0.05, lambda text, share: None)
+def measured(recorder, specs):
+    step.measure(recorder, specs, cpu_job(), 0.05, lambda text, share: None)
     return {result["optimizer"]: result for result in recorder.results}
 
 
@@ -49,35 +50,33 @@ def test_queued_steps_go_through_more_than_the_cache(model, dtype, sets, monkeyp
     """On a GPU steps of one optimizer queue up: nothing but its own sets goes by, so copies do not
     count.
     """
-    monkeypatch.setattr(measure_step, "cache_bytes", lambda device: 50 * MB)
-    monkeypatch.setattr(measure_step, "free_bytes", lambda device: 80 << 30)
-    monkeypatch.setattr(measure_step, "COPY_BYTES", 256 * MB)
+    monkeypatch.setattr(step, "cache_bytes", lambda device: 50 * MB)
+    monkeypatch.setattr(step, "free_bytes", lambda device: 80 << 30)
+    monkeypatch.setattr(step, "COPY_BYTES", 256 * MB)
     dtype = dtype or torch.float32
-    job = Job(model, models.shapes_of(model), Case(CUDA, dtype, dtype), "graph")
-    assert measure_step.residency([REFERENCE, FUSED], job) == (True, sets)
-    least = models.numel(job.shapes) * 2 * dtype.itemsize
+    job = Job(model, shapes.shapes_of(model), Case(CUDA, dtype, dtype), "graph")
+    assert step.residency([REFERENCE, FUSED], job) == (True, sets)
+    least = shapes.numel(job.shapes) * 2 * dtype.itemsize
     assert sets * least >= 3 * 50 * MB > (sets - 1) * least
 
 
 def test_sets_take_no_more_memory_than_there_is(monkeypatch):
-    monkeypatch.setattr(measure_step, "cache_bytes", lambda device: 50 * MB)
-    job = Job("many-small", models.shapes_of("many-small"), Case(CUDA), "graph")
-    one = measure_step.one_bytes(REFERENCE, job)
+    monkeypatch.setattr(step, "cache_bytes", lambda device: 50 * MB)
+    job = Job("many-small", shapes.shapes_of("many-small"), Case(CUDA), "graph")
+    one = step.one_bytes(REFERENCE, job)
     for most in (1, 2, 3):
         free = ((most + 1) * one + 4 * (1 << 16)) / 0.9 + 1
-        monkeypatch.setattr(measure_step, "free_bytes", lambda device, free=free: free)
-        assert measure_step.residency([REFERENCE], job) == (True, most)
-    monkeypatch.setattr(measure_step, "free_bytes", lambda device: one)
-    assert measure_step.residency([REFERENCE, FUSED], job) == (False, 1)
+        monkeypatch.setattr(step, "free_bytes", lambda device, free=free: free)
+        assert step.residency([REFERENCE], job) == (True, most)
+    monkeypatch.setattr(step, "free_bytes", lambda device: one)
+    assert step.residency([REFERENCE, FUSED], job) == (False, 1)
 
 
 def test_one_that_does_not_fit_leaves_the_others(recorder, monkeypatch):
     job = cpu_job()
-    need = {entry: measure_step.one_bytes(entry, job) + 2 * (1 << 16) for entry in (FUSED, FOREACH)}
+    need = {spec: step.one_bytes(spec, job) + 2 * (1 << 16) for spec in (FUSED, FOREACH)}
     assert need[FOREACH] > 1.05 * need[FUSED]
-    monkeypatch.setattr(
-        measure_step, "free_bytes", lambda device: 1.02 * need[FUSED] / measure_step.SHARE
-    )
+    monkeypatch.setattr(step, "free_bytes", lambda device: 1.02 * need[FUSED] / step.SHARE)
     assert set(measured(recorder, [REFERENCE, FUSED, FOREACH])) == {REFERENCE.name, FUSED.name}
     [left] = recorder.left_out
     assert left["name"] == FOREACH.name and "failed" not in left
@@ -114,7 +113,7 @@ class Watching(torch.optim.AdamW):
 
 
 @pytest.mark.parametrize("resident", [True, False])
-@pytest.mark.parametrize("family", [peers.OURS, peers.OTHER])
+@pytest.mark.parametrize("family", [optimizers.OURS, optimizers.OTHER])
 @pytest.mark.parametrize("at", [1, 2, 4])
 def test_memory_that_runs_out_is_a_reason_and_is_given_back(
     at, family, resident, recorder, monkeypatch
@@ -122,27 +121,25 @@ def test_memory_that_runs_out_is_a_reason_and_is_given_back(
     """While it is made, while it warms up, and in mid-measurement; the others keep as many rounds
     as each other.
     """
-    arguments = peers.torch_arguments
-    hungry = peers.Entry(
+    arguments = optimizers.torch_arguments
+    hungry = optimizers.OptimizerSpec(
         "hungry", family, lambda params, options: Hungry(params, **arguments(options))
     )
     monkeypatch.setattr(Hungry, "at", 0)
     job = cpu_job()
-    monkeypatch.setattr(measure_step, "residency", lambda entries, job: (resident, 1))
-    judged = measure_step.let_in
+    monkeypatch.setattr(step, "residency", lambda specs, job: (resident, 1))
+    judged = step.passing
 
     def then_hungry(*args):
         passed = judged(*args)
         monkeypatch.setattr(Hungry, "at", at)
         return passed
 
-    monkeypatch.setattr(measure_step, "let_in", then_hungry)
-    watching = peers.Entry(
-        "watching", peers.OTHER, lambda params, options: Watching(params, **arguments(options))
+    monkeypatch.setattr(step, "passing", then_hungry)
+    watching = optimizers.OptimizerSpec(
+        "watching", optimizers.OTHER, lambda params, options: Watching(params, **arguments(options))
     )
-    measure_step.measure(
-        recorder, [REFERENCE, hungry, watching], job, 0.05, lambda text, share: None
-    )
+    step.measure(recorder, [REFERENCE, hungry, watching], job, 0.05, lambda text, share: None)
     assert Watching.seen[-1] == 0
     found = {result["optimizer"]: result["step_ms"]["rounds"] for result in recorder.results}
     assert set(found) == {REFERENCE.name, "watching"} and len(set(found.values())) == 1
@@ -154,14 +151,14 @@ def test_memory_that_runs_out_is_a_reason_and_is_given_back(
 def test_other_errors_of_ours_are_failures(recorder, monkeypatch):
     steps = itertools.count(1)
 
-    class Broken(peers.FusedAdamW):
+    class Broken(optimizers.FusedAdamW):
         def step(self, closure=None):
             if next(steps) == 9:  # 5 before the gate, 2 to warm up
                 raise RuntimeError("broken")
             super().step(closure)
 
-    monkeypatch.setattr(peers, "FusedAdamW", Broken)
-    monkeypatch.setattr(measure_step, "residency", lambda entries, job: (True, 1))
+    monkeypatch.setattr(optimizers, "FusedAdamW", Broken)
+    monkeypatch.setattr(step, "residency", lambda specs, job: (True, 1))
     assert set(measured(recorder, [REFERENCE, FUSED])) == {FUSED.name}
     [left] = recorder.left_out
     assert left["failed"] and left["reason"] == "RuntimeError: broken"
@@ -177,10 +174,10 @@ def test_the_ceiling_is_the_faster_of_copy_and_accesses(copy, move, ceiling, rec
         {FUSED.name: 8.0},
         {FUSED.name: 28.0},
     )
-    assert measure_step.let_in([FUSED], job, recorder) == [FUSED]
+    assert step.passing([FUSED], job, recorder) == [FUSED]
     seconds = [28 * 1207 / 60e9] * 3  # at 60 GB/s
     rates = {COPY: [copy] * 3, **({MOVE: [move] * 3} if move else {})}
-    [found] = measure_step.results({FUSED.name: seconds}, rates, job, 1, True)
+    [found] = step.results({FUSED.name: seconds}, rates, job, 1, True)
     assert found["copy_gb_per_s"]["median"] == copy
     assert found["share_of_copy"]["median"] == pytest.approx(60 / copy)
     assert found["ceiling_gb_per_s"]["median"] == ceiling
@@ -220,7 +217,7 @@ def test_every_bandwidth_is_of_a_warm_device(recorder, monkeypatch):
         given.append(warm_up)
         return interleaved(*args, **options)
 
-    for module in (timing, measure_step, suite):
+    for module in (timing, step, suite):
         monkeypatch.setattr(module, "interleaved", noted)
         monkeypatch.setattr(module, "warm_up_seconds", lambda device: 9.0)
     measured(recorder, [FUSED])
@@ -232,10 +229,10 @@ def test_every_bandwidth_is_of_a_warm_device(recorder, monkeypatch):
 
 def test_what_is_copied_and_moved_are_the_same_random_bits():
     """A GPU that moves zeros or ones draws less power, and keeps higher clocks."""
-    from bench.ceiling import Move
+    from bench.harness.stream import AccessBandwidth
 
-    first, second = timing.Copy(CPU).source, timing.Copy(CPU).source
+    first, second = timing.CopyBandwidth(CPU).source, timing.CopyBandwidth(CPU).source
     assert torch.equal(first, second) and len(first.unique()) > 0.9 * len(first)
-    rod = Move(CPU, 8191)
-    assert rod.gb_per_s(2.0) == 7 * 4 * 8192 / 2e9
-    assert all(len(tensor.unique()) > 0.9 * len(tensor) for tensor in rod.tensors)
+    limit = AccessBandwidth(CPU, 8191)
+    assert limit.gb_per_s(2.0) == 7 * 4 * 8192 / 2e9
+    assert all(len(tensor.unique()) > 0.9 * len(tensor) for tensor in limit.tensors)

@@ -13,24 +13,21 @@ import pytest
 import test_hash
 import torch
 
-from bench import (
-    formula,
-    gate,
+from bench import promise, step, suite, tables
+from bench.harness import (
+    console,
+    launches,
     machine,
-    measure_step,
-    models,
-    peers,
-    promise,
-    record,
-    show,
-    stub,
-    suite,
-    tables,
+    optimizers,
+    parity,
+    results,
     timing,
     workload,
 )
-from bench.formula import Options
-from bench.peers import Case
+from bench.harness import oracle as formula
+from bench.harness.optimizers import Case
+from bench.harness.oracle import Options
+from bench.harness.shapes import numel, read_hf_config, shapes_of
 
 ROOT = pathlib.Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -48,22 +45,22 @@ CPU = torch.device("cpu")
     ],
 )
 def test_models_have_their_published_sizes(name, parameters, tensors):
-    shapes = models.shapes_of(name)
-    assert (models.numel(shapes), len(shapes)) == (parameters, tensors)
+    shapes = shapes_of(name)
+    assert (numel(shapes), len(shapes)) == (parameters, tensors)
 
 
 def test_many_small_is_what_it_says_and_the_same_everywhere():
-    sizes = [math.prod(shape) for shape in models.shapes_of("many-small")]
+    sizes = [math.prod(shape) for shape in shapes_of("many-small")]
     assert len(sizes) == 2000 and 1 <= min(sizes) < 10 and 4000 < max(sizes) <= 4096
     assert sum(sizes) == 4_083_135
 
 
 def test_a_shard_is_the_first_of_equal_parts():
-    whole, eighth = models.shapes_of("llama-3-8b"), models.shapes_of("llama-3-8b/8")
+    whole, eighth = shapes_of("llama-3-8b"), shapes_of("llama-3-8b/8")
     for shape, part in zip(whole, eighth, strict=True):
         assert part == tuple(torch.empty(shape, device="meta").chunk(8)[0].shape)
-    assert models.numel(eighth) == models.numel(whole) // 8
-    assert models.shapes_of("gpt2/1") == models.shapes_of("gpt2")
+    assert numel(eighth) == numel(whole) // 8
+    assert shapes_of("gpt2/1") == shapes_of("gpt2")
 
 
 def transformer(width, blocks, inner):
@@ -97,11 +94,7 @@ CONFIGS = {
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_config_gives_the_shapes_of_the_model_it_describes(name, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(CONFIGS[name]))
-    assert (
-        models.read_hf_config(tmp_path)
-        == models.read_hf_config(tmp_path / "config.json")
-        == models.shapes_of(name)
-    )
+    assert read_hf_config(tmp_path) == read_hf_config(tmp_path / "config.json") == shapes_of(name)
 
 
 def test_a_qwen_config_counts_biases_and_ties(tmp_path):
@@ -115,7 +108,7 @@ def test_a_qwen_config_counts_biases_and_ties(tmp_path):
         "tie_word_embeddings": True,
     }
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert models.numel(models.read_hf_config(tmp_path)) == 494_032_768
+    assert numel(read_hf_config(tmp_path)) == 494_032_768
 
 
 @pytest.mark.parametrize("amsgrad", [False, True])
@@ -147,12 +140,12 @@ def wrong(**changes):
     """torch's AdamW with arguments that nobody asked for."""
 
     def make(params, options):
-        arguments = {**peers.torch_arguments(options), "fused": True}
+        arguments = {**optimizers.torch_arguments(options), "fused": True}
         for name, change in changes.items():
             arguments[name] = change(arguments[name])
         return torch.optim.AdamW(params, **arguments)
 
-    return peers.Entry("wrong", peers.OTHER, make)
+    return optimizers.OptimizerSpec("wrong", optimizers.OTHER, make)
 
 
 class Lazy(torch.optim.AdamW):
@@ -165,8 +158,8 @@ WRONG = {
     "no decay": wrong(weight_decay=lambda wd: 0.0),
     "beta1": wrong(betas=lambda betas: (0.5, betas[1])),
     "beta2": wrong(betas=lambda betas: (betas[0], 0.5)),
-    "does nothing": peers.Entry(
-        "wrong", peers.OTHER, lambda params, options: Lazy(params, lr=options.lr)
+    "does nothing": optimizers.OptimizerSpec(
+        "wrong", optimizers.OTHER, lambda params, options: Lazy(params, lr=options.lr)
     ),
 }
 RIGHT = ["torch-fused", "torch-foreach", "torch-single"]
@@ -175,7 +168,7 @@ RIGHT = ["torch-fused", "torch-foreach", "torch-single"]
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("fault", WRONG)
 def test_the_gate_stops_a_wrong_optimizer(fault, dtype):
-    verdict = gate.judge(WRONG[fault], Case(CPU, dtype, dtype))
+    verdict = parity.judge(WRONG[fault], Case(CPU, dtype, dtype))
     assert not verdict.passed and "wrong: after 5 steps" in verdict.text
 
 
@@ -183,20 +176,25 @@ def test_the_gate_stops_a_wrong_optimizer(fault, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_the_gate_lets_right_ones_pass(dtype, amsgrad):
     case = Case(CPU, dtype, dtype, Options(amsgrad=amsgrad))
-    for entry in (peers.ours("reference", flatten=True), *(peers.peers()[name] for name in RIGHT)):
-        assert gate.judge(entry, case).passed, entry.name
+    for spec in (
+        optimizers.ours("reference", flatten=True),
+        *(optimizers.peers()[name] for name in RIGHT),
+    ):
+        assert parity.judge(spec, case).passed, spec.name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_the_gate_sees_a_missing_maximum_and_a_missing_clip(dtype):
-    assert not gate.judge(
+    assert not parity.judge(
         wrong(amsgrad=lambda _: False), Case(CPU, dtype, dtype, Options(amsgrad=True))
     ).passed
-    unclipped = peers.Entry("wrong", peers.OTHER, peers.peers()["torch-fused"].make, clips=True)
+    unclipped = optimizers.OptimizerSpec(
+        "wrong", optimizers.OTHER, optimizers.peers()["torch-fused"].make, clips=True
+    )
     case = Case(CPU, dtype, dtype, Options(clip=0.01))
-    assert not gate.judge(unclipped, case).passed
-    assert gate.judge(peers.ours("reference", False), case).passed
-    assert gate.judge(peers.peers()["torch-fused"], case).passed
+    assert not parity.judge(unclipped, case).passed
+    assert parity.judge(optimizers.ours("reference", False), case).passed
+    assert parity.judge(optimizers.peers()["torch-fused"], case).passed
 
 
 def test_statistics_and_ratios():
@@ -230,20 +228,20 @@ def test_rounds_are_interleaved_and_bounded():
 def test_stubbed_steps_launch_nothing_and_others_do():
     param = torch.nn.Parameter(torch.ones(3))
     param.grad = torch.ones(3)
-    made = workload.contend(peers.ours("triton", flatten=False), [param], Case(CPU))
-    with stub.stubbed_launches():
+    made = workload.instantiate(optimizers.ours("triton", flatten=False), [param], Case(CPU))
+    with launches.stubbed_launches():
         made.step()
     assert (param == 1).all() and float(made.optimizer.state[param]["step"]) == 0
     other = torch.nn.Parameter(torch.ones(3))
     other.grad = torch.ones(3)
-    workload.contend(peers.ours("triton", flatten=False), [other], Case(CPU)).step()
+    workload.instantiate(optimizers.ours("triton", flatten=False), [other], Case(CPU)).step()
     assert (other < 1).all()
 
 
 def test_flat_buffers_keep_the_gradients_they_were_given():
     params = workload.make_params([(5,), (3, 2)], Case(CPU))
     before = [param.grad.clone() for param in params]
-    made = workload.contend(peers.ours("reference", flatten=True), params, Case(CPU))
+    made = workload.instantiate(optimizers.ours("reference", flatten=True), params, Case(CPU))
     assert all(
         torch.equal(p.grad, g) and g.abs().sum() > 0
         for p, g in zip(made.params, before, strict=True)
@@ -251,13 +249,13 @@ def test_flat_buffers_keep_the_gradients_they_were_given():
 
 
 def test_graphs_are_for_those_whose_steps_count_on_in_them():
-    recorder = record.Recorder("step", {}, CPU)
-    job = measure_step.Job("small", [(5,)], Case(CPU), "graph")
-    entries = [peers.ours("reference", False), peers.peers()["torch-fused"], WRONG["lr"]]
-    assert measure_step.let_in(entries, job, recorder) == entries[:2]
+    recorder = results.Recorder("step", {}, CPU)
+    job = step.Job("small", [(5,)], Case(CPU), "graph")
+    specs = [optimizers.ours("reference", False), optimizers.peers()["torch-fused"], WRONG["lr"]]
+    assert step.passing(specs, job, recorder) == specs[:2]
     assert recorder.left_out[0]["reason"] == "its step cannot be captured in a CUDA graph"
     job.mode = "eager"
-    assert measure_step.let_in(entries, job, recorder) == entries[:2]
+    assert step.passing(specs, job, recorder) == specs[:2]
     assert recorder.left_out[1]["reason"].startswith("wrong: ")
 
 
@@ -266,8 +264,8 @@ def test_bytes_of_mixed_dtypes():
     to clip.
     """
     case = Case(CPU, torch.bfloat16, torch.float32)
-    made = workload.contend(
-        peers.ours("reference", False), workload.make_params([(100,)], case), case
+    made = workload.instantiate(
+        optimizers.ours("reference", False), workload.make_params([(100,)], case), case
     )
     made.step()
     assert made.state_bytes() == 400
@@ -275,7 +273,7 @@ def test_bytes_of_mixed_dtypes():
 
 
 def test_the_access_pattern_kernel_moves_every_element():
-    from bench.ceiling import BLOCK, move
+    from bench.harness.stream import BLOCK, move
 
     p, g, m, v = (torch.full((2 * BLOCK,), value) for value in (1.0, 2.0, 3.0, 4.0))
     assert move(p, g, m, v) == 7 * 4 * 2 * BLOCK
@@ -306,9 +304,9 @@ def test_the_extra_installs_what_the_registry_says():
     [line] = re.findall(r"^bench-peers = \[(.*)\]$", (ROOT / "pyproject.toml").read_text(), re.M)
     extra = re.findall(r'"([^"]+)"', line)
     reasons = []
-    for entry in peers.peers().values():
+    for spec in optimizers.peers().values():
         try:
-            entry.make([torch.nn.Parameter(torch.zeros(1))], Options())
+            spec.make([torch.nn.Parameter(torch.zeros(1))], Options())
         except ImportError as error:
             reasons.append(str(error))
         except Exception:
@@ -319,14 +317,14 @@ def test_the_extra_installs_what_the_registry_says():
 
 
 def test_ours_are_named_by_what_they_do():
-    names = [entry.name for entry in peers.all_of_ours(CPU, None, None)]
+    names = [spec.name for spec in optimizers.all_of_ours(CPU, None, None)]
     assert names == [
         "FusedAdamW",
         "FusedAdamW flatten",
         "FusedAdamW compiled",
         "FusedAdamW compiled flatten",
     ]
-    assert [entry.name for entry in peers.all_of_ours(CPU, "triton", True)] == [
+    assert [spec.name for spec in optimizers.all_of_ours(CPU, "triton", True)] == [
         "FusedAdamW triton flatten"
     ]
 
@@ -345,12 +343,12 @@ class Terminal(io.StringIO):
 
 
 def test_rich_and_plain_tables_hold_the_same_cells():
-    table = show.Table(
+    table = console.Table(
         "title", ["optimizer", "ms"], [["ours", "1.00 ±2%"], ["theirs", "12.0"]], ["a note"]
     )
     terminal, pipe = Terminal(), io.StringIO()
-    show.Screen(terminal).table(table)
-    show.Screen(pipe).table(table)
+    console.Screen(terminal).table(table)
+    console.Screen(pipe).table(table)
     assert pipe.getvalue().splitlines() == [
         "title",
         "optimizer        ms",
@@ -366,7 +364,7 @@ def test_rich_and_plain_tables_hold_the_same_cells():
 def test_progress_on_a_terminal_and_in_a_log():
     terminal, pipe = Terminal(), io.StringIO()
     for file in (terminal, pipe):
-        with show.Screen(file).progress("step") as tell:
+        with console.Screen(file).progress("step") as tell:
             tell("gpt2", 0.0)
             tell("gpt2", 0.5)
             tell("vit", 1.0)
@@ -389,4 +387,4 @@ def test_other_files_are_no_records(content, tmp_path):
     path = tmp_path / "record.json"
     path.write_text(content)
     with pytest.raises(ValueError, match=r"record\.json"):
-        record.read(path)
+        results.read(path)

@@ -9,8 +9,8 @@ import math
 import pytest
 import torch
 
-from bench import cli, recipes, recipes_command, recipes_picture, tables
-from bench.record import read
+from bench import cli, convergence, recipes_command, recipes_picture, tables
+from bench.harness.results import read
 
 NAMES = ["split32-bf16", "native-int8"]
 
@@ -19,7 +19,7 @@ NAMES = ["split32-bf16", "native-int8"]
 def short_run(tmp_path_factory):
     """The command as a user runs it: exit code, record, picture."""
     folder = tmp_path_factory.mktemp("recipes")
-    out, path = folder / "recipes.png", folder / "recipes.json"
+    out, path = folder / "convergence.png", folder / "convergence.json"
     arguments = [
         "--steps",
         "3",
@@ -43,7 +43,7 @@ def test_the_record_holds_what_was_trained(short_run):
     assert (record["schema"], record["command"]) == ("fused-adam-bench/1", "recipes")
     assert record["arguments"] == {"precision": NAMES, "steps": 3, "seed": 4, "seeds": 2}
     results = {result["name"]: result for result in record["results"]}
-    assert list(results) == [recipes.FP32, recipes.BF16, *NAMES]
+    assert list(results) == [convergence.FP32, convergence.BF16, *NAMES]
     assert [result["weights"] for result in results.values()] == [
         "float32",
         "bfloat16",
@@ -82,17 +82,18 @@ def test_runs_share_weights_and_batches_and_differ_in_the_optimizer(short_run):
         for result in short_run[1]["results"]
     }
     assert (
-        first[recipes.FP32] == first["native-int8"] and first[recipes.BF16] == first["split32-bf16"]
+        first[convergence.FP32] == first["native-int8"]
+        and first[convergence.BF16] == first["split32-bf16"]
     )
-    assert first[recipes.FP32] == pytest.approx(first[recipes.BF16], abs=1e-3)
-    assert first[recipes.FP32][0] != first[recipes.FP32][1]
+    assert first[convergence.FP32] == pytest.approx(first[convergence.BF16], abs=1e-3)
+    assert first[convergence.FP32][0] != first[convergence.FP32][1]
     assert len({tuple(losses) for losses in last.values()}) == 4
-    assert last[recipes.FP32] == pytest.approx(last["native-int8"], abs=1e-3)
+    assert last[convergence.FP32] == pytest.approx(last["native-int8"], abs=1e-3)
 
 
 def test_a_run_repeats_in_every_bit_and_leaves_the_generator_alone():
     before = torch.get_rng_state()
-    one, two = (recipes.train_run("sr-bf16", 2, 0, torch.device("cpu")) for _ in range(2))
+    one, two = (convergence.train_run("sr-bf16", 2, 0, torch.device("cpu")) for _ in range(2))
     assert one == two
     assert torch.equal(torch.get_rng_state(), before)
 
@@ -121,7 +122,7 @@ def losses(**validation):
 )
 def test_the_limit_is_what_lies_between_seeds(validation, passed):
     results = losses(ours=validation)
-    recipes.judge(results)
+    convergence.judge(results)
     assert [result["passed"] for result in results] == [None, None, passed]
     assert results[2]["limit"] == pytest.approx(0.1)
     assert [result["within_limit"] for result in results] == [True, False, passed]
@@ -130,7 +131,7 @@ def test_the_limit_is_what_lies_between_seeds(validation, passed):
 def test_a_recipe_that_is_worse_than_plain_bf16_fails():
     results = losses(ours=[2.03, 2.1])
     results[1]["validation_losses"] = [2.02, 2.1]
-    recipes.judge(results)
+    convergence.judge(results)
     assert results[2]["within_limit"] and not results[2]["passed"]
 
 
@@ -143,8 +144,8 @@ def test_a_recipe_that_fails_is_shown_and_fails_the_command(
     results[1]["validation_losses"] = results[0]["validation_losses"]
     results[2]["validation_losses"] = [9.0, math.nan]
     results[3]["validation_losses"] = [9.0, 9.0]
-    recipes.judge(results)
-    monkeypatch.setattr(recipes, "train", lambda *args: results)
+    convergence.judge(results)
+    monkeypatch.setattr(convergence, "train", lambda *args: results)
     path, out = tmp_path / "failed.json", tmp_path / "failed.png"
     assert (
         cli.main(["demo", "--precision", "split32-bf16", "--out", str(out), "--json", str(path)])
@@ -162,17 +163,17 @@ def test_a_recipe_that_fails_is_shown_and_fails_the_command(
 
 def test_all_means_the_recommended_ones(monkeypatch):
     asked = []
-    monkeypatch.setattr(recipes, "train", lambda *args: asked.append(args[:3]) or 1 / 0)
+    monkeypatch.setattr(convergence, "train", lambda *args: asked.append(args[:3]) or 1 / 0)
     with pytest.raises(ZeroDivisionError):
         cli.main(["demo", "--precision", "sr-bf16,all", "--device", "cpu"])
     names, steps, seeds = asked[0]
-    assert sorted(names) == sorted(recipes.RECOMMENDED) and names[0] == "sr-bf16"
+    assert sorted(names) == sorted(convergence.RECOMMENDED) and names[0] == "sr-bf16"
     assert (steps, list(seeds)) == (recipes_command.STEPS, [0, 1, 2]) == (1000, [0, 1, 2])
 
 
 def test_report_shows_the_table_of_a_record(short_run):
     [table] = tables.tables_of(short_run[1])
-    assert [row[0] for row in table.rows] == [recipes.FP32, recipes.BF16, *NAMES]
+    assert [row[0] for row in table.rows] == [convergence.FP32, convergence.BF16, *NAMES]
     assert [row[2] for row in table.rows] == ["8.000", "4.000", "6.000", "2.125"]
     losses = short_run[1]["results"][2]["validation_losses"]
     mean, half = sum(losses) / 2, abs(losses[0] - losses[1]) / 2
@@ -180,7 +181,7 @@ def test_report_shows_the_table_of_a_record(short_run):
 
 
 def test_without_matplotlib_there_is_no_picture(short_run, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(recipes, "train", lambda *args: short_run[1]["results"])
+    monkeypatch.setattr(convergence, "train", lambda *args: short_run[1]["results"])
     monkeypatch.setattr(recipes_command.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(recipes_picture, "draw", None)
     cli.main(["demo", "--precision", "sr-bf16", "--out", str(tmp_path / "none.png")])

@@ -11,7 +11,7 @@ import sys
 import tarfile
 
 import pytest
-from test_codegen import ROOT
+from process import ROOT
 
 from bench.gpu import pack, variants
 

@@ -372,7 +372,7 @@ def test_a_trainer_is_pickled_with_its_optimizer():
 
 
 def test_random_bits_are_keyed_by_seed_and_position_in_the_optimizer():
-    """As the docstring of `seed` and the README say."""
+    """As the docstring of `seed` and docs/precision.md say."""
 
     def weights(*seeds):
         """Equal parameters after a step: in an optimizer each, or together in the first one without

@@ -281,7 +281,7 @@ def test_copies_do_not_step_in_backward():
 
     module, optimizer = pair()[0]
     step_in_backward(module, optimizer)
-    assert copy.deepcopy(optimizer)._engine.release is None
+    assert copy.deepcopy(optimizer)._engine.in_backward is None
 
 
 class TestRefused:

@@ -143,7 +143,7 @@ class Side:
 
     def step(self) -> None:
         if self.forgetful:
-            self.optimizer._engine.forget()
+            self.optimizer._engine.drop_plans()
         self.optimizer.step()
 
     def snapshot(self, i: int) -> dict[str, bytes]:

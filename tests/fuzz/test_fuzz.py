@@ -27,6 +27,7 @@ from fused_adam.numerics import codecs
 from fused_adam.numerics import formula as reference
 from fused_adam.numerics.scalars import GradTransform
 from fused_adam.state import checkpoint
+from fused_adam.state.staging import StagedCopies
 
 COMMON = settings(
     deadline=None,
@@ -132,15 +133,15 @@ def moments_lost_on_loading(patch):
 
 
 def one_element_too_many(patch):
-    copy_out = host.Stage.copy_out
+    store_params = StagedCopies.store_params
 
     def beyond(self):
-        copy_out(self)
+        store_params(self)
         for p in self.params:
             memory = torch.empty(0, dtype=p.dtype).set_(p.untyped_storage())
             memory[p.storage_offset() + p.numel() :][:1] = 0.5
 
-    patch.setattr(host.Stage, "copy_out", beyond)
+    patch.setattr(StagedCopies, "store_params", beyond)
 
 
 def learning_rate_of_the_step_before(patch):

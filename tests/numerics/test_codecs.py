@@ -8,7 +8,7 @@ import quality
 import torch
 import triton
 import triton.language as tl
-from test_codegen import outside_the_interpreter
+from process import outside_the_interpreter
 
 from fused_adam.numerics import codecs
 from fused_adam_kernels import codecs as jit

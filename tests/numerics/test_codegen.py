@@ -2,27 +2,8 @@
 own.
 """
 
-import json
-import os
-import pathlib
-import subprocess
-import sys
-
 import pytest
-
-ROOT = pathlib.Path(__file__).parents[2]
-
-
-def outside_the_interpreter(*command):
-    """Run Python in a process where triton compiles; returns the JSON it prints."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "kernels")}
-    environment.pop("TRITON_INTERPRET", None)
-    done = subprocess.run(
-        [sys.executable, *command], capture_output=True, text=True, env=environment
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
-
+from process import outside_the_interpreter
 
 # Accesses per thread to elements, by their bits: loads and stores of the body; the tail takes 32
 # bits at most. 1024 elements over 128 threads are 8 each: per operand two 128-bit accesses in fp32,

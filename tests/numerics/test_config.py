@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from test_codegen import ROOT
+from process import ROOT
 from training import parameters, results, same_bits, train
 
 from fused_adam import FusedAdamW

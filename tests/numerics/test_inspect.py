@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from test_codegen import ROOT, outside_the_interpreter
+from process import ROOT, outside_the_interpreter
 
 FAULTS = """
 import dataclasses, json

@@ -330,7 +330,7 @@ def test_what_methods_set_is_the_same_for_a_wrapper():
         module(torch.ones(2, 4)).sum().backward()
         plain.step()
     handle.remove()
-    assert plain._engine.release is None
+    assert plain._engine.in_backward is None
 
 
 def test_the_norm_of_a_step_without_gradients_is_zero():

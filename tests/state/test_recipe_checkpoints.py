@@ -8,7 +8,7 @@ import pickle
 
 import pytest
 import torch
-from test_recipes import (
+from recipes import (
     BF16,
     FP16,
     FP32,

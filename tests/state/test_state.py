@@ -143,7 +143,7 @@ def test_state_is_compared_also_where_torch_numbers_no_dicts(dict_version, monke
         for entry in entries:
             entry["exp_avg"] = entry["exp_avg"] * 0.5
         if each is expected:
-            each._engine.forget()
+            each._engine.drop_plans()
         train(each, 1, first=3)
         each.state["a key of the user's"] = 3
         train(each, 1, first=4)
@@ -526,6 +526,6 @@ def test_one_tensor_of_many_is_replaced():
         train(each, 1, first=2)
         entry["exp_avg"] = torch.full((3,), 0.5)
         if each is expected:
-            each._engine.forget()
+            each._engine.drop_plans()
         train(each, 1, first=3)
     assert same_bits(results(optimizer), results(expected))

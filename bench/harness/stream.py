@@ -1,7 +1,7 @@
 """What memory gives to the update's access pattern without its arithmetic: four reads and three
 writes per element.
 
-The only Triton kernel outside fused_adam_kernels: it is a measuring rod, and no part of the
+The only Triton kernel outside fused_adam_kernels: it measures memory, and is no part of the
 optimizer.
 """
 
@@ -46,8 +46,8 @@ def move(p: torch.Tensor, g: torch.Tensor, m: torch.Tensor, v: torch.Tensor) -> 
     return 7 * p.nbytes
 
 
-class Move:
-    """`move` over four tensors, as `timing.Copy` is a copy: another limit to hold a bandwidth
+class AccessBandwidth:
+    """`move` over four tensors, as `timing.CopyBandwidth` is a copy: another limit to hold a bandwidth
     against.
 
     On some GPUs it is the higher one, because a device-to-device `copy_` does not reach the

@@ -22,11 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
-from .peers import BASELINE, OURS, Case, Entry, ours
-from .record import Recorder
-from .stub import no_interpreter, stubbed_launches
-from .timing import interleaved, ratio, statistic, synchronize
-from .workload import Contender, contend, copy_params, make_params, one_line, released
+from .harness.launches import no_interpreter, stubbed_launches
+from .harness.optimizers import BASELINE, OURS, Case, OptimizerSpec, ours
+from .harness.results import Recorder
+from .harness.timing import interleaved, ratio, statistic, synchronize
+from .harness.workload import Instance, copy_params, instantiate, make_params, one_line, released
 
 COUNTS = (10, 100, 1000, 5000)
 NUMEL = 4  # elements per tensor
@@ -35,13 +35,13 @@ DTENSOR = "FusedAdamW DTensor"
 WARM_UP = 3
 
 
-def stub_entry() -> Entry:
+def stubbed_spec() -> OptimizerSpec:
     """Ours on Triton, to be stepped without launches."""
-    entry = ours("triton", flatten=False)
-    return Entry(STUBBED, OURS, entry.make, clips=True)
+    spec = ours("triton", flatten=False)
+    return OptimizerSpec(STUBBED, OURS, spec.make, clips=True)
 
 
-def dtensor_entry(backend: str) -> Entry:
+def dtensor_spec(backend: str) -> OptimizerSpec:
     """Ours on DTensors."""
     return replace(ours(backend, flatten=False), name=DTENSOR)
 
@@ -67,17 +67,17 @@ def as_dtensors(params: Sequence[Tensor], device: torch.device) -> list[Tensor]:
     return sharded
 
 
-class Stepper:
-    """Times one contender's steps, in seconds."""
+class HostTimer:
+    """Times one instance's steps, in seconds."""
 
     def __init__(
-        self, contender: Contender, device: torch.device, new_grads: bool, warm: bool
+        self, instance: Instance, device: torch.device, new_grads: bool, warm: bool
     ) -> None:
-        self.contender, self.device, self.warm = contender, device, warm
-        self.stubbed = contender.entry.name == STUBBED
+        self.instance, self.device, self.warm = instance, device, warm
+        self.stubbed = instance.spec.name == STUBBED
         # Two sets in turn: gradients of a new backward lie somewhere else than those of the last.
         self.grads = [
-            [p.grad.clone() for p in contender.params if p.grad is not None]
+            [p.grad.clone() for p in instance.params if p.grad is not None]
             for _ in range(2 * new_grads)
         ]
 
@@ -92,7 +92,7 @@ class Stepper:
             self._exchange_grads()
         synchronize(self.device)
         begin = time.perf_counter()
-        self.contender.step()
+        self.instance.step()
         # On a GPU until everything is queued, not until it is done.
         seconds = time.perf_counter() - begin
         synchronize(self.device)
@@ -100,46 +100,46 @@ class Stepper:
 
     def _exchange_grads(self) -> None:
         grads: list[Tensor] = self.grads.pop(0)
-        for param, grad in zip(self.contender.params, grads, strict=True):
+        for param, grad in zip(self.instance.params, grads, strict=True):
             param.grad = grad
         self.grads.append(grads)
 
 
-def make_steppers(
-    entries: Sequence[Entry],
+def make_timers(
+    specs: Sequence[OptimizerSpec],
     tensors: int,
     case: Case,
     new_grads: bool,
     warm: bool,
     recorder: Recorder,
-) -> dict[str, Stepper]:
+) -> dict[str, HostTimer]:
     """One per optimizer that can be made and survives its first steps; the others are left out with
     the reason.
     """
     source = make_params([(NUMEL,)] * tensors, case)
-    steppers: dict[str, Stepper] = {}
-    for entry in entries:
+    timers: dict[str, HostTimer] = {}
+    for spec in specs:
         try:
             params = copy_params(source)
-            contender = contend(
-                entry, as_dtensors(params, case.device) if entry.name == DTENSOR else params, case
+            instance = instantiate(
+                spec, as_dtensors(params, case.device) if spec.name == DTENSOR else params, case
             )
-            if isinstance(contender, str):
-                recorder.leave_out(entry.name, contender)
+            if isinstance(instance, str):
+                recorder.leave_out(spec.name, instance)
                 continue
-            stepper = Stepper(contender, case.device, new_grads, warm)
+            timer = HostTimer(instance, case.device, new_grads, warm)
             for _ in range(WARM_UP):
-                stepper.measure()
+                timer.measure()
         except Exception as error:  # another project's step may fail however it likes
-            recorder.leave_out(entry.name, one_line(error), failed=entry.family == OURS)
+            recorder.leave_out(spec.name, one_line(error), failed=spec.family == OURS)
         else:
-            steppers[entry.name] = stepper
-    return steppers
+            timers[spec.name] = timer
+    return timers
 
 
 def measure(
     recorder: Recorder,
-    entries: Sequence[Entry],
+    specs: Sequence[OptimizerSpec],
     case: Case,
     counts: Sequence[int],
     seconds: float,
@@ -157,19 +157,19 @@ def measure(
             optimizers come before it, and have taken the processor's caches, as a forward and
             backward pass would have.
     """
-    entries = [*entries]
+    specs = [*specs]
     reason = no_interpreter() if case.device.type == "cpu" else None
     if reason:
         recorder.leave_out(STUBBED, reason)
     else:
-        entries.append(stub_entry())
-    families = {entry.name: entry.family for entry in entries}
+        specs.append(stubbed_spec())
+    families = {spec.name: spec.family for spec in specs}
     for number, tensors in enumerate(counts):
         progress(f"{tensors} tensors", number / len(counts))
         with released():
-            steppers = make_steppers(entries, tensors, case, new_grads, warm, recorder)
+            timers = make_timers(specs, tensors, case, new_grads, warm, recorder)
             samples = interleaved(
-                {name: stepper.measure for name, stepper in steppers.items()},
+                {name: timer.measure for name, timer in timers.items()},
                 seconds / len(counts),
                 max_rounds=1000,
             )

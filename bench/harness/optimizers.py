@@ -14,7 +14,7 @@ from torch import Tensor
 from fused_adam import FusedAdamW
 from fused_adam.precision import WEIGHTS, parse
 
-from .formula import Options
+from .oracle import Options
 
 Optimizer = torch.optim.Optimizer
 OURS, TORCH, OTHER = "ours", "torch", "other"
@@ -35,7 +35,7 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Entry:
+class OptimizerSpec:
     """One optimizer.
 
     make: parameters and options -> the optimizer; what it raises is the reason for its absence.
@@ -83,7 +83,7 @@ def torch_arguments(options: Options) -> dict[str, Any]:
 # Ours.
 
 
-def ours(backend: str, flatten: bool, precision: str | None = None) -> Entry:
+def ours(backend: str, flatten: bool, precision: str | None = None) -> OptimizerSpec:
     """FusedAdamW on one backend."""
     extra: dict[str, Any] = {"backend": backend, "flatten": flatten}
     if precision is not None:
@@ -109,7 +109,7 @@ def ours(backend: str, flatten: bool, precision: str | None = None) -> Entry:
         names = [str(dtype).removeprefix("torch.") for dtype in (*allowed, case.dtype)]
         return f"precision {precision!r} is for {' or '.join(names[:-1])} parameters, not {names[-1]} (see --dtype)"
 
-    return Entry(
+    return OptimizerSpec(
         name,
         OURS,
         make,
@@ -149,7 +149,7 @@ def common_dtype(precision: Sequence[str]) -> torch.dtype:
 
 def all_of_ours(
     device: torch.device, backend: str | None, flatten: bool | None, precision: Sequence[str] = ()
-) -> list[Entry]:
+) -> list[OptimizerSpec]:
     """Every variant of ours that was asked for; None: each that is of use on this device. "none" is
     no recipe.
 
@@ -173,14 +173,14 @@ def all_of_ours(
 # torch's own paths.
 
 
-def torch_entry(name: str, scratch: float = 0.0, **flags: bool) -> Entry:
+def torch_spec(name: str, scratch: float = 0.0, **flags: bool) -> OptimizerSpec:
     """One of torch.optim.AdamW's paths."""
 
     def make(params: list[Tensor], options: Options) -> Optimizer:
         arguments: dict[str, Any] = {**torch_arguments(options), **flags}
         return torch.optim.AdamW(params, **arguments)
 
-    return Entry(name, TORCH, make, limits=same_grad_dtype, scratch=scratch, captures=True)
+    return OptimizerSpec(name, TORCH, make, limits=same_grad_dtype, scratch=scratch, captures=True)
 
 
 def same_grad_dtype(case: Case) -> str | None:
@@ -257,25 +257,27 @@ def make_deepspeed(params: list[Tensor], options: Options) -> Optimizer:
 
 
 @functools.cache
-def peers() -> dict[str, Entry]:
+def peers() -> dict[str, OptimizerSpec]:
     """Every optimizer that is not ours, by name, in the order of the tables."""
-    compile_ = Entry("torch compile", TORCH, make_compiled, limits=same_grad_dtype, slow=True)
+    compile_ = OptimizerSpec(
+        "torch compile", TORCH, make_compiled, limits=same_grad_dtype, slow=True
+    )
     pypi = "pip install"
     others = [
-        Entry(
+        OptimizerSpec(
             "optimi",
             OTHER,
             from_module("optimi", "AdamW", f"{pypi} torch-optimi"),
             limits=no_amsgrad,
         ),
-        Entry(
+        OptimizerSpec(
             "flashoptim",
             OTHER,
             from_module("flashoptim", "FlashAdamW", f"{pypi} flashoptim"),
             limits=gpu_only,
             quantised=True,
         ),
-        Entry(
+        OptimizerSpec(
             "torchao 8-bit",
             OTHER,
             from_module("torchao.optim", "AdamW8bit", f"{pypi} torchao"),
@@ -283,20 +285,20 @@ def peers() -> dict[str, Entry]:
             quantised=True,
             slow=True,
         ),
-        Entry(
+        OptimizerSpec(
             "bitsandbytes 32-bit",
             OTHER,
             from_module("bitsandbytes.optim", "AdamW32bit", f"{pypi} bitsandbytes"),
             limits=gpu_only,
         ),
-        Entry(
+        OptimizerSpec(
             "bitsandbytes 8-bit",
             OTHER,
             from_module("bitsandbytes.optim", "AdamW8bit", f"{pypi} bitsandbytes"),
             limits=gpu_only,
             quantised=True,
         ),
-        Entry(
+        OptimizerSpec(
             "apex",
             OTHER,
             from_module(
@@ -307,7 +309,7 @@ def peers() -> dict[str, Entry]:
             ),
             limits=gpu_only,
         ),
-        Entry(
+        OptimizerSpec(
             "transformer-engine",
             OTHER,
             from_module(
@@ -318,30 +320,30 @@ def peers() -> dict[str, Entry]:
             ),
             limits=gpu_only,
         ),
-        Entry("deepspeed", OTHER, make_deepspeed, limits=no_amsgrad, slow=True),
+        OptimizerSpec("deepspeed", OTHER, make_deepspeed, limits=no_amsgrad, slow=True),
     ]
-    entries = [
-        torch_entry(BASELINE, fused=True),
-        torch_entry(TORCH_DEFAULT, scratch=3.0, foreach=True),
-        torch_entry("torch single", foreach=False, fused=False),
+    specs = [
+        torch_spec(BASELINE, fused=True),
+        torch_spec(TORCH_DEFAULT, scratch=3.0, foreach=True),
+        torch_spec("torch single", foreach=False, fused=False),
         compile_,
         *others,
     ]
-    return {entry.name.replace(" ", "-"): entry for entry in entries}
+    return {spec.name.replace(" ", "-"): spec for spec in specs}
 
 
-def make(entry: Entry, params: list[Tensor], case: Case) -> Optimizer | str:
+def make(spec: OptimizerSpec, params: list[Tensor], case: Case) -> Optimizer | str:
     """The optimizer, or the reason for its absence in one line."""
-    reason = entry.limits(case)
+    reason = spec.limits(case)
     if reason:
         return reason
     try:
-        return entry.make(params, case.options)
+        return spec.make(params, case.options)
     # Whatever another project's constructor raises is a reason, not our failure.
     except Exception as error:
         # Ours must not fail, but for a backend that cannot run here, or a recipe that this dtype
         # does not have.
-        if entry.family == OURS and not entry.quantised and not isinstance(error, RuntimeError):
+        if spec.family == OURS and not spec.quantised and not isinstance(error, RuntimeError):
             raise
         text = " ".join(str(error).split()) or type(error).__name__
         return (
@@ -352,10 +354,10 @@ def make(entry: Entry, params: list[Tensor], case: Case) -> Optimizer | str:
 
 
 def step_of(
-    entry: Entry, optimizer: Optimizer, params: list[Tensor], options: Options
+    spec: OptimizerSpec, optimizer: Optimizer, params: list[Tensor], options: Options
 ) -> Callable[[], object]:
     """One whole step: with clipping wherever it happens."""
-    if options.clip is None or entry.clips:
+    if options.clip is None or spec.clips:
         return optimizer.step
     max_norm = options.clip
 

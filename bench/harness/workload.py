@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .peers import Case, Entry, Optimizer, make, step_of
+from .optimizers import Case, Optimizer, OptimizerSpec, make, step_of
 from .timing import give_back_memory
 
 Shapes = Sequence[Sequence[int]]
@@ -44,10 +44,10 @@ def copy_params(params: Sequence[Tensor]) -> list[Tensor]:
 
 
 @dataclass
-class Contender:
+class Instance:
     """One optimizer over parameters of its own. step: everything from gradients to new weights."""
 
-    entry: Entry
+    spec: OptimizerSpec
     params: list[Tensor]
     optimizer: Optimizer
     step: Callable[[], object]
@@ -85,20 +85,20 @@ def tensor_bytes(tensor: Tensor) -> int:
     return int(tensor.nbytes)
 
 
-def contend(entry: Entry, params: list[Tensor], case: Case) -> Contender | str:
+def instantiate(spec: OptimizerSpec, params: list[Tensor], case: Case) -> Instance | str:
     """An optimizer over these parameters, whose gradients it keeps; or the reason for its absence.
 
     Moving parameters into flat buffers zeroes their gradients: the values are put back.
     """
     grads = [param.grad for param in params]
-    optimizer = make(entry, params, case)
+    optimizer = make(spec, params, case)
     if isinstance(optimizer, str):
         return optimizer
     for param, grad in zip(params, grads, strict=True):
         if param.grad is not grad:
             assert param.grad is not None and grad is not None
             param.grad.copy_(grad)
-    return Contender(entry, params, optimizer, step_of(entry, optimizer, params, case.options))
+    return Instance(spec, params, optimizer, step_of(spec, optimizer, params, case.options))
 
 
 def one_line(error: BaseException) -> str:

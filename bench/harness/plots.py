@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import machine, tables
-from .demo_picture import GREY, INK, STYLE
-from .peers import OURS, TORCH
-from .record import Record
+from .. import tables
+from ..demo_picture import GREY, INK, STYLE
+from . import machine
+from .optimizers import OURS, TORCH
+from .results import Record
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -20,14 +20,14 @@ from typing import Any
 
 import torch
 
-from .measure_step import Job
-from .models import numel
-from .peers import OURS, Entry
-from .record import Recorder
-from .workload import contend, make_params, one_line, released
+from .harness.optimizers import OURS, OptimizerSpec
+from .harness.results import Recorder
+from .harness.shapes import numel
+from .harness.workload import instantiate, make_params, one_line, released
+from .step import Job
 
 
-class Meter:
+class MemoryMeter:
     """Memory in use, and the most since `reset`, in bytes."""
 
     def __init__(self, device: torch.device) -> None:
@@ -72,12 +72,12 @@ class Meter:
         )
 
 
-def measure_one(entry: Entry, job: Job) -> dict[str, Any] | str:
+def measure_one(spec: OptimizerSpec, job: Job) -> dict[str, Any] | str:
     """One optimizer; or the reason for its absence."""
-    meter = Meter(job.case.device)
+    meter = MemoryMeter(job.case.device)
     # Modules and compiled code that a first step brings in are not what it holds for these
     # parameters.
-    first = contend(entry, make_params([(8,)], job.case), job.case)
+    first = instantiate(spec, make_params([(8,)], job.case), job.case)
     if isinstance(first, str):
         return first
     first.step()
@@ -86,15 +86,15 @@ def measure_one(entry: Entry, job: Job) -> dict[str, Any] | str:
     elements = numel(job.shapes)
     meter.reset()
     begin = meter.now()
-    contender = contend(entry, params, job.case)
-    if isinstance(contender, str):
-        return contender
-    contender.step()
+    instance = instantiate(spec, params, job.case)
+    if isinstance(instance, str):
+        return instance
+    instance.step()
     construct_peak = meter.peak() - begin
     meter.reset()
     held = meter.now() - begin
-    contender.step()
-    contender.step()
+    instance.step()
+    instance.step()
     step_peak = meter.peak() - begin - held
     known = meter.works
 
@@ -103,9 +103,9 @@ def measure_one(entry: Entry, job: Job) -> dict[str, Any] | str:
 
     return {
         **{key: value for key, value in job.words.items() if key != "clip"},
-        "optimizer": entry.name,
-        "family": entry.family,
-        "state_bytes": contender.state_bytes() / elements,
+        "optimizer": spec.name,
+        "family": spec.family,
+        "state_bytes": instance.state_bytes() / elements,
         "held_bytes": per_parameter(held),
         "construct_peak_bytes": per_parameter(construct_peak),
         "step_peak_bytes": per_parameter(step_peak),
@@ -113,20 +113,23 @@ def measure_one(entry: Entry, job: Job) -> dict[str, Any] | str:
 
 
 def measure(
-    recorder: Recorder, entries: Sequence[Entry], job: Job, progress: Callable[[str, float], None]
+    recorder: Recorder,
+    specs: Sequence[OptimizerSpec],
+    job: Job,
+    progress: Callable[[str, float], None],
 ) -> None:
     """One optimizer after the other, each in memory alone."""
-    for number, entry in enumerate(entries):
-        progress(f"{job.model}: {entry.name}", number / len(entries))
+    for number, spec in enumerate(specs):
+        progress(f"{job.model}: {spec.name}", number / len(specs))
         with released():
             try:
-                found = measure_one(entry, job)
+                found = measure_one(spec, job)
             except Exception as error:  # another project's step may fail however it likes
                 recorder.leave_out(
-                    entry.name, one_line(error), failed=entry.family == OURS, model=job.model
+                    spec.name, one_line(error), failed=spec.family == OURS, model=job.model
                 )
                 continue
         if isinstance(found, str):
-            recorder.leave_out(entry.name, found)
+            recorder.leave_out(spec.name, found)
         else:
             recorder.results.append(found)

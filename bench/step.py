@@ -14,7 +14,7 @@ A result:
     share_of_copy  ratio of the two
     move_gb_per_s  as copy_gb_per_s, of a kernel with the update's accesses and no arithmetic; null
     on a CPU ceiling_gb_per_s   the one of the two whose median is higher share_of_ceiling   ratio
-    of gb_per_s to it gate           {"error", "allowed", "rms", "allowed_rms"}: see `gate.py`
+    of gb_per_s to it gate           {"error", "allowed", "rms", "allowed_rms"}: see `parity.py`
     buffer_sets    how many sets of parameters, gradients and state are stepped on in turn
     resident       false: memory does not hold all optimizers at once, so each is made anew for
         every turn
@@ -36,15 +36,15 @@ from typing import Any
 
 import torch
 
-from .gate import Judgement, judge
-from .machine import cache_bytes, free_bytes
-from .models import Shape, numel
-from .peers import BASELINE, OURS, Case, Entry
-from .record import Recorder
-from .timing import (
+from .harness.machine import cache_bytes, free_bytes
+from .harness.optimizers import BASELINE, OURS, Case, OptimizerSpec
+from .harness.parity import Parity, judge
+from .harness.results import Recorder
+from .harness.shapes import Shape, numel
+from .harness.timing import (
     COPY_BYTES,
-    Copy,
-    Rod,
+    Bandwidth,
+    CopyBandwidth,
     give_back_memory,
     interleaved,
     ratio,
@@ -52,7 +52,7 @@ from .timing import (
     statistic,
     warm_up_seconds,
 )
-from .workload import Contender, contend, copy_params, make_params, one_line, released
+from .harness.workload import Instance, copy_params, instantiate, make_params, one_line, released
 
 MODES = ("eager", "graph")
 COPY, MOVE = "copy", "the update's accesses"
@@ -79,7 +79,7 @@ class Job:
     case: Case
     mode: str
     families: dict[str, str] = field(default_factory=dict)
-    gates: dict[str, Judgement] = field(default_factory=dict)
+    gates: dict[str, Parity] = field(default_factory=dict)
     held: dict[str, float] = field(default_factory=dict)
     moved: dict[str, float] = field(default_factory=dict)
 
@@ -98,7 +98,7 @@ class Job:
         }
 
 
-def one_bytes(entry: Entry, job: Job) -> float:
+def one_bytes(spec: OptimizerSpec, job: Job) -> float:
     """Memory that one optimizer with its parameters and gradients takes while it steps; state as
     torch's.
     """
@@ -107,24 +107,24 @@ def one_bytes(entry: Entry, job: Job) -> float:
     elements = numel(job.shapes)
     # Random numbers are drawn in float32; flat buffers are filled a segment at a time.
     moment = min(elements * (param + grad), SEGMENT_BYTES) + 4 * max(map(math.prod, job.shapes))
-    return elements * (param + grad + state + entry.scratch * param) + moment
+    return elements * (param + grad + state + spec.scratch * param) + moment
 
 
-def rod_bytes(device: torch.device) -> int:
+def limit_bytes(device: torch.device) -> int:
     """Memory of what bandwidths are held against: two buffers to copy, on a GPU as much again for
     the accesses.
     """
     return (2 if device.type == "cpu" else 4) * COPY_BYTES
 
 
-def fitting(entries: Sequence[Entry], job: Job, recorder: Recorder) -> list[Entry]:
+def fitting(specs: Sequence[OptimizerSpec], job: Job, recorder: Recorder) -> list[OptimizerSpec]:
     """Those that memory holds, each alone; the others are left out with the reason.
 
     Raises MemoryError if it does not hold any.
     """
     device, free = job.case.device, free_bytes(job.case.device)
-    need = {entry.name: one_bytes(entry, job) + rod_bytes(device) for entry in entries}
-    fit = [entry for entry in entries if not free or need[entry.name] <= SHARE * free]
+    need = {spec.name: one_bytes(spec, job) + limit_bytes(device) for spec in specs}
+    fit = [spec for spec in specs if not free or need[spec.name] <= SHARE * free]
 
     def text(number: float) -> str:
         return (
@@ -132,21 +132,21 @@ def fitting(entries: Sequence[Entry], job: Job, recorder: Recorder) -> list[Entr
             f"try a shard ({job.model.partition('/')[0]}/64)"
         )
 
-    if entries and not fit:
+    if specs and not fit:
         raise MemoryError(f"{job.model} in {job.words['dtype']} {text(min(need.values()))}")
-    for entry in entries:
-        if entry not in fit:
-            recorder.leave_out(entry.name, text(need[entry.name]), **place(job))
+    for spec in specs:
+        if spec not in fit:
+            recorder.leave_out(spec.name, text(need[spec.name]), **place(job))
     return fit
 
 
-def residency(entries: Sequence[Entry], job: Job) -> tuple[bool, int]:
+def residency(specs: Sequence[OptimizerSpec], job: Job) -> tuple[bool, int]:
     """Whether memory holds all optimizers at once, and how many sets of buffers each gets so that
     caches are cold.
     """
     device, free = job.case.device, free_bytes(job.case.device)
-    need = [one_bytes(entry, job) for entry in entries]
-    largest = max(need) + rod_bytes(device)
+    need = [one_bytes(spec, job) for spec in specs]
+    largest = max(need) + limit_bytes(device)
     # What goes by between two steps on one set. On a GPU, where an optimizer's steps queue up, that
     # is its other sets alone: of each at least parameters and gradients. On a CPU every other
     # optimizer and the copy have their turn.
@@ -161,13 +161,13 @@ def residency(entries: Sequence[Entry], job: Job) -> tuple[bool, int]:
     return not free or sets * sum(need) + largest <= SHARE * free, sets
 
 
-class Turns:
+class BufferRotation:
     """The sets of buffers of one optimizer, one step on each in turn."""
 
-    def __init__(self, contenders: Sequence[Contender], job: Job) -> None:
-        self.contenders = contenders
+    def __init__(self, instances: Sequence[Instance], job: Job) -> None:
+        self.instances = instances
         self.device = job.case.device
-        self.calls = [capture(c) if job.mode == "graph" else c.step for c in contenders]
+        self.calls = [capture(c) if job.mode == "graph" else c.step for c in instances]
         for call in self.calls:
             for _ in range(WARM_UP):
                 call()
@@ -188,58 +188,60 @@ class Turns:
         return seconds_of(lambda: next(self.order)(), self.device, self.repeats)
 
 
-def capture(contender: Contender) -> Callable[[], object]:
+def capture(instance: Instance) -> Callable[[], object]:
     """The step as a CUDA graph; returns its replay."""
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(WARM_UP):
-            contender.step()
+            instance.step()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        contender.step()
+        instance.step()
     replay: Callable[[], object] = graph.replay
     return replay
 
 
-def make_turns(entry: Entry, sets: Sequence[list[torch.Tensor]], job: Job) -> Turns | str:
+def make_turns(
+    spec: OptimizerSpec, sets: Sequence[list[torch.Tensor]], job: Job
+) -> BufferRotation | str:
     """One optimizer over every set of buffers, warmed up; or the reason why not."""
-    contenders = []
+    instances = []
     for params in sets:
-        contender = contend(entry, params, job.case)
-        if isinstance(contender, str):
-            return contender
-        contenders.append(contender)
-    turns = Turns(contenders, job)
-    first = contenders[0]
-    job.held[entry.name] = first.state_bytes() / first.numel
-    job.moved[entry.name] = first.moved_bytes(job.case.options.clip is not None) / first.numel
+        instance = instantiate(spec, params, job.case)
+        if isinstance(instance, str):
+            return instance
+        instances.append(instance)
+    turns = BufferRotation(instances, job)
+    first = instances[0]
+    job.held[spec.name] = first.state_bytes() / first.numel
+    job.moved[spec.name] = first.moved_bytes(job.case.options.clip is not None) / first.numel
     return turns
 
 
-def let_in(entries: Sequence[Entry], job: Job, recorder: Recorder) -> list[Entry]:
+def passing(specs: Sequence[OptimizerSpec], job: Job, recorder: Recorder) -> list[OptimizerSpec]:
     """Those that pass the gate; the others are left out with the reason."""
     passed = []
-    for entry in entries:
-        ours = entry.family == OURS
-        if job.mode == "graph" and not entry.captures:
+    for spec in specs:
+        ours = spec.family == OURS
+        if job.mode == "graph" and not spec.captures:
             recorder.leave_out(
-                entry.name, "its step cannot be captured in a CUDA graph", **place(job)
+                spec.name, "its step cannot be captured in a CUDA graph", **place(job)
             )
             continue
         try:
-            verdict = judge(entry, job.case)
+            verdict = judge(spec, job.case)
         except Exception as error:  # another project's step may fail however it likes
-            recorder.leave_out(entry.name, one_line(error), failed=ours, **place(job))
+            recorder.leave_out(spec.name, one_line(error), failed=ours, **place(job))
             continue
         if isinstance(verdict, str):
-            recorder.leave_out(entry.name, verdict)
+            recorder.leave_out(spec.name, verdict)
         elif not verdict.passed:
-            recorder.leave_out(entry.name, verdict.text, failed=ours, **place(job))
+            recorder.leave_out(spec.name, verdict.text, failed=ours, **place(job))
         else:
-            job.gates[entry.name], job.families[entry.name] = verdict, entry.family
-            passed.append(entry)
+            job.gates[spec.name], job.families[spec.name] = verdict, spec.family
+            passed.append(spec)
     return passed
 
 
@@ -250,7 +252,7 @@ def place(job: Job) -> dict[str, Any]:
 
 def measure(
     recorder: Recorder,
-    entries: Sequence[Entry],
+    specs: Sequence[OptimizerSpec],
     job: Job,
     seconds: float,
     progress: Callable[[str, float], None],
@@ -259,7 +261,7 @@ def measure(
     progress(f"{job.model} {job.words['dtype']} {job.mode}: parity gate", 0.0)
     if job.mode == "graph":
         job.case = replace(job.case, options=replace(job.case.options, capturable=True))
-    chosen = let_in(entries, job, recorder)
+    chosen = passing(specs, job, recorder)
     chosen = fitting(chosen, job, recorder)
     if not chosen:
         return
@@ -284,34 +286,34 @@ def leave_out(name: str, error: Exception, job: Job, recorder: Recorder) -> None
     recorder.leave_out(name, one_line(error), failed=ours and not refused, **place(job))
 
 
-def make_rods(job: Job, recorder: Recorder) -> dict[str, Rod]:
+def make_limits(job: Job, recorder: Recorder) -> dict[str, Bandwidth]:
     """What bandwidths are held against here."""
     device = job.case.device
-    rods: dict[str, Rod] = {COPY: Copy(device)}
+    limits: dict[str, Bandwidth] = {COPY: CopyBandwidth(device)}
     if device.type != "cpu":
         try:
-            from .ceiling import Move  # imports triton
+            from .harness.stream import AccessBandwidth  # imports triton
 
-            rods[MOVE] = Move(device, COPY_BYTES // 8)
+            limits[MOVE] = AccessBandwidth(device, COPY_BYTES // 8)
         except Exception as error:  # a copy is a limit too
             leave_out(MOVE, error, job, recorder)
-    return rods
+    return limits
 
 
 def try_turns(
-    entry: Entry, sets: Sequence[list[torch.Tensor]], job: Job, recorder: Recorder
-) -> Turns | None:
+    spec: OptimizerSpec, sets: Sequence[list[torch.Tensor]], job: Job, recorder: Recorder
+) -> BufferRotation | None:
     """As `make_turns`; a reason is recorded, and memory is given back."""
-    turns: Turns | str | None = None
+    turns: BufferRotation | str | None = None
     try:
-        turns = make_turns(entry, sets, job)
+        turns = make_turns(spec, sets, job)
     except Exception as error:
-        leave_out(entry.name, error, job, recorder)
+        leave_out(spec.name, error, job, recorder)
     if turns is None:
         give_back_memory()  # the error, which held on to it, is gone
         return None
     if isinstance(turns, str):
-        recorder.leave_out(entry.name, turns, **place(job))
+        recorder.leave_out(spec.name, turns, **place(job))
         return None
     return turns
 
@@ -320,7 +322,7 @@ Times = dict[str, list[float]]
 
 
 def measure_resident(
-    entries: Sequence[Entry],
+    specs: Sequence[OptimizerSpec],
     job: Job,
     sets: int,
     seconds: float,
@@ -328,16 +330,16 @@ def measure_resident(
     on_round: Callable[[float], None],
 ) -> tuple[Times, Times]:
     """All optimizers in memory at once: A B C, A B C, a step each. Times of optimizers, and rates
-    of rods.
+    of limits.
     """
     sources = [make_params(job.shapes, job.case, seed) for seed in range(sets)]
-    turns: dict[str, Turns] = {}
-    for entry in entries:
-        made = try_turns(entry, [copy_params(params) for params in sources], job, recorder)
+    turns: dict[str, BufferRotation] = {}
+    for spec in specs:
+        made = try_turns(spec, [copy_params(params) for params in sources], job, recorder)
         if made is not None:
-            turns[entry.name] = made
+            turns[spec.name] = made
     del sources, made
-    rods = make_rods(job, recorder)
+    limits = make_limits(job, recorder)
 
     def on_error(name: str, error: Exception) -> None:
         if name not in turns:
@@ -348,7 +350,7 @@ def measure_resident(
     samples = interleaved(
         {
             **{name: lambda name=name: turns[name].measure() for name in turns},  # type: ignore[misc]
-            **{name: rod.measure for name, rod in rods.items()},
+            **{name: limit.measure for name, limit in limits.items()},
         },
         seconds,
         on_round=on_round,
@@ -356,12 +358,12 @@ def measure_resident(
         on_error=on_error,
     )
     return {name: samples[name] for name in turns}, {
-        name: list(map(rod.gb_per_s, samples[name])) for name, rod in rods.items()
+        name: list(map(limit.gb_per_s, samples[name])) for name, limit in limits.items()
     }
 
 
 def measure_in_turns(
-    entries: Sequence[Entry],
+    specs: Sequence[OptimizerSpec],
     job: Job,
     sets: int,
     seconds: float,
@@ -371,34 +373,34 @@ def measure_in_turns(
     """One optimizer in memory at a time, made anew for every turn: A B C, A B C, some steps each.
     As above.
     """
-    times: Times = {entry.name: [] for entry in entries}
+    times: Times = {spec.name: [] for spec in specs}
     rates: Times = {}
     begin = time.monotonic()
     for done in range(1, TURNS + 1):
-        for entry in entries:
-            if entry.name in times:
+        for spec in specs:
+            if spec.name in times:
                 with released():
-                    taken = take_turn(entry, job, recorder)
+                    taken = take_turn(spec, job, recorder)
                 if taken is None:
-                    del times[entry.name]
+                    del times[spec.name]
                 else:
-                    times[entry.name].append(taken)
+                    times[spec.name].append(taken)
         with released():
-            for name, rod in make_rods(job, recorder).items():
-                rates.setdefault(name, []).append(rod.gb_per_s(rod.measure()))
+            for name, limit in make_limits(job, recorder).items():
+                rates.setdefault(name, []).append(limit.gb_per_s(limit.measure()))
         on_round(done / TURNS)
         if done >= 2 and time.monotonic() - begin > seconds:
             break
-    # A rod that did not fit in every turn has no pair in some.
+    # A limit that did not fit in every turn has no pair in some.
     return times, {name: own for name, own in rates.items() if len(own) == done}
 
 
-def take_turn(entry: Entry, job: Job, recorder: Recorder) -> float | None:
+def take_turn(spec: OptimizerSpec, job: Job, recorder: Recorder) -> float | None:
     """Seconds per step of an optimizer that is made for this turn; None if it has none, and the
     reason is recorded.
     """
     try:
-        turns = try_turns(entry, [make_params(job.shapes, job.case)], job, recorder)
+        turns = try_turns(spec, [make_params(job.shapes, job.case)], job, recorder)
         if turns is None:
             return None
         begin = time.monotonic()
@@ -406,7 +408,7 @@ def take_turn(entry: Entry, job: Job, recorder: Recorder) -> float | None:
             turns.measure()
         return statistics.median(turns.measure() for _ in range(STEPS_PER_TURN))
     except Exception as error:
-        leave_out(entry.name, error, job, recorder)
+        leave_out(spec.name, error, job, recorder)
         return None
 
 

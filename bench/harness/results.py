@@ -14,7 +14,7 @@ meaning does.
                versions, commit, and on a GPU gpu, gpu_memory_bytes, gpu_capability, gpu_runtime
     started    when, UTC, ISO 8601
     seconds    how long it took
-    results    one object per measurement: see the module of the command (`measure_step.py`, ...)
+    results    one object per measurement: see the module of the command (`step.py`, ...)
     left_out   what was asked for and not measured: {"name", "reason"}, where it matters "case", and
     "failed": true if
                it is an optimizer of ours that broke or was wrong
@@ -37,8 +37,8 @@ from typing import Any
 
 import torch
 
+from ..arguments import STDOUT
 from . import machine
-from .arguments import STDOUT
 
 SCHEMA = "fused-adam-bench/1"
 KEYS = (

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from fused_adam import FusedAdamW
 
-from .formula import Options, adamw
-from .peers import OURS, Case, Entry
-from .record import Recorder
-from .workload import contend, one_line
+from .harness.optimizers import OURS, Case, OptimizerSpec
+from .harness.oracle import Options, adamw
+from .harness.results import Recorder
+from .harness.workload import instantiate, one_line
 
 OPTIONS: dict[str, Options] = {
     "lr 1e-3": Options(lr=1e-3, weight_decay=0.0),
@@ -42,20 +42,20 @@ def draw(count: int, numel: int, dtype: torch.dtype, device: torch.device) -> li
 
 
 def measure_one(
-    entry: Entry, case: Case, start: Tensor, grads: Sequence[Tensor], truth: Tensor
+    spec: OptimizerSpec, case: Case, start: Tensor, grads: Sequence[Tensor], truth: Tensor
 ) -> dict[str, Any] | str:
     """Mean and largest relative error of one optimizer; or the reason for its absence."""
     param = torch.nn.Parameter(start.clone())
     param.grad = torch.zeros_like(param)
-    contender = contend(entry, [param], case)
-    if isinstance(contender, str):
-        return contender
+    instance = instantiate(spec, [param], case)
+    if isinstance(instance, str):
+        return instance
     for grad in grads:
         param.grad.copy_(grad)
-        contender.step()
+        instance.step()
     weight = param.detach()
-    if isinstance(contender.optimizer, FusedAdamW) and entry.quantised:
-        weight = contender.optimizer.export_fp32()["params"][0]
+    if isinstance(instance.optimizer, FusedAdamW) and spec.quantised:
+        weight = instance.optimizer.export_fp32()["params"][0]
     error = (weight.double() - truth).abs() / truth.abs()
     errors = {"mean_error": error.mean().item(), "max_error": error.max().item()}
     return {name: value if math.isfinite(value) else None for name, value in errors.items()}
@@ -63,7 +63,7 @@ def measure_one(
 
 def measure(
     recorder: Recorder,
-    entries: Sequence[Entry],
+    specs: Sequence[OptimizerSpec],
     device: torch.device,
     dtypes: Sequence[torch.dtype],
     steps: int,
@@ -81,25 +81,25 @@ def measure(
         start, *grads = draw(steps + 1, numel, dtype, device)
         [truth] = adamw([start], [[grad] for grad in grads], options)
         case = Case(device, dtype, dtype, options)
-        for entry in entries:
+        for spec in specs:
             try:
-                found = measure_one(entry, case, start, grads, truth)
+                found = measure_one(spec, case, start, grads, truth)
             except Exception as error:  # another project's step may fail however it likes
                 recorder.leave_out(
-                    entry.name,
+                    spec.name,
                     one_line(error),
-                    failed=entry.family == OURS,
+                    failed=spec.family == OURS,
                     option=option,
                     dtype=name,
                 )
                 continue
             if isinstance(found, str):
-                recorder.leave_out(entry.name, found)
+                recorder.leave_out(spec.name, found)
                 continue
             words = {
                 "option": option,
                 "dtype": name,
-                "optimizer": entry.name,
-                "family": entry.family,
+                "optimizer": spec.name,
+                "family": spec.family,
             }
             recorder.results.append({**words, "steps": steps, "elements": numel, **found})

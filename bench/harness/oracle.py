@@ -1,7 +1,7 @@
 """AdamW in float64, written from the paper, and how far rounding may take a correct optimizer from
 it.
 
-No optimizer is known here; `gate.py` and `measure_accuracy.py` hold them against this.
+No optimizer is known here; `parity.py` and `accuracy.py` hold them against this.
 """
 
 from __future__ import annotations

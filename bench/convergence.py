@@ -27,8 +27,8 @@ from fused_adam import FusedAdamW
 from fused_adam.precision import parse
 
 from .demo import BATCH, LAST_STEPS, LR, determinism, param_groups, schedule, state_tensors
-from .gpt import GPT, Shape
-from .text import draw_batch, load_corpus
+from .harness.corpus import draw_batch, load_corpus
+from .harness.gpt import GPT, Shape
 
 FP32, BF16 = "torch AdamW fp32", "torch AdamW bf16"
 RECOMMENDED = (
@@ -181,7 +181,7 @@ def uninterrupted() -> Iterator[None]:
 
 
 def summary(name: str, runs: Sequence[Result]) -> Result:
-    """The runs of one name, a list entry per seed: JSON-ready, but that losses may not be finite.
+    """The runs of one name, a list spec per seed: JSON-ready, but that losses may not be finite.
 
     name, weights (dtype), parameters, state_bytes (measured) and stated_state_bytes per parameter,
     train_losses, validation_losses, curves.

@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .formula import Options, adamw, tolerance
-from .peers import Case, Entry
-from .workload import contend
+from .optimizers import Case, OptimizerSpec
+from .oracle import Options, adamw, tolerance
+from .workload import instantiate
 
 # One element, less than a vector, a matrix, more than 8-bit optimizers leave unquantised.
 SHAPES = ((1,), (7,), (64, 33), (8192,))
@@ -27,7 +27,7 @@ ALLOWED_RMS, ALLOWED_RMS_LOSSY = 0.01, 0.05
 
 
 @dataclass(frozen=True)
-class Judgement:
+class Parity:
     """error: the largest |parameter - float64 run|, of at most `allowed` (None where only the
     direction is judged).
 
@@ -54,7 +54,7 @@ class Judgement:
         )
 
 
-def judge(entry: Entry, case: Case) -> Judgement | str:
+def judge(spec: OptimizerSpec, case: Case) -> Parity | str:
     """Step small parameters of the case's dtypes; or the reason why that cannot be done."""
     options = Options(LR, BETAS, EPS, WEIGHT_DECAY, case.options.amsgrad, case.options.clip)
     case = replace(case, options=options)
@@ -74,14 +74,14 @@ def judge(entry: Entry, case: Case) -> Judgement | str:
         steps.append([grad.to(case.device, case.grad_dtype) for grad in grads])
     start = [param.detach().double().clone() for param in params]
     truth = adamw(start, steps, options)
-    contender = contend(entry, params, case)
-    if isinstance(contender, str):
-        return contender
+    instance = instantiate(spec, params, case)
+    if isinstance(instance, str):
+        return instance
     for grads in steps:
         for param, grad in zip(params, grads, strict=True):
             assert param.grad is not None
             param.grad.copy_(grad)
-        contender.step()
+        instance.step()
     found = torch.cat([param.detach().double().flatten() for param in params])
     goal, begin = (
         torch.cat([tensor.flatten() for tensor in tensors]) for tensors in (truth, start)
@@ -91,10 +91,10 @@ def judge(entry: Entry, case: Case) -> Judgement | str:
     # With fewer digits the sum of roundings allows more than the steps' own size: there the
     # direction decides.
     strict = (
-        not entry.quantised
+        not spec.quantised
         and case.dtype in (torch.float32, torch.float64)
         and case.grad_dtype == case.dtype
     )
     largest = begin.abs().max().item()
     allowed = tolerance(case.dtype, case.dtype, len(steps), largest, options) if strict else None
-    return Judgement(error, allowed, rms, ALLOWED_RMS_LOSSY if entry.quantised else ALLOWED_RMS)
+    return Parity(error, allowed, rms, ALLOWED_RMS_LOSSY if spec.quantised else ALLOWED_RMS)

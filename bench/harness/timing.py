@@ -127,7 +127,7 @@ def interleaved(
     return samples
 
 
-class Rod(Protocol):
+class Bandwidth(Protocol):
     """What bandwidths are held against: moves a fixed number of bytes."""
 
     def measure(self) -> float:
@@ -139,7 +139,7 @@ class Rod(Protocol):
         ...
 
 
-class Copy:
+class CopyBandwidth:
     """`copy_` of one large buffer to another: the limit that every bandwidth is held against.
 
     Bytes read plus bytes written count. A CPU also reads what it is about to overwrite
@@ -165,7 +165,7 @@ class Copy:
 
 def copy_bandwidth(device: torch.device, seconds: float = 1.0) -> dict[str, Any]:
     """Statistic of the copy bandwidth in GB/s."""
-    copy = Copy(device)
+    copy = CopyBandwidth(device)
     measures = {"copy": copy.measure}
     times = interleaved(measures, seconds, min_rounds=5, warm_up=warm_up_seconds(device))["copy"]
     return statistic(list(map(copy.gb_per_s, times)))

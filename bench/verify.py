@@ -11,11 +11,11 @@ from collections.abc import Callable
 import torch
 
 from . import promise
-from .peers import OURS
-from .record import Recorder
-from .stub import no_interpreter
-from .timing import copy_bandwidth
-from .workload import one_line
+from .harness.launches import no_interpreter
+from .harness.optimizers import OURS
+from .harness.results import Recorder
+from .harness.timing import copy_bandwidth
+from .harness.workload import one_line
 
 LONG, SHORT = 1000, 30
 

@@ -1,5 +1,7 @@
-"""Steps over fake tensors, which have shapes and no values: they make the state, for whoever
-estimates memory.
+"""Steps over fake tensors, which have shapes but no values.
+
+Estimates of a model's memory run such steps. They make the state that a real step would make, and
+update nothing.
 """
 
 from __future__ import annotations
@@ -13,41 +15,41 @@ from torch._subclasses import FakeTensor
 
 from fused_adam_kernels import table
 
-from .distributed import group_elements, is_sharded, local, to_dtensor
-from .plan import check, options_of
-from .precision import GROUP, GROUPED
-from .state.arena import State
+from ..distributed import group_elements, is_sharded, local, to_dtensor
+from ..precision import GROUP, GROUPED, parse
+from .arena import State
+from .checks import check_pair
 
 
 def _is_fake(param: Tensor) -> bool:
     return isinstance(local(param), FakeTensor)
 
 
-def _under_mode() -> bool:
+def under_fake_mode() -> bool:
     return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
 
 
 def are_all(params: Sequence[Tensor]) -> bool:
     """Whether a step is over fake tensors: parameters that were made under FakeTensorMode.
 
-    Raises RuntimeError if some are real, or a mode is on and all are: tables made there would have
-    no addresses.
+    Raises RuntimeError if only some are fake, or if the mode is on and the parameters are real.
     """
     # Two questions in an ordinary step, however many parameters there are.
-    if not params or not (_under_mode() or _is_fake(params[0])):
+    if not params or not (under_fake_mode() or _is_fake(params[0])):
         return False
     real = next((i for i, param in enumerate(params) if not _is_fake(param)), None)
+    # Tables that are made under the mode have no addresses, so real parameters cannot use them.
     if real is not None:
         raise RuntimeError(
-            f"parameter {real} is a real tensor, but others are fake or FakeTensorMode is on: make the whole model "
-            "under the mode, or step outside of it"
+            f"parameter {real} is a real tensor, but others are fake or FakeTensorMode is on: "
+            "make the whole model under the mode, or step outside of it"
         )
     return True
 
 
 def refuse(action: str, params: Sequence[Tensor]) -> None:
     """Raise RuntimeError if some of the parameters are fake, or a mode is on."""
-    if _under_mode() or any(map(_is_fake, params)):
+    if under_fake_mode() or any(map(_is_fake, params)):
         raise RuntimeError(
             f"{action} cannot be used under FakeTensorMode, because tensors have no values there"
         )
@@ -60,32 +62,28 @@ def step(
     only: Sequence[Tensor] | None,
     needs_norm: bool,
 ) -> Tensor | None:
-    """Make the state of parameters that have a gradient and count their step: the memory that a
-    real one would hold.
+    """Make the state of every parameter that is stepped, and count the step.
 
     Args:
         groups, state: the optimizer's.
         grads: of all parameters in order, or None.
         only: the parameters to step; None: all that have a gradient.
-        guards: whether gradients are clipped or checked.
+        needs_norm: whether gradients are clipped or checked.
 
-    Returns what the norm and the number of skipped steps would be kept in, if gradients are clipped
-    or checked. Raises what a real step raises for a parameter or gradient that it cannot take.
+    Returns the tensor that would hold the norm and the number of skipped steps, if `needs_norm`.
+    Raises what a real step raises for a parameter or gradient that it cannot take.
     """
-    members = [
-        (number, group, param) for number, group in enumerate(groups) for param in group["params"]
-    ]
-    chosen = None if only is None else set(map(id, only))
-    live = [
-        (i, number, group, param, grad)
-        for i, ((number, group, param), grad) in enumerate(zip(members, grads, strict=True))
-        if grad is not None and (chosen is None or id(param) in chosen)
-    ]
-    for i, number, _, param, grad in live:
-        if not is_sharded(param):
-            check(param, grad, f"parameter {i} (group {number})")
+    params = [param for group in groups for param in group["params"]]
+    numbers = [number for number, group in enumerate(groups) for _ in group["params"]]
+    wanted = {id(param) for param in (params if only is None else only)}
+    stepped = []
+    for i, (number, param, grad) in enumerate(zip(numbers, params, grads, strict=True)):
+        if grad is not None and id(param) in wanted:
+            if not is_sharded(param):
+                check_pair(param, grad, f"parameter {i} (group {number})")
+            stepped.append((groups[number], param))
     stats = None
-    for *_, group, param, _ in live:
+    for group, param in stepped:
         with local(param).fake_mode:  # type: ignore[attr-defined]
             entry = state.setdefault(param, {})
             if not entry:
@@ -93,15 +91,16 @@ def step(
             entry["step"] += 1
             if needs_norm and stats is None:
                 stats = torch.zeros(table.STATS, dtype=torch.float64, device=param.device)
-    torch.autograd.graph.increment_version([param for *_, param, _ in live])
+    torch.autograd.graph.increment_version([param for _, param in stepped])
     return stats
 
 
 def _entries(group: dict[str, Any], param: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """The parameter's state as a first step would make it: names and fake tensors."""
     part = local(param).detach()
-    options = options_of(group)
+    recipe = parse(group.get("precision"))
     yield "step", torch.zeros((), dtype=torch.float32, device=part.device)
-    for key, (dtype, _) in options.recipe.state(part.dtype, part.shape, options.amsgrad).items():
+    for key, (dtype, _) in recipe.state(part.dtype, part.shape, bool(group["amsgrad"])).items():
         if key in GROUPED:
             value = torch.zeros(-(-group_elements(param) // GROUP), dtype=dtype, device=part.device)
         else:

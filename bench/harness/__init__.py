@@ -1,0 +1,1 @@
+"""What the commands share: optimizers, shapes, time, memory, tables and records."""
