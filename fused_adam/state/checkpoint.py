@@ -165,7 +165,7 @@ def _checked_copy(number: object, entry: Any, saved: _Saved) -> dict[str, Any]:
     # What a recipe stores does not depend on which of its dtypes a parameter has, so a checkpoint
     # of a bfloat16 model loads into a float32 one.
     weights = saved.source.weights
-    dtype = saved.param.dtype if weights is None else WEIGHTS[weights][0][0]
+    dtype = saved.param.dtype if weights is None else WEIGHTS[weights].params[0]
     wanted = saved.source.state(dtype, local(saved.param).shape, amsgrad=True)
     check_entry(saved.param, f"parameter {number}", entry, wanted)
     # Copied here, where nothing is written yet: a user's own entry may refuse to be.
