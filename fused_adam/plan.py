@@ -15,12 +15,11 @@ from torch import Tensor
 from .distributed import global_offset, local
 from .precision import Recipe, parse
 from .state.arena import Arena, Entries, ParamState, State
-from .state.checks import check_pair
 from .state.convert import reorder
 from .state.flatten import FlatBuffers
 from .state.memory import Slot, align, as_flat, as_real
 from .state.staging import Scratch, Staging, allocate, same_order
-from .state.validate import check_entry
+from .state.validate import check_entry, check_pair
 
 T = TypeVar("T")
 K = TypeVar("K", bound=Hashable)

@@ -46,6 +46,11 @@ def dense_layout(tensor: Tensor) -> tuple[torch.Size, tuple[int, ...]]:
     return twin.shape, twin.stride()
 
 
+def is_lazy(tensor: Tensor) -> bool:
+    """Whether the tensor's values are the conjugate or negative of what lies in memory."""
+    return tensor.is_conj() or tensor.is_neg()
+
+
 def is_dense(tensor: Tensor) -> bool:
     """Whether the tensor fills its memory without gaps or overlaps, in any dimension order."""
     return tensor.is_contiguous() or tensor.stride() == dense_layout(tensor)[1]

@@ -18,7 +18,7 @@ from fused_adam_kernels import table
 from ..distributed import group_elements, is_sharded, local, to_dtensor
 from ..precision import GROUP, GROUPED, parse
 from .arena import State
-from .checks import check_pair
+from .validate import check_pair
 
 
 def _is_fake(param: Tensor) -> bool:

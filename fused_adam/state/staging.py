@@ -13,8 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import is_lazy
-from .memory import Slot, align, as_flat, as_real, dense_layout, is_dense
+from .memory import Slot, align, as_flat, as_real, dense_layout, is_dense, is_lazy
 
 # By this name, so that tests which stand in for a CUDA graph can defer all copies.
 copy_all = torch._foreach_copy_

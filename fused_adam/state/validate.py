@@ -1,4 +1,7 @@
-"""Is it a state? Checks of state entries and state_dicts, all before anything is written."""
+"""What a step can use: checks of parameters, gradients, state entries and state_dicts.
+
+All of them run before anything is written.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +16,56 @@ from ..distributed import local, to_local
 from ..numerics.scalars import is_number
 from ..precision import ENTRIES, EntrySpec
 from .arena import Entries, ParamState
+from .memory import is_lazy
 
+# What parameters and gradients may store, or the complex dtype of it.
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # AMSGrad and a recipe's weights may be switched on later: the maximum begins at 0, the master
 # weight as a copy of its parameter.
 BEGINS_LATER = ("max_exp_avg_sq", "master_weight", "remainder")
 # What a param group needs for a step, and what torch does not fill in when it loads.
 GROUP_KEYS = ("params", "lr", "betas", "eps", "weight_decay")
+
+
+def check_pair(param: Tensor, grad: Tensor, name: str) -> None:
+    """Raise unless a step can update this parameter with this gradient.
+
+    Args:
+        param, grad: what is here of them, if the parameter is a DTensor.
+        name: what texts call the parameter, such as "parameter 3 (group 0)".
+
+    Raises RuntimeError, TypeError or ValueError, in the words of torch.optim where it has some.
+    """
+    if grad.is_sparse:
+        raise RuntimeError(
+            "Adam does not support sparse gradients, please consider SparseAdam instead"
+        )
+    if grad.layout != torch.strided:
+        raise RuntimeError(f"the gradient of {name} has layout {grad.layout}, but must be strided")
+    for what, tensor in ((name, param), (f"the gradient of {name}", grad)):
+        if tensor.dtype.to_real() not in DTYPES:
+            allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+            raise TypeError(
+                f"{what} has dtype {tensor.dtype}, "
+                f"but must be one of {allowed} (or complex of these)"
+            )
+    same_place = grad.shape == param.shape and grad.device == param.device
+    if not same_place or grad.is_complex() != param.is_complex():
+        raise ValueError(
+            f"the gradient of {name} is {grad.dtype} of shape {tuple(grad.shape)} "
+            f"on {grad.device}, but must match the parameter: "
+            f"{param.dtype} of shape {tuple(param.shape)} on {param.device}"
+        )
+    if is_lazy(param):
+        raise RuntimeError(
+            f"{name} is a conjugate or negative view, which cannot be written; use .resolve_conj()"
+        )
+    if any(
+        stride == 0 and size > 1 for size, stride in zip(param.shape, param.stride(), strict=True)
+    ):
+        raise RuntimeError(
+            f"{name} is expanded: several of its elements share one place in memory; use .clone()"
+        )
 
 
 def check_entry(
