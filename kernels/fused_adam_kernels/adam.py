@@ -198,6 +198,7 @@ def adam_kernel(
     AMSGRAD: tl.constexpr,  # keep the running maximum of v
     BLOCK: tl.constexpr,  # elements per program
     TAIL: tl.constexpr,  # elements per turn of the tail loop; 0: no loop, for `inspect.py`
+    LAYOUT: tl.constexpr,  # of the tables, for Triton's cache alone
 ):
     """One program updates one block of one parameter, or of several coalesced ones."""
     program = tl.program_id(0).to(tl.int64)
@@ -314,6 +315,7 @@ def constants(
         "AMSGRAD": amsgrad,
         "BLOCK": config.block,
         "TAIL": config.tail,
+        "LAYOUT": table.LAYOUT,
     }
 
 

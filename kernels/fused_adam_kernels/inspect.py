@@ -19,7 +19,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import adam, norm, scalars
+from . import adam, norm, scalars, table
 from .config import CONFIGS, Config, kind_of
 
 TARGETS = {f"sm_{number}": GPUTarget("cuda", number, 32) for number in (80, 86, 89, 90, 100, 120)}
@@ -116,6 +116,7 @@ def square_sum(grad: torch.dtype) -> Variant:
         "LANES": norm.LANES,
         "LEVELS": norm.LEVELS,
         "CHUNK": norm.CHUNK,
+        "LAYOUT": table.LAYOUT,
     }
     return Variant(norm.square_sum_kernel, arguments, constants, norm.LANES, grad.itemsize)
 
@@ -132,7 +133,7 @@ def prologue() -> Variant:
         "stats_ptr": "*fp64",
         "num_rows": "i32",
     }
-    constants = {"BLOCK": scalars.BLOCK}
+    constants = {"BLOCK": scalars.BLOCK, "LAYOUT": table.LAYOUT}
     return Variant(scalars.prologue_kernel, arguments, constants, scalars.BLOCK)
 
 

@@ -36,6 +36,7 @@ def square_sum_kernel(
     LANES: tl.constexpr,
     LEVELS: tl.constexpr,
     CHUNK: tl.constexpr,
+    LAYOUT: tl.constexpr,  # of the tables, for Triton's cache alone
 ):
     """One program adds the squares of one chunk of one gradient."""
     block_ptr = blocks_ptr + 3 * tl.program_id(0).to(tl.int64)
@@ -80,7 +81,7 @@ def square_sum(grad: torch.dtype) -> Launcher:
         partials: float64, shape (C,): one element per chunk of any gradient. Written where `blocks`
             say.
     """
-    return Launcher(square_sum_kernel, [TYPES[grad], LANES, LEVELS, CHUNK])
+    return Launcher(square_sum_kernel, [TYPES[grad], LANES, LEVELS, CHUNK, table.LAYOUT])
 
 
 def total() -> Launcher:

@@ -50,6 +50,7 @@ def prologue_kernel(
     stats_ptr,  # *f64 [STATS]  out: the norm before clipping, and the number of skipped steps
     num_rows: tl.int32,  # P
     BLOCK: tl.constexpr,  # rows per program
+    LAYOUT: tl.constexpr,  # of the tables, for Triton's cache alone
 ):
     """Advance every step counter by one and write its parameter's scalars.
 
@@ -123,7 +124,7 @@ def prologue() -> Launcher:
         stats: float64, shape (STATS,): the norm is written, the skipped steps are counted.
         num_rows: P.
     """
-    return Launcher(prologue_kernel, [BLOCK])
+    return Launcher(prologue_kernel, [BLOCK, table.LAYOUT])
 
 
 def programs(num_rows: int) -> int:

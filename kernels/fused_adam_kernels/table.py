@@ -36,3 +36,7 @@ STATS = 2
 # The order in which squares of gradients are added: lanes per piece, elements per chunk.
 NORM_LANES = 1024
 NORM_CHUNK = 64 * NORM_LANES
+
+# Triton's cache of compiled kernels does not see the numbers above, only the text of a kernel. With
+# this constant in every kernel that reads a table, a kernel compiled for other columns is not used.
+LAYOUT = repr({name: value for name, value in dict(globals()).items() if name.isupper()})
