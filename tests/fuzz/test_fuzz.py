@@ -148,9 +148,9 @@ def learning_rate_of_the_step_before(patch):
     hyper = engine.hyper
 
     def stale(group, *rest):
-        lr, *others = hyper(group, *rest)
-        before, group["before"] = group.get("before", lr), lr
-        return before, *others
+        values = hyper(group, *rest)
+        before, group["before"] = group.get("before", values.lr), values.lr
+        return values._replace(lr=before)
 
     patch.setattr(engine, "hyper", stale)
 
