@@ -159,7 +159,9 @@ def gradients_scaled_in_place(patch):
     begin = host.ReferenceRunner.begin
 
     def written(self, grads, *rest):
-        torch._foreach_mul_([grad for grad in grads if grad.is_contiguous()], 0.5)
+        for grad in grads:
+            if grad.is_contiguous():
+                grad.mul_(0.5)
         begin(self, grads, *rest)
 
     patch.setattr(host.ReferenceRunner, "begin", written)
