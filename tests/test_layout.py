@@ -36,7 +36,8 @@ FLOORS = [
     ["fused_adam_kernels"],
 ]
 FLOOR = {room: len(FLOORS) - i for i, rooms in enumerate(FLOORS) for room in rooms}
-# The only files outside the kernels' that may import Triton: a kernel that measures, scripts that compile ahead.
+# The files outside the kernels that may import Triton: a kernel that measures, and scripts that
+# compile ahead.
 IMPORT_TRITON = ("fused_adam_kernels.", "bench.harness.stream", "bench.gpu.")
 
 

@@ -338,8 +338,8 @@ def test_a_reduce_norm_that_cannot_be_pickled_is_named(make, save):
     optimizer = reducing(make())
     with pytest.raises(
         pickle.PicklingError,
-        match=r"^reduce_norm=.* cannot be pickled \(.*\): make it a function at the top level of a module, or set "
-        r"reduce_norm = None before and set it again after; state_dict\(\) never contains it$",
+        match=r"^reduce_norm=.* cannot be pickled \(.*\): make it a function at the top level of a "
+        r"module, or set reduce_norm = None before and set it again after; state_dict\(\) never contains it$",
     ):
         save(optimizer)
     optimizer.state_dict()

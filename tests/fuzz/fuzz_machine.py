@@ -106,7 +106,7 @@ class Optimizers(Lockstep):
             assert before == [side.snapshot(j) for j in range(len(self.scales))]
 
     # State and memory
-    # -----------------------------------------------------------------------------------------------
+    # --------------------------------------------------------------------------------------------
 
     @rule(how=st.sampled_from(["tensors", "data", "entries", "dict"]))
     def move_state(self, how):
@@ -230,7 +230,7 @@ class Optimizers(Lockstep):
         self._new_optimizer()
 
     # Checkpoints
-    # ----------------------------------------------------------------------------------------------------
+    # --------------------------------------------------------------------------------------------
 
     @precondition(lambda self: len(self.saved) < 3)
     @rule()

@@ -58,7 +58,8 @@ def test_a_hundred_thousand_steps(capsys):
             run(hypothesis.seed(seed)(machine), 100)
             seed += 1
         print(
-            f"{machine.steps_done} steps in {seed - first} times 100 lives, {time.time() - start:.0f} s",
+            f"{machine.steps_done} steps in {seed - first} times 100 lives, "
+            f"{time.time() - start:.0f} s",
             flush=True,
         )
     assert machine.steps_done >= wanted
@@ -96,7 +97,7 @@ def test_compiled_lives():
 
 
 # It can fail: faults that it must find
-# ------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 
 def corrected_for_one_step_more(patch):

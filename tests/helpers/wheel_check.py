@@ -23,7 +23,11 @@ param = torch.nn.Parameter(torch.ones(3)); param.grad = torch.ones(3)
 fused_adam.FusedAdamW([param], lr=0.5).step()
 assert (param < 1).all()
 """
-KERNELS_IS_THEIRS = "import kernels; assert hasattr(kernels, 'get_kernel'), kernels.__file__; print(kernels.__file__)"
+KERNELS_IS_THEIRS = """
+import kernels
+assert hasattr(kernels, "get_kernel"), kernels.__file__
+print(kernels.__file__)
+"""
 
 
 def run(*command: object, cwd: pathlib.Path, **environment: str) -> str:

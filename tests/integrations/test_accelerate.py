@@ -75,7 +75,7 @@ def epoch(number, accelerator, model, optimizer, batches, scheduler, clip=True):
     ids=str,
 )
 def test_loading_a_state(options, dtype, mixed, tmp_path):
-    """Weights, moments and learning rates are those of a training that was never stopped, in bits."""
+    """Weights, moments and learning rates have the bits of a training that was never stopped."""
     whole = prepared(options, dtype=dtype, mixed_precision=mixed)
     assert max(epoch(0, *whole)) > CLIP
     whole[0].save_state(tmp_path)

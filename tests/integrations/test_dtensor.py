@@ -53,7 +53,7 @@ def train(optimizer, steps=STEPS, first=0):
 
 
 def parameters(dtype, shapes, mesh=None, placements=()):
-    """Parameters cut as `placements` say, for each of them or for all; plain ones without a mesh."""
+    """Parameters sharded as `placements` say, each or all; plain ones without a mesh."""
     whole_ones = [values(shape, i, dtype) for i, shape in enumerate(shapes)]
     if mesh is None:
         return [torch.nn.Parameter(value) for value in whole_ones]
@@ -307,7 +307,7 @@ def test_state_goes_to_the_host_and_back(precision):
 
 
 def copied_entry_by_entry(entry):
-    """As verl, NeMo-RL and prime-rl move state: `.to("cpu")`, of a GPU's tensor always another one."""
+    """As verl, NeMo-RL and prime-rl move state: `.to("cpu")` makes another tensor on a GPU."""
     for key, value in entry.items():
         if isinstance(value, torch.Tensor):
             entry[key] = value.to("cpu", copy=True)

@@ -130,7 +130,7 @@ def test_8_bit_states_have_wide_accesses_no_spills_and_a_bound(reports, variant)
 
 
 def test_what_full_blocks_run_is_counted_without_the_tail(reports):
-    """The tail of a recipe draws random bits for every element, and would be a third of the count."""
+    """The tail of a recipe draws random bits per element, and would be a third of the count."""
     for variant, least in (("fp32", 20), ("sr-bf16", 40)):
         report = reports[variant, "sm_90"]
         assert (
@@ -158,7 +158,10 @@ ADDRESSES = """
 import json, re
 from fused_adam_kernels.inspect import TARGETS, VARIANTS, compiled
 print(json.dumps({
-    name: re.findall(r"tt.addptr .* : (\\S+), (\\S+)", compiled(VARIANTS[name], TARGETS["sm_90"]).asm["ttir"])
+    name: re.findall(
+        r"tt.addptr .* : (\\S+), (\\S+)",
+        compiled(VARIANTS[name], TARGETS["sm_90"]).asm["ttir"],
+    )
     for name in ("fp32-amsgrad", "norm-fp32")
 }))
 """

@@ -47,7 +47,7 @@ PARAMS = {
 
 
 def noise(numel, seed):
-    """Numbers in [-1, 1), the same on every machine: a multiplicative hash, then an exact scaling."""
+    """Numbers in [-1, 1), equal on every machine: a multiplicative hash, exactly scaled."""
     x = (torch.arange(numel, dtype=torch.int64) + 1) * 2654435761 + seed * 40503
     x = (x ^ (x >> 15)) * 2246822519 % 2**32
     x = (x ^ (x >> 13)) * 3266489917 % 2**32

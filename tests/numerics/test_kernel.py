@@ -75,7 +75,7 @@ def test_nothing_around_the_buffers_is_touched(numel, offset, backend, dtype, ke
 
 
 def test_misaligned_state_cannot_happen():
-    """Slots start at multiples of SLOT elements of their segment, whatever the sizes before them."""
+    """Slots start at multiples of SLOT_ALIGN elements, whatever the sizes before them."""
     params = parameters(torch.bfloat16)
     optimizer = FusedAdam(params)
     train(optimizer, 1)
@@ -220,7 +220,7 @@ def test_one_update_launch_for_all_groups_of_a_dtype_mix(flatten, kernel_device,
 
 
 def test_neighbours_in_flat_buffers_are_one_row(kernel_device):
-    """With flatten=True rows coalesce: as many blocks as one parameter of the same size would take."""
+    """With flatten=True rows coalesce: they take as many blocks as one parameter of that size."""
     optimizer = FusedAdam(
         parameters(torch.float32, [(100,)] * 50, kernel_device), backend="triton", flatten=True
     )

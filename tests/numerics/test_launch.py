@@ -1,4 +1,4 @@
-"""The launch path up to the driver, without a GPU: what is compiled, and what reaches the driver."""
+"""The launch path up to the driver, without a GPU: what is compiled, what the driver gets."""
 
 import json
 import os
@@ -36,17 +36,24 @@ for kernel in kernels:
     kernel.pre_run_hooks.append(lambda *args, **options: jit_launches.append(args))
 
 f32, bf16 = torch.float32, torch.bfloat16
-mixes = [(f32, f32, "native", "native"), (bf16, bf16, "native", "native"), (bf16, f32, "split24", "int8")]
+mixes = [
+    (f32, f32, "native", "native"),
+    (bf16, bf16, "native", "native"),
+    (bf16, f32, "split24", "int8"),
+]
 prologue, total = scalars.prologue(), norm.total()
 updates = [adam.adam_step(*mix, False) for mix in mixes]
 norms = [norm.square_sum(grad) for grad in (torch.float32, torch.bfloat16)]
 zeros, zeros64 = torch.zeros, lambda *shape: torch.zeros(shape, dtype=torch.float64)
 sent = []
 for rows in (1, 2, 16, 1000):
-    table_of_rows, values = torch.zeros(rows, table.ROW, dtype=torch.int64), zeros(rows, table.SCALARS)
+    table_of_rows = torch.zeros(rows, table.ROW, dtype=torch.int64)
+    values = zeros(rows, table.SCALARS)
     hyper, flags, stats = zeros64(2, table.HYPER), zeros(9), zeros64(table.STATS)
     # The flag and the scale are the user's own: anywhere in memory.
-    prologue(scalars.programs(rows), table_of_rows, hyper, values, flags[rows % 4:], flags[4:], zeros64(1), stats, rows)
+    found_inf, scale = flags[rows % 4:], flags[4:]
+    programs = scalars.programs(rows)
+    prologue(programs, table_of_rows, hyper, values, found_inf, scale, zeros64(1), stats, rows)
     for blocks in (1, 2, 16, 1000):
         for update in updates:
             update(blocks, table_of_rows, torch.zeros(blocks, 2, dtype=torch.int32), values)
@@ -65,7 +72,8 @@ print(json.dumps({
     # Behind grid, stream, function, metadata and hooks: every argument of the kernel, constants
     # included.
     "arguments": [
-        sorted({len(args) - 9 for args in Driver.launched if args[4] == kernel.__name__}) == [len(kernel.arg_names)]
+        {len(args) - 9 for args in Driver.launched if args[4] == kernel.__name__}
+        == {len(kernel.arg_names)}
         for kernel in kernels
     ],
     "prologue's aligned": [

@@ -31,7 +31,7 @@ every_backend = pytest.mark.parametrize("backend", ["reference", "triton"])
 
 
 # Bits
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("amsgrad", "gradients"), [(False, "same"), (True, "other")])
@@ -160,7 +160,7 @@ LAYOUTS = {
     + [("split24-int8", "triton")],
 )
 def test_any_layout_of_parameter_and_gradient(precision, backend):
-    """An element's bits may depend on its place in memory, never on how the gradient is laid out."""
+    """An element's bits may depend on its place in memory, never on the gradient's layout."""
 
     def run(layout, gradient_layout):
         p = nn.Parameter(LAYOUTS[layout](values((8, 15), 1, BF16)))
@@ -248,7 +248,7 @@ def test_every_group_may_have_a_recipe_of_its_own(backend):
 
 @pytest.mark.parametrize("precision", ["split32-bf16", "master32-int8", "native-fp32"])
 def test_clipping(precision):
-    """As gradients scaled by hand: the norm of two elements of size 8 is clipped by a power of two."""
+    """As gradients scaled by hand: the norm of two elements of 8 is clipped by a power of two."""
 
     def run(backend, factor, **options):
         p = nn.Parameter(torch.ones(64, dtype=BF16))
@@ -399,7 +399,7 @@ def test_parameters_listed_twice_and_views_that_overlap(precision):
 
 
 # Random bits
-# --------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 
 @every_recipe
@@ -440,7 +440,7 @@ def test_seeds_above_32_bits():
 
 
 # Trajectories
-# -------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 
 def test_split32_and_master32_are_fp32_training():
@@ -613,7 +613,7 @@ def test_master_weights_begin_as_the_parameters(dtype, backend):
 
 
 # Bad input
-# ----------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

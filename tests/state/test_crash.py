@@ -166,7 +166,7 @@ def test_bytes_are_on_the_disk_before_the_name_points_to_them(tmp_path, monkeypa
 
 
 # Damaged and foreign files
-# ------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 
 def saved(optimizer):

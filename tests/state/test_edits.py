@@ -348,7 +348,7 @@ def test_the_norm_of_a_step_without_gradients_is_zero():
 
 
 # Flat buffers and others
-# -------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 
 def test_gradients_of_a_parameter_that_left_are_not_zeroed():
