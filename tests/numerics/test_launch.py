@@ -1,4 +1,4 @@
-"""The launch path up to the driver, without a GPU: what is compiled, and what reaches the driver."""
+"""The launch path up to the driver, without a GPU: what is compiled, what reaches the driver."""
 
 import json
 import os
