@@ -219,7 +219,9 @@ class PlanGuard:
         self.slots = [slots.get(param, -1) for param in stepped]
         self.in_slot = list(map(operator.eq, self.grad_addresses, self.slots))
         self.flat_params = (
-            [buffers.places[param] for param in compress(stepped, self.in_slot)] if buffers else []
+            [buffers.flat_params[param] for param in compress(stepped, self.in_slot)]
+            if buffers
+            else []
         )
         # If every gradient is the very view that we made, comparing objects replaces comparing
         # layouts.

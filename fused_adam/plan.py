@@ -210,7 +210,7 @@ def make_state(
 
 def _place(row: Row, grad: Tensor, buffers: FlatBuffers | None, staging: Staging) -> None:
     """Say where the row's parameter and gradient lie, or that the step works on copies."""
-    flat_param = buffers.place(row.user_param, grad) if buffers else None
+    flat_param = buffers.find(row.user_param, grad) if buffers else None
     if flat_param:
         row.slots = {"param": flat_param.param, "grad": flat_param.grad}
         return

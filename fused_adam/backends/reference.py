@@ -54,16 +54,16 @@ def _step_slots(p: Tensor, *rest: Any) -> None:
 class Flags(NamedTuple):
     """What a step leaves out; in the order of `adam_step`'s arguments."""
 
-    coupled_decay: bool
-    decoupled_decay: bool
+    has_l2: bool
+    has_lr_wd: bool
     store_param: bool
 
     @staticmethod
     def of(scalars: Tensor) -> Flags:
         """From scalars that are rounded to the arithmetic's dtype, as the kernel sees them."""
         numbers = scalars.tolist()
-        coupled, decay = numbers[table.COUPLED] != 0, numbers[table.DECAY] != 0
-        return Flags(coupled, decay, numbers[table.STEP_SIZE] != 0 or decay)
+        has_l2, has_lr_wd = numbers[table.L2] != 0, numbers[table.LR_WD] != 0
+        return Flags(has_l2, has_lr_wd, numbers[table.STEP_SIZE] != 0 or has_lr_wd)
 
 
 class StepValues(NamedTuple):
@@ -113,8 +113,7 @@ class ReferenceRunner:
         # Let go of the gradients: `zero_grad()` should free their memory, not the next step.
         grads, self.grads = self.grads, ()
         # The same for every param group.
-        max_norm, skip_nonfinite = hyper[0][table.MAX_GRAD_NORM], hyper[0][table.SKIP_NONFINITE]
-        numbers = transform.read(float(max_norm), bool(skip_nonfinite))
+        numbers = transform.read(hyper[0].max_grad_norm, bool(hyper[0].skip_nonfinite))
         if transform.stats is not None:
             transform.stats[table.GRAD_NORM] = numbers.grad_norm
             transform.stats[table.SKIPPED_STEPS] += numbers.skip

@@ -282,8 +282,8 @@ def _table_row(row: Row, span: CoalescedRows | None) -> list[int]:
     columns[table.GROUP] = row.group
     columns[table.NUMEL] = span.numel if span else 0
     columns[table.GRAD_NUMEL] = row.param.numel()
-    columns[table.SEED], columns[table.ORDINAL] = row.options.seed, row.param_index
-    columns[table.ORIGIN] = row.global_offset if row.options.recipe.random else 0
+    columns[table.SEED], columns[table.PARAM_INDEX] = row.options.seed, row.param_index
+    columns[table.GLOBAL_OFFSET] = row.global_offset if row.options.recipe.random else 0
     return columns
 
 

@@ -130,7 +130,7 @@ class FlatBuffers:
     """
 
     def __init__(self, params: Sequence[Tensor]) -> None:
-        self.places: dict[Tensor, FlatParam] = {}
+        self.flat_params: dict[Tensor, FlatParam] = {}
         self.grad_addresses: dict[Tensor, int] = {}
         self.grad_segments: list[Tensor] = []
         self.params = list(params)
@@ -155,7 +155,7 @@ class FlatBuffers:
     def _move(self, param: Tensor, slot: Slot, grad_slot: Slot) -> None:
         param.data = slot.view(param).copy_(param.detach())
         view = grad_slot.view(param)
-        self.places[param] = FlatParam(slot, grad_slot, view, view._version)
+        self.flat_params[param] = FlatParam(slot, grad_slot, view, view._version)
         self.grad_addresses[param] = grad_slot.address
         _our_storages.add(param.untyped_storage())
 
@@ -170,14 +170,14 @@ class FlatBuffers:
         ]
 
     def _is_zeroed(self, param: Tensor, grad: Tensor) -> bool:
-        flat_param = self.places.get(param)
+        flat_param = self.flat_params.get(param)
         return flat_param is not None and grad is flat_param.grad_view and flat_param.is_zeroed()
 
     def in_buffers(
         self, params: Sequence[Tensor], grads: Sequence[Tensor | None]
     ) -> tuple[int, ...]:
         """The positions of gradients that are views of ours."""
-        flat_params = map(self.places.get, params)
+        flat_params = map(self.flat_params.get, params)
         return tuple(
             i
             for i, (flat_param, grad) in enumerate(zip(flat_params, grads, strict=True))
@@ -199,15 +199,15 @@ class FlatBuffers:
         """
         zeroed = [
             param.grad
-            for param in self.places
+            for param in self.flat_params
             if param.grad is not None and self._is_zeroed(param, param.grad)
         ]
         if any(bool(view.count_nonzero()) for view in zeroed):
             self.uncounted = self.always = True
 
-    def place(self, param: Tensor, grad: Tensor) -> FlatParam | None:
+    def find(self, param: Tensor, grad: Tensor) -> FlatParam | None:
         """The slots of parameter and gradient, if both still are in them."""
-        flat_param = self.places.get(param)
+        flat_param = self.flat_params.get(param)
         if flat_param is None or not flat_param.holds(param):
             return None
         in_slot = grad.data_ptr() == flat_param.grad.address
@@ -221,14 +221,14 @@ class FlatBuffers:
             return
         self.params = list(params)
         known = set(map(id, params))
-        for param in [param for param in self.places if id(param) not in known]:
-            flat_param = self.places.pop(param)
+        for param in [param for param in self.flat_params if id(param) not in known]:
+            flat_param = self.flat_params.pop(param)
             del self.grad_addresses[param]
             # Its gradient is somebody else's now, so it leaves the memory that we zero.
             if param.grad is flat_param.grad_view:
                 is_none = flat_param.is_zeroed() and not self.always
                 param.grad = None if is_none else flat_param.grad_view.clone()
-        used = {id(flat_param.grad.segment) for flat_param in self.places.values()}
+        used = {id(flat_param.grad.segment) for flat_param in self.flat_params.values()}
         self.grad_segments = [segment for segment in self.grad_segments if id(segment) in used]
 
     def zero_grad(self, set_to_none: bool) -> list[Tensor]:
@@ -242,7 +242,7 @@ class FlatBuffers:
             torch._foreach_zero_(self.grad_segments)
         others = []
         for param in self.params:
-            flat_param, grad = self.places.get(param), param.grad
+            flat_param, grad = self.flat_params.get(param), param.grad
             if (
                 flat_param is None
                 or not flat_param.takes(param)

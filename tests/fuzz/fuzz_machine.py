@@ -77,7 +77,7 @@ class Optimizers(Lockstep):
     def zero_grad(self, set_to_none):
         for side in self.sides:
             flat = side.optimizer._engine.flat
-            places = flat.places if flat else {}
+            places = flat.flat_params if flat else {}
             had = [p.grad is not None for p in side.params]
             in_buffers = [p in places and places[p].takes(p) for p in side.params]
             side.optimizer.zero_grad(set_to_none)

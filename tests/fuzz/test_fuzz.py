@@ -148,9 +148,9 @@ def learning_rate_of_the_step_before(patch):
     hyper = engine.hyper
 
     def stale(group, *rest):
-        lr, *others = hyper(group, *rest)
-        before, group["before"] = group.get("before", lr), lr
-        return before, *others
+        values = hyper(group, *rest)
+        before, group["before"] = group.get("before", values.lr), values.lr
+        return values._replace(lr=before)
 
     patch.setattr(engine, "hyper", stale)
 
@@ -159,7 +159,9 @@ def gradients_scaled_in_place(patch):
     begin = host.ReferenceRunner.begin
 
     def written(self, grads, *rest):
-        torch._foreach_mul_([grad for grad in grads if grad.is_contiguous()], 0.5)
+        for grad in grads:
+            if grad.is_contiguous():
+                grad.mul_(0.5)
         begin(self, grads, *rest)
 
     patch.setattr(host.ReferenceRunner, "begin", written)

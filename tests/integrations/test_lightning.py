@@ -108,7 +108,7 @@ def test_resuming_from_a_checkpoint(options, precision, module, tmp_path):
         == pytest.approx(LR * 0.9 ** (2 * STEPS))
     )
     buffers = rest._engine.flat
-    assert buffers is None or all(buffers.place(param, param.grad) for param in model.parameters())
+    assert buffers is None or all(buffers.find(param, param.grad) for param in model.parameters())
 
 
 def weights(folder, options, **how):

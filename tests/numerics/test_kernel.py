@@ -7,8 +7,10 @@ import torch
 from training import gradient, parameters, results, same_bits, train, values
 
 from fused_adam import FusedAdam, FusedAdamW
+from fused_adam.numerics import formula, scalars
 from fused_adam.state.memory import SLOT_ALIGN, align
-from fused_adam_kernels import adam
+from fused_adam_kernels import adam, table
+from fused_adam_kernels import formula as kernel_formula
 
 DTYPES = [torch.float32, torch.bfloat16]
 SENTINEL = 7.0
@@ -24,6 +26,16 @@ def untouched(buffer, view):
     start = view.storage_offset()
     outside = torch.cat([buffer[:start], buffer[start + view.numel() :]])
     return bool((outside == SENTINEL).all())
+
+
+def test_scalars_have_the_same_names_and_order_everywhere():
+    """In the kernel, in its torch twin, and in the tables."""
+    assert kernel_formula.Scalars._fields == formula.Scalars._fields
+    for column, name in enumerate(formula.Scalars._fields):
+        assert getattr(table, name.upper()) == column
+    for column, name in enumerate(scalars.HyperParams._fields):
+        assert getattr(table, f"HYPER_{name.upper()}") == column
+    assert len(scalars.HyperParams._fields) == table.HYPER
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -1,15 +1,14 @@
-"""The launch path up to the driver, without a GPU: what is compiled, what is held, what reaches the
-driver.
-"""
+"""The launch path up to the driver, without a GPU: what is compiled, and what reaches the driver."""
 
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
 ROOT = pathlib.Path(__file__).parents[2]
-LAUNCH = """
+DRIVER = """
 import json
 import torch
 from triton.backends.compiler import GPUTarget
@@ -27,6 +26,10 @@ class Driver:  # all that compiling and launching ask of a GPU's driver
     utils = property(lambda self: self)
 
 driver.set_active(Driver())
+"""
+LAUNCH = (
+    DRIVER
+    + """
 kernels = [scalars.prologue_kernel, norm.square_sum_kernel, norm.total_kernel, adam.adam_kernel]
 jit_launches = []
 for kernel in kernels:
@@ -71,6 +74,7 @@ print(json.dumps({
     "fma": sum("fma" in launcher.compiled.asm["ptx"] for launcher in everything),
 }))
 """
+)
 
 
 def test_kernels_are_compiled_once_and_then_launched_directly():
@@ -95,3 +99,44 @@ def test_kernels_are_compiled_once_and_then_launched_directly():
         "prologue's aligned": ["rows_ptr", "hyper_ptr", "scalars_ptr", "stats_ptr"],
         "fma": 0,
     }
+
+
+HASHES = (
+    DRIVER
+    + """
+rows, scalar_table = torch.zeros(1, table.ROW, dtype=torch.int64), torch.zeros(1, table.SCALARS)
+hyper = torch.zeros(1, table.HYPER, dtype=torch.float64)
+stats = torch.zeros(table.STATS, dtype=torch.float64)
+sums, flags = torch.zeros(1, dtype=torch.float64), torch.zeros(1)
+prologue, square_sum = scalars.prologue(), norm.square_sum(torch.float32)
+update = adam.adam_step(torch.float32, torch.float32, "native", "native", False)
+prologue(1, rows, hyper, scalar_table, flags, flags, sums, stats, 1)
+square_sum(1, rows, torch.zeros(1, 3, dtype=torch.int32), sums)
+update(1, rows, torch.zeros(1, 2, dtype=torch.int32), scalar_table)
+print(json.dumps([launcher.compiled.hash for launcher in (prologue, square_sum, update)]))
+"""
+)
+
+
+def test_a_kernel_compiled_for_other_tables_is_not_taken_from_the_cache(tmp_path):
+    """An upgrade may add a column: the kernel compiled before it reads the wrong ones.
+
+    Triton's cache key holds a kernel's text, but not the numbers that the text reads in table.py.
+    """
+
+    def hashes(folder):
+        environment = {**os.environ, "PYTHONPATH": str(folder)}
+        environment.pop("TRITON_INTERPRET", None)
+        done = subprocess.run(
+            [sys.executable, "-c", HASHES], capture_output=True, text=True, env=environment
+        )
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    for name in ("same", "wider"):
+        shutil.copytree(ROOT / "kernels", tmp_path / name)
+    path = tmp_path / "wider" / "fused_adam_kernels" / "table.py"
+    path.write_text(path.read_text().replace("ROW = 15", "ROW = 16"))
+    today = hashes(ROOT / "kernels")
+    assert hashes(tmp_path / "same") == today
+    assert not set(hashes(tmp_path / "wider")) & set(today)

@@ -378,7 +378,7 @@ def test_buffers_of_parameters_that_were_replaced_are_freed():
     flat = optimizer._engine.flat
     buffers = [
         weakref.ref(x)
-        for x in (flat.grad_segments[0], next(iter(flat.places.values())).param.segment)
+        for x in (flat.grad_segments[0], next(iter(flat.flat_params.values())).param.segment)
     ]
     twin = copy.deepcopy(module)
     optimizer.param_groups[0]["params"] = list(twin.parameters())
@@ -407,7 +407,7 @@ def test_memory_that_others_see_is_not_moved():
     for make, look in seen:
         param = nn.Parameter(make().fill_(1))  # the only tensor over that memory that anybody holds
         optimizer = FusedAdam([param, nn.Parameter(torch.ones(3))], lr=0.1, flatten=True)
-        assert param not in optimizer._engine.flat.places
+        assert param not in optimizer._engine.flat.flat_params
         for each in members(optimizer):
             each.grad = torch.ones(3)
         optimizer.step()
@@ -420,7 +420,7 @@ def test_a_later_optimizer_moves_what_an_earlier_one_moved():
     train(first, 1)
     del first
     second = FusedAdam(module.parameters(), flatten=True)
-    assert len(second._engine.flat.places) == 6
+    assert len(second._engine.flat.flat_params) == 6
 
 
 @pytest.mark.parametrize("flatten", [False, True])

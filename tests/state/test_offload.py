@@ -245,7 +245,7 @@ def test_checkpoints_meanwhile_are_those_of_before(elsewhere, options):
 
 @pytest.mark.parametrize("first", [0, 2])
 def test_loading_meanwhile_fills_host_memory(elsewhere, first):
-    """Also where there was no state yet: what loading makes on the device goes to the host as well."""
+    """Also where there was no state yet: what loading makes on the device goes to the host."""
     source = new()
     train(source, 3)
     optimizer = new()
