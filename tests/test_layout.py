@@ -3,7 +3,6 @@
 import ast
 import os
 import pathlib
-import re
 import subprocess
 import sys
 
@@ -100,23 +99,6 @@ def test_imports_run_one_way(path):
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
 def test_every_module_says_what_lives_there(path):
     assert (ast.get_docstring(ast.parse(path.read_text())) or "").strip()
-
-
-def test_the_design_page_lists_every_file_from_the_top_floor_down():
-    """A stranger looks there for the file to open."""
-    page = (ROOT / "docs" / "design.md").read_text()
-    listing = page[page.index("fused_adam/  ") : page.index("kernels/fused_adam_kernels/  ")]
-    listed, folder = [], ""
-    for indent, name in re.findall(r"^( *)([\w/.]+)  ", listing, re.M)[1:]:
-        folder = folder if len(indent) == 4 else name if name.endswith("/") else ""
-        if name.endswith(".py"):
-            listed.append((folder + name).removesuffix(".py").replace("/", "."))
-    modules = {name_of(path) for path in MODULES if path.is_relative_to(ROOT / "fused_adam")}
-    rooms = {"fused_adam.backends", "fused_adam.numerics", "fused_adam.state"}
-    listed = [f"fused_adam.{name}" if name != "__init__" else "fused_adam" for name in listed]
-    assert sorted(listed) == sorted(modules - rooms)
-    floors = [FLOOR[room_of(name)] for name in listed if name != "fused_adam"]
-    assert floors == sorted(floors, reverse=True)
 
 
 def run(code, *options):

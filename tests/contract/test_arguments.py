@@ -339,7 +339,8 @@ def test_a_reduce_norm_that_cannot_be_pickled_is_named(make, save):
     with pytest.raises(
         pickle.PicklingError,
         match=r"^reduce_norm=.* cannot be pickled \(.*\): make it a function at the top level of a "
-        r"module, or set reduce_norm = None before and set it again after; state_dict\(\) never contains it$",
+        r"module, or set reduce_norm = None before and set it again after; "
+        r"state_dict\(\) never contains it$",
     ):
         save(optimizer)
     optimizer.state_dict()
