@@ -3,8 +3,8 @@
 import sys
 
 try:
-    from .cli import main  # imports torch, which takes seconds in which a user may change his mind
-except KeyboardInterrupt:
+    from .cli import main
+except KeyboardInterrupt:  # Python starts, and a user changes his mind
     print("fused-adam-bench: interrupted", file=sys.stderr)
     sys.exit(130)
 

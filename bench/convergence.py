@@ -1,24 +1,22 @@
-"""`demo --precision`: one GPT trained under each recipe, over seeds, and judged. No drawing, no
-tables here.
+"""`convergence`: one GPT trained under each precision recipe, over seeds, and compared with torch's
+AdamW in fp32 and bf16.
 
 Weights, gradients and states are stored as the recipe says; the model computes in float32 on the
 weights as they are stored, so that what differs between the runs is the optimizer alone (and since
-CPUs without bf16 units emulate it).
+CPUs without bf16 units emulate it). A result is what `summary` and `add_verdicts` say.
 """
 
 from __future__ import annotations
 
-import contextlib
+import argparse
 import itertools
 import math
 import multiprocessing
 import os
 import signal
 import statistics
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from typing import Any
 
 import torch
 from torch.func import functional_call
@@ -26,9 +24,21 @@ from torch.func import functional_call
 from fused_adam import FusedAdamW
 from fused_adam.precision import parse
 
-from .demo import BATCH, LAST_STEPS, LR, determinism, param_groups, schedule, state_tensors
+from .harness.console import Progress, Table, exact_bytes
 from .harness.corpus import draw_batch, load_corpus
-from .harness.gpt import GPT, Shape
+from .harness.gpt import (
+    BATCH,
+    GPT,
+    LAST_STEPS,
+    LR,
+    Shape,
+    determinism,
+    param_groups,
+    schedule,
+    state_tensors,
+)
+from .harness.results import Record, Result
+from .harness.session import Session, on_interrupt
 
 FP32, BF16 = "torch AdamW fp32", "torch AdamW bf16"
 RECOMMENDED = (
@@ -36,6 +46,8 @@ RECOMMENDED = (
     *("native-bf16", "native-int8"),
 )
 # 3 seeds of 10 runs of 1000 steps took 25 minutes on 2 busy cores.
+STEPS, SEEDS = 1000, 3
+QUICK_STEPS, QUICK_SEEDS = 50, 2
 WIDTH, HEADS, BLOCKS = 64, 4, 1
 # All runs are held to the same excerpts, whatever their seed.
 VALIDATION_EXCERPTS = 512
@@ -43,14 +55,44 @@ CURVE_POINTS = 50
 # A recipe may be as far from fp32 AdamW, on the mean over seeds, as fp32 AdamW's own best and worst
 # seeds are apart.
 SPREAD_FACTOR = 1.0
+COLUMNS = (
+    *("optimizer", "weights", "state B/param.", "stated", "train loss", "valid. loss"),
+    *("less fp32's", "verdict"),
+)
 
-Result = dict[str, Any]
+Runs = Mapping[tuple[str, int], Result]  # by name and seed
 
 
-def names_of(text: str) -> list[str]:
-    """The recommended recipes for `all`, else the one named. Raises ValueError if there is none of
-    this name.
-    """
+class Interrupted(KeyboardInterrupt):
+    """Training was interrupted after some seeds were complete; `results` are of those."""
+
+    def __init__(self, results: list[Result], seeds: int) -> None:
+        super().__init__()
+        self.results, self.seeds = results, seeds
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Returns 0 if every recipe passes, else 1."""
+    names = [name for text in arguments.precision for name in recipe_names(text)]
+    arguments.precision = list(dict.fromkeys(names))
+    arguments.steps = arguments.steps or (QUICK_STEPS if arguments.quick else STEPS)
+    arguments.seeds = arguments.seeds or (QUICK_SEEDS if arguments.quick else SEEDS)
+    session = Session(arguments)
+    recorder, seeds = session.recorder, range(arguments.seed, arguments.seed + arguments.seeds)
+    results: list[Result] = []
+    with session.measuring() as progress:
+        try:
+            results = train(arguments.precision, arguments.steps, seeds, session.device, progress)
+        except Interrupted as stop:
+            recorder.results, recorder.arguments["seeds"] = stop.results, stop.seeds
+            raise
+        recorder.results = results
+    failed = any(result["passed"] is False for result in results)
+    return session.finish(tables) or (1 if failed else 0)
+
+
+def recipe_names(text: str) -> list[str]:
+    """The recommended recipes for `all`, else the one named. Raises ValueError if it is none."""
     if text == "all":
         return list(RECOMMENDED)
     recipe = parse(text)
@@ -59,7 +101,7 @@ def names_of(text: str) -> list[str]:
 
 
 def weights_dtype(name: str) -> torch.dtype:
-    """What the run of this name trains: fp32 weights only where the recipe stores them as they are."""
+    """Of the weights that this run trains: fp32 only where the recipe stores them as they are."""
     return torch.float32 if name == FP32 or name.startswith("native") else torch.bfloat16
 
 
@@ -105,9 +147,8 @@ def train_run(name: str, steps: int, seed: int, device: torch.device) -> Result:
             losses.append(loss.item())
         with torch.no_grad():
             excerpts = torch.Generator().manual_seed(0)
-            validation = loss_of(
-                draw_batch(corpus.validation, VALIDATION_EXCERPTS, shape.context, excerpts)
-            ).item()
+            batch = draw_batch(corpus.validation, VALIDATION_EXCERPTS, shape.context, excerpts)
+            validation = loss_of(batch).item()
     parameters = sum(param.numel() for param in model.parameters())
     held = sum(tensor.nbytes for tensor in state_tensors(optimizer) if tensor.dim())
     points = min(CURVE_POINTS, steps)
@@ -122,66 +163,54 @@ def train_run(name: str, steps: int, seed: int, device: torch.device) -> Result:
 
 
 def train(
-    names: Sequence[str],
-    steps: int,
-    seeds: Sequence[int],
-    device: torch.device,
-    tell: Callable[[str, float], None],
+    names: Sequence[str], steps: int, seeds: Sequence[int], device: torch.device, tell: Progress
 ) -> list[Result]:
     """Train torch's two and all `names` with all seeds, each run in a process with one thread; then
-    judge.
+    compare. Returns one result per name.
 
     Args:
         tell: called with words and the share done, after each run.
 
-    Returns one result per name: see `summary`.
+    Raises Interrupted if an interrupt leaves at least one seed complete.
     """
-    jobs = [(name, seed) for seed in seeds for name in (FP32, BF16, *names)]
-    found: dict[tuple[str, int], Result] = {}
+    names = (FP32, BF16, *names)
+    jobs = [(name, seed) for seed in seeds for name in names]
+    runs: dict[tuple[str, int], Result] = {}
     workers = min(len(jobs), os.cpu_count() or 1) if device.type == "cpu" else 1
     # Processes of their own: torch's threads do not survive a fork.
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         # Ctrl-C reaches them, too: they would write a traceback each. What is ignored here is
         # ignored in a child.
-        with uninterrupted():
+        with on_interrupt(signal.SIG_IGN):
             futures = {
                 pool.submit(train_run, name, steps, seed, device): (name, seed)
                 for name, seed in jobs
             }
         try:
             for future in as_completed(futures):
-                job = futures[future]
-                found[job] = future.result()
-                loss = found[job]["validation_loss"]
-                tell(f"{job[0]}, seed {job[1]}: validation loss {loss:.4f}", len(found) / len(jobs))
+                name, seed = futures[future]
+                runs[name, seed] = future.result()
+                loss = runs[name, seed]["validation_loss"]
+                tell(f"{name}, seed {seed}: validation loss {loss:.4f}", len(runs) / len(jobs))
         except KeyboardInterrupt:
-            for (
-                child
-            ) in multiprocessing.active_children():  # else the pool waits until they are done
-                child.terminate()
-            raise
-    results = [
-        summary(name, [found[name, seed] for seed in seeds]) for name in (FP32, BF16, *names)
-    ]
-    judge(results)
+            for child in multiprocessing.active_children():
+                child.terminate()  # else the pool waits until they are done
+            complete = [seed for seed in seeds if all((name, seed) in runs for name in names)]
+            if not complete:
+                raise
+            raise Interrupted(summaries(names, runs, complete), len(complete)) from None
+    return summaries(names, runs, seeds)
+
+
+def summaries(names: Sequence[str], runs: Runs, seeds: Sequence[int]) -> list[Result]:
+    """One result per name, compared."""
+    results = [summary(name, [runs[name, seed] for seed in seeds]) for name in names]
+    add_verdicts(results)
     return results
 
 
-@contextlib.contextmanager
-def uninterrupted() -> Iterator[None]:
-    """While it lasts Ctrl-C is ignored, here and for good in processes that are started."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread has a say in signals
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
 def summary(name: str, runs: Sequence[Result]) -> Result:
-    """The runs of one name, a list spec per seed: JSON-ready, but that losses may not be finite.
+    """The runs of one name, a list entry per seed.
 
     name, weights (dtype), parameters, state_bytes (measured) and stated_state_bytes per parameter,
     train_losses, validation_losses, curves.
@@ -198,31 +227,79 @@ def summary(name: str, runs: Sequence[Result]) -> Result:
     }
 
 
-def judge(results: Sequence[Result]) -> None:
-    """Add to each result difference (mean validation loss less fp32 AdamW's), limit, and passed.
+def add_verdicts(results: Sequence[Result]) -> None:
+    """Add difference (mean validation loss less fp32 AdamW's), limit, within_limit and passed.
 
     A recipe passes if its mean is at most torch bf16 AdamW's and |difference| at most `limit`:
     SPREAD_FACTOR times what lies between fp32 AdamW's best and worst seed. The two of torch are
-    what is held against, not judged (None), but for within_limit, which says for all whether the
-    limit alone is met: torch bf16 AdamW within it means that this run is too short or too small to
-    tell.
+    what recipes are compared with: `passed` is None, but `within_limit` says for all whether the
+    limit alone is met. torch bf16 AdamW within it means that this run is too short or too small to
+    tell. One seed gives no limit, and no verdict.
     """
     means = {result["name"]: statistics.fmean(result["validation_losses"]) for result in results}
     reference = next(result for result in results if result["name"] == FP32)["validation_losses"]
-    limit = SPREAD_FACTOR * (max(reference) - min(reference))
+    limit = SPREAD_FACTOR * (max(reference) - min(reference)) if len(reference) > 1 else None
     for result in results:
         name = result["name"]
         result["difference"] = means[name] - means[FP32]
         result["limit"] = limit
-        result["within_limit"] = abs(result["difference"]) <= limit
+        within = None if limit is None else abs(result["difference"]) <= limit
         better = means[name] <= means[BF16] or not math.isfinite(means[BF16])
-        result["passed"] = None if name in (FP32, BF16) else bool(result["within_limit"] and better)
+        result["within_limit"] = within
+        judged = within is not None and name not in (FP32, BF16)
+        result["passed"] = bool(within and better) if judged else None
 
 
-def json_ready(value: Any) -> Any:
-    """Losses that are not finite as None: JSON has no word for them."""
-    if isinstance(value, dict):
-        return {key: json_ready(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [json_ready(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+# The table.
+
+
+def tables(record: Record) -> list[Table]:
+    """A row per optimizer; below, the rule of the verdict with its numbers, and whether this run
+    can tell.
+    """
+    results, options = record["results"], record["arguments"]
+    rows = [
+        [
+            result["name"],
+            result["weights"],
+            exact_bytes(result["state_bytes"]),
+            exact_bytes(result["stated_state_bytes"]),
+            mean_and_range(result["train_losses"]),
+            mean_and_range(result["validation_losses"]),
+            "-" if result["difference"] is None else f"{result['difference']:+.4f}",
+            verdict(result),
+        ]
+        for result in results
+    ]
+    fp32, bf16 = results[0], results[1]
+    title = (
+        f"GPT of {fp32['parameters']:,} parameters, {options['steps']} steps, mean over "
+        f"{options['seeds']} seeds ± half their range, nats per character"
+    )
+    limit = "not known" if fp32["limit"] is None else f"{fp32['limit']:.4f}"
+    notes = [
+        f"pass: validation loss at most {bf16['name']}'s, and at most {limit} from "
+        f"{fp32['name']}'s: as far as the best and the worst of its own seeds are apart",
+        "the model computes in float32 on the weights as stored: what differs is the optimizer "
+        "alone",
+    ]
+    if bf16["within_limit"]:
+        notes.append(
+            f"{bf16['name']} is within that limit too: this run does not tell good from bad by it"
+        )
+    return [Table(title, COLUMNS, [*rows], notes)]
+
+
+def mean_and_range(losses: Sequence[float | None]) -> str:
+    """The mean over seeds and, behind it, half the distance between the lowest and the highest."""
+    finite = [loss for loss in losses if loss is not None]
+    if len(finite) < len(losses):
+        return "not finite"
+    return f"{statistics.fmean(finite):.4f} ±{(max(finite) - min(finite)) / 2:.4f}"
+
+
+def verdict(result: Result) -> str:
+    """One word."""
+    if result["passed"] is None:
+        return "outside" if result["within_limit"] is False else "-"
+    return "pass" if result["passed"] else "FAIL"

@@ -15,11 +15,11 @@ import torch
 from named import missing, named
 from pages import PAGES, blocks, the_block
 from process import ROOT
-from test_hash import HASH
 from test_layout import FLOOR, MODULES, name_of, room_of
 from torch import nn
 
 from bench import cli, tables
+from bench.verify import HASH
 from fused_adam.precision import parse
 
 MAKEFILE = (ROOT / "Makefile").read_text()

@@ -185,7 +185,8 @@ def answer_for(library: str) -> None:
     key = cache.triton_key()
     if own not in key:
         raise RuntimeError(
-            f"Triton {triton.__version__} makes its cache's keys in another way; use --python of this one"
+            f"Triton {triton.__version__} makes its cache's keys in another way; "
+            "use --python of this one"
         )
     cache.triton_key = lambda: key.replace(own, library)
 
@@ -250,7 +251,8 @@ def fill_cache(python: str, archive: Path) -> None:
             for path in sorted(cache.glob("*/*")):
                 file.add(path, path.relative_to(cache))
         print(
-            f"pack: {len(list(cache.glob('*/*.cubin')))} kernels, Triton {triton.__version__}, Python {python}"
+            f"pack: {len(list(cache.glob('*/*.cubin')))} kernels, "
+            f"Triton {triton.__version__}, Python {python}"
         )
 
 
@@ -274,12 +276,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0") and not options.no_cache:
         parser.error(
-            "TRITON_INTERPRET is set, under which nothing is compiled; allowed: unset, 0, or --no-cache"
+            "TRITON_INTERPRET is set, under which nothing is compiled; "
+            "allowed: unset, 0, or --no-cache"
         )
     out: Path = options.out
     if out.exists() and not (out / SCRIPTS[0]).exists() and any(out.iterdir()):
         parser.error(
-            f"--out {str(out)!r} holds other files; allowed: a new or empty folder, or one packed before"
+            f"--out {str(out)!r} holds other files; "
+            "allowed: a new or empty folder, or one packed before"
         )
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
@@ -289,7 +293,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         fill_cache(options.python, out / "cache.tgz")
     size = sum(path.stat().st_size for path in out.iterdir())
     print(
-        f"pack: {out}: {size / 1e6:.1f} MB; on the machine with the GPU, in the checkout: bash {out.name}/gpu_run.sh"
+        f"pack: {out}: {size / 1e6:.1f} MB; on the machine with the GPU, in the checkout: "
+        f"bash {out.name}/gpu_run.sh"
     )
     return 0
 

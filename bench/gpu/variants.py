@@ -1,9 +1,10 @@
 """Other shapes of the update kernel, beside today's, in one process: the same bits? how many GB/s?
 
     python variants.py [--json FILE] [--seconds S] [--mixes fp32,bf16,...] [--only NAME ...]
-    [--numel N] python variants.py --compile I/N   compile every N-th kernel from the I-th on into
-    Triton's cache, and end python variants.py --check         bits alone, on small tensors; runs on
-    a CPU under TRITON_INTERPRET=1 too
+                       [--numel N]
+    python variants.py --compile I/N   compile every N-th kernel from the I-th on, and end
+    python variants.py --check         bits alone, on small tensors; runs on a CPU under
+                                       TRITON_INTERPRET=1 too
 
 A variant is an entry for `fused_adam_kernels/config.py` (a winner is a change of one line there),
 or edits of the kernels' sources where the kernel itself has to do something else. Edits are made in
@@ -220,7 +221,8 @@ class Build:
                 text = path.read_text()
                 if text.count(old) != 1:
                     raise NotPatched(
-                        f"{old.strip().splitlines()[0]!r} is {text.count(old)} times in {file}, not once"
+                        f"{old.strip().splitlines()[0]!r} is {text.count(old)} times in {file}, "
+                        "not once"
                     )
                 path.write_text(text.replace(old, new))
         if str(folder) not in sys.path:
@@ -292,7 +294,7 @@ def compile_update(build: Build, mix: Mix, where: torch.device) -> None:
 def make(
     name: str, build: Build, sizes: Sequence[tuple[int, int]], where: torch.device
 ) -> FusedAdamW:
-    """An optimizer over random parameters, each (elements, elements from the start of its memory)."""
+    """An optimizer over random parameters; sizes: (elements, offset in its memory) of each."""
     dtype, precision = MIXES[name]
     generator = torch.Generator(where).manual_seed(0)
     params = []
@@ -458,7 +460,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             for row in sorted(found, key=lambda row: -row["gb_per_s"]["median"]):
                 print(
                     f"{mix:13s} {row['variant']:25s} {row['ms']['median']:8.3f} ms "
-                    f"{row['gb_per_s']['median']:6.0f} GB/s {row['share_of_ceiling']:6.1%} of the ceiling",
+                    f"{row['gb_per_s']['median']:6.0f} GB/s {row['share_of_ceiling']:6.1%} "
+                    "of the ceiling",
                     flush=True,
                 )
             give_back_memory()

@@ -64,7 +64,7 @@ def load_corpus(limit_characters: int = LIMIT_CHARACTERS) -> Corpus:
 def draw_batch(
     numbers: Tensor, batch: int, time: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Random excerpts: inputs and, one character later, targets; each int64, shape (batch, time)."""
+    """Random excerpts: inputs and, one character later, targets; both int64, (batch, time)."""
     starts = torch.randint(len(numbers) - time, (batch, 1), generator=generator)
     index = starts + torch.arange(time)
     return numbers[index], numbers[index + 1]

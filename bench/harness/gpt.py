@@ -1,12 +1,21 @@
-"""A small character-level GPT in plain torch. Nothing here knows of optimizers, text or time."""
+"""A small character-level GPT in plain torch, and how `demo` and `convergence` train it."""
 
 from __future__ import annotations
 
+import contextlib
+import math
+import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+LR, WEIGHT_DECAY, BATCH = 1e-3, 0.1, 8
+# The training loss reported is the mean over this many last steps: one batch's loss is noise.
+LAST_STEPS = 20
 
 
 @dataclass(frozen=True)
@@ -92,3 +101,72 @@ class GPT(nn.Module):
         x = self.characters(inputs) + self.positions[: inputs.shape[1]]
         logits = self.head(self.norm(self.blocks(x)))
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+# Training.
+
+
+def schedule(steps: int) -> Callable[[int], float]:
+    """The learning rate's factor per step: a linear rise over the first tenth, then half a cosine
+    down to a tenth.
+    """
+    warm_up = max(1, steps // 10)
+
+    def factor(step: int) -> float:
+        cosine = 0.55 + 0.45 * math.cos(math.pi * min(step / steps, 1))
+        return min((step + 1) / warm_up, cosine)
+
+    return factor
+
+
+def param_groups(model: GPT) -> list[dict[str, Any]]:
+    """Decay for matrices, none for vectors."""
+    return [
+        {
+            "params": [param for param in model.parameters() if param.dim() >= 2],
+            "weight_decay": WEIGHT_DECAY,
+        },
+        {"params": [param for param in model.parameters() if param.dim() < 2], "weight_decay": 0.0},
+    ]
+
+
+@contextlib.contextmanager
+def determinism() -> Iterator[None]:
+    """Repeatable arithmetic in torch while it lasts; the settings and the global generator's state
+    are put back.
+    """
+    # cuBLAS reads it once, when it first starts; it stays set:
+    # https://docs.nvidia.com/cuda/cublas/#results-reproducibility
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    memory: Any = torch.utils.deterministic
+    deterministic, fill = (
+        torch.are_deterministic_algorithms_enabled(),
+        memory.fill_uninitialized_memory,
+    )
+    warn_only, threads = (
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+        torch.get_num_threads(),
+    )
+    torch.use_deterministic_algorithms(True)
+    memory.fill_uninitialized_memory = False  # it would write every new tensor once more
+    # Bits then do not rest on the number of cores. Two threads take 45 ms a step instead of 72, but
+    # beside one busy process 132 ms instead of 70: they wait for each other.
+    torch.set_num_threads(1)
+    try:
+        with torch.random.fork_rng(devices=[]):  # models are made on the CPU
+            yield
+    finally:
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+        memory.fill_uninitialized_memory = fill
+        torch.set_num_threads(threads)
+
+
+def state_tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """All tensors of the optimizer's state, in the order of its parameters."""
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    return [
+        value
+        for param in params
+        for _, value in sorted(optimizer.state[param].items())
+        if torch.is_tensor(value)
+    ]

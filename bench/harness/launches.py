@@ -13,7 +13,7 @@ from unittest import mock
 
 
 def interpreted() -> bool:
-    """Have Triton run on CPU tensors in this process; False if it was imported too early for that."""
+    """Have Triton run on CPU tensors in this process; False if it was imported too early."""
     if "triton" not in sys.modules:
         os.environ["TRITON_INTERPRET"] = "1"
     return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0", "false", "off")

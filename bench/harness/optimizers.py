@@ -1,4 +1,4 @@
-"""The registry of optimizers: how each is made, and why one cannot take part. Measures nothing."""
+"""The optimizers that are compared: how each is made, and why one cannot take part."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from fused_adam.precision import WEIGHTS, parse
 from .oracle import Options
 
 Optimizer = torch.optim.Optimizer
+Make = Callable[[list[Tensor], Options], Optimizer]
 OURS, TORCH, OTHER = "ours", "torch", "other"
 BASELINE, TORCH_DEFAULT = "torch fused", "torch foreach"
 # What is measured in by default, in this order: the first that every recipe serves.
@@ -36,22 +37,23 @@ class Case:
 
 @dataclass(frozen=True)
 class OptimizerSpec:
-    """One optimizer.
+    """One optimizer, before it has parameters.
 
-    make: parameters and options -> the optimizer; what it raises is the reason for its absence.
+    make: parameters and options -> the optimizer. What it raises is the reason for its absence.
     limits: a case -> why it is not served, or None.
-    quantised: its state or weights are lossy beyond rounding: judged by direction, not by rounding
-        errors.
-    clips: its step clips by itself; else `clip_grad_norm_` goes before it.
-    scratch: memory the step takes for the moment, in copies of the parameters.
-    slow: compiles for long, so it takes part only where it is named. backend: of ours.
+    quantised: its state or weights are lossy beyond rounding: the parity check compares the
+        direction of its steps, not rounding errors.
+    clips: its step clips by itself; otherwise `clip_grad_norm_` runs before it.
+    scratch: memory the step takes for a moment, in copies of the parameters.
+    slow: compiles for long, so it takes part only where it is named.
+    backend: of ours.
     captures: made with `capturable=True`, its step counts on inside a CUDA graph; others would
         repeat one step.
     """
 
     name: str
     family: str
-    make: Callable[[list[Tensor], Options], Optimizer]
+    make: Make
     limits: Callable[[Case], str | None] = lambda case: None
     quantised: bool = False
     clips: bool = False
@@ -62,22 +64,15 @@ class OptimizerSpec:
 
 
 def adamw_arguments(options: Options) -> dict[str, Any]:
-    """Keyword arguments as torch.optim.AdamW takes them."""
-    return {
-        "lr": options.lr,
-        "betas": options.betas,
-        "eps": options.eps,
-        "weight_decay": options.weight_decay,
-    }
+    """Keyword arguments as every AdamW takes them."""
+    names = ("lr", "betas", "eps", "weight_decay")
+    return {name: getattr(options, name) for name in names}
 
 
 def torch_arguments(options: Options) -> dict[str, Any]:
     """As above, with what only torch's own signature has."""
-    return {
-        **adamw_arguments(options),
-        "amsgrad": options.amsgrad,
-        "capturable": options.capturable,
-    }
+    more = {"amsgrad": options.amsgrad, "capturable": options.capturable}
+    return {**adamw_arguments(options), **more}
 
 
 # Ours.
@@ -93,38 +88,28 @@ def ours(backend: str, flatten: bool, precision: str | None = None) -> Optimizer
         arguments = {**torch_arguments(options), "max_grad_norm": options.clip, **extra}
         return FusedAdamW(params, **arguments)
 
-    words = [
-        "FusedAdamW",
-        *([] if backend == "auto" else [backend]),
-        *(["flatten"] if flatten else []),
-    ]
-    name = " ".join([*words, *([] if precision is None else [precision])])
-
     def limits(case: Case) -> str | None:
         if backend == "compiled" and precision is not None:
             return NO_COMPILED_RECIPES
         allowed = dtypes_of(precision)
         if case.dtype in allowed:
             return None
-        names = [str(dtype).removeprefix("torch.") for dtype in (*allowed, case.dtype)]
-        return f"precision {precision!r} is for {' or '.join(names[:-1])} parameters, not {names[-1]} (see --dtype)"
+        *names, dtype = [str(dtype).removeprefix("torch.") for dtype in (*allowed, case.dtype)]
+        return (
+            f"precision {precision!r} is for {' or '.join(names)} parameters, not {dtype} "
+            "(see --dtype)"
+        )
 
+    words = ["FusedAdamW", backend if backend != "auto" else "", "flatten" if flatten else ""]
+    name = " ".join(filter(None, [*words, precision]))
+    lossy = precision is not None
     return OptimizerSpec(
-        name,
-        OURS,
-        make,
-        limits,
-        quantised=precision is not None,
-        clips=True,
-        backend=backend,
-        captures=True,
+        name, OURS, make, limits, quantised=lossy, clips=True, backend=backend, captures=True
     )
 
 
 def dtypes_of(precision: str | None) -> Sequence[torch.dtype]:
-    """The parameters that a recipe serves. Raises ValueError, naming the option, if there is no
-    such recipe.
-    """
+    """The parameters that a recipe serves. Raises ValueError, naming the option, if it is none."""
     try:
         weights = parse(precision).weights
     except ValueError as error:
@@ -138,8 +123,7 @@ def recipes_of(precision: Sequence[str]) -> list[str | None]:
 
 
 def common_dtype(precision: Sequence[str]) -> torch.dtype:
-    """The first of float32, bfloat16 and float16 that all these recipes serve. Raises ValueError as
-    `dtypes_of` does.
+    """The first of DTYPES that all these recipes serve. Raises ValueError as `dtypes_of` does.
 
     There is one: every recipe serves bfloat16.
     """
@@ -147,27 +131,33 @@ def common_dtype(precision: Sequence[str]) -> torch.dtype:
     return next(dtype for dtype in DTYPES if all(dtype in dtypes for dtypes in served))
 
 
-def all_of_ours(
+def variants(
     device: torch.device, backend: str | None, flatten: bool | None, precision: Sequence[str] = ()
 ) -> list[OptimizerSpec]:
-    """Every variant of ours that was asked for; None: each that is of use on this device. "none" is
-    no recipe.
+    """Ours, once per recipe, backend and `flatten`; None: each that is of use on this device.
 
-    Raises ValueError if a precision is asked for that is none, or that none of the backends has.
+    Args:
+        precision: names of recipes; "none" is no recipe. Where no backend is named, the compiled
+            one takes part without a recipe alone, because it has none.
+
+    Raises ValueError for a precision that is not known, or that the backend named does not have.
     """
-    backends = [backend] if backend else ["auto", "compiled"] if device.type == "cpu" else ["auto"]
-    flattens = [flatten] if flatten is not None else [False, True]
     recipes = recipes_of(precision) or [None]
     for recipe in recipes:
         dtypes_of(recipe)
     if backend == "compiled" and None not in recipes:
         raise ValueError(
-            f"--precision {','.join(precision)} cannot be combined with --backend compiled, because "
-            f"{NO_COMPILED_RECIPES}; allowed: auto, triton, reference"
+            f"--precision {','.join(precision)} cannot be combined with --backend compiled, "
+            f"because {NO_COMPILED_RECIPES}; allowed: auto, triton, reference"
         )
-    return [
-        ours(name, flat, recipe) for recipe in recipes for name in backends for flat in flattens
-    ]
+    flattens = [False, True] if flatten is None else [flatten]
+    specs = []
+    for recipe in recipes:
+        backends = [backend or "auto"]
+        if backend is None and recipe is None and device.type == "cpu":
+            backends.append("compiled")
+        specs += [ours(name, flat, recipe) for name in backends for flat in flattens]
+    return specs
 
 
 # torch's own paths.
@@ -180,14 +170,13 @@ def torch_spec(name: str, scratch: float = 0.0, **flags: bool) -> OptimizerSpec:
         arguments: dict[str, Any] = {**torch_arguments(options), **flags}
         return torch.optim.AdamW(params, **arguments)
 
-    return OptimizerSpec(name, TORCH, make, limits=same_grad_dtype, scratch=scratch, captures=True)
+    return OptimizerSpec(name, TORCH, make, same_grad_dtype, scratch=scratch, captures=True)
 
 
 def same_grad_dtype(case: Case) -> str | None:
     """The limit of optimizers that want gradients of the parameter's dtype."""
-    if case.grad_dtype != case.dtype:
-        return "gradients must have the parameter's dtype"
-    return None
+    same = case.grad_dtype == case.dtype
+    return None if same else "gradients must have the parameter's dtype"
 
 
 class Compiled(torch.optim.AdamW):
@@ -213,21 +202,20 @@ def make_compiled(params: list[Tensor], options: Options) -> Optimizer:
 # Everybody else. Each module is imported only when its optimizer is made.
 
 
-def from_module(
-    module: str, name: str, package: str, **extra: Any
-) -> Callable[[list[Tensor], Options], Optimizer]:
-    """Make `module.name`; raises ImportError that says how to get it."""
+def from_module(path: str, package: str, **extra: Any) -> Make:
+    """Make `module.Class`; raises ImportError that says how to get it."""
+    module, _, name = path.rpartition(".")
 
     def make(params: list[Tensor], options: Options) -> Optimizer:
         try:
-            found = getattr(importlib.import_module(module), name)
+            optimizer_class = getattr(importlib.import_module(module), name)
         except ModuleNotFoundError as error:
             if (error.name or "").split(".")[0] != module.split(".")[0]:
                 raise
             raise ImportError(f"not installed: {package}") from None
         except AttributeError:
             raise ImportError(f"{module} has no {name}: {package}") from None
-        optimizer: Optimizer = found(params, **adamw_arguments(options), **extra)
+        optimizer: Optimizer = optimizer_class(params, **adamw_arguments(options), **extra)
         return optimizer
 
     return make
@@ -245,89 +233,45 @@ def gpu_only(case: Case) -> str | None:
 
 def make_deepspeed(params: list[Tensor], options: Options) -> Optimizer:
     """DeepSpeed has one class per device; both compile themselves when they are first made."""
-    if params[0].device.type == "cpu":
-        make = from_module(
-            "deepspeed.ops.adam", "DeepSpeedCPUAdam", "pip install deepspeed", adamw_mode=True
-        )
-    else:
-        make = from_module(
-            "deepspeed.ops.adam", "FusedAdam", "pip install deepspeed", adam_w_mode=True
-        )
-    return make(params, options)
+    on_cpu = params[0].device.type == "cpu"
+    name = "DeepSpeedCPUAdam" if on_cpu else "FusedAdam"
+    mode = {"adamw_mode" if on_cpu else "adam_w_mode": True}
+    return from_module(f"deepspeed.ops.adam.{name}", "pip install deepspeed", **mode)(
+        params, options
+    )
+
+
+OPTIMI = from_module("optimi.AdamW", "pip install torch-optimi")
+FLASHOPTIM = from_module("flashoptim.FlashAdamW", "pip install flashoptim")
+TORCHAO = from_module("torchao.optim.AdamW8bit", "pip install torchao")
+BNB_32 = from_module("bitsandbytes.optim.AdamW32bit", "pip install bitsandbytes")
+BNB_8 = from_module("bitsandbytes.optim.AdamW8bit", "pip install bitsandbytes")
+APEX = from_module(
+    "apex.optimizers.FusedAdam", "build NVIDIA/apex from source with nvcc", adam_w_mode=True
+)
+TRANSFORMER_ENGINE = from_module(
+    "transformer_engine.pytorch.optimizers.FusedAdam",
+    "pip install transformer-engine[pytorch]",
+    adam_w_mode=True,
+)
 
 
 @functools.cache
 def peers() -> dict[str, OptimizerSpec]:
-    """Every optimizer that is not ours, by name, in the order of the tables."""
-    compile_ = OptimizerSpec(
-        "torch compile", TORCH, make_compiled, limits=same_grad_dtype, slow=True
-    )
-    pypi = "pip install"
-    others = [
-        OptimizerSpec(
-            "optimi",
-            OTHER,
-            from_module("optimi", "AdamW", f"{pypi} torch-optimi"),
-            limits=no_amsgrad,
-        ),
-        OptimizerSpec(
-            "flashoptim",
-            OTHER,
-            from_module("flashoptim", "FlashAdamW", f"{pypi} flashoptim"),
-            limits=gpu_only,
-            quantised=True,
-        ),
-        OptimizerSpec(
-            "torchao 8-bit",
-            OTHER,
-            from_module("torchao.optim", "AdamW8bit", f"{pypi} torchao"),
-            limits=no_amsgrad,
-            quantised=True,
-            slow=True,
-        ),
-        OptimizerSpec(
-            "bitsandbytes 32-bit",
-            OTHER,
-            from_module("bitsandbytes.optim", "AdamW32bit", f"{pypi} bitsandbytes"),
-            limits=gpu_only,
-        ),
-        OptimizerSpec(
-            "bitsandbytes 8-bit",
-            OTHER,
-            from_module("bitsandbytes.optim", "AdamW8bit", f"{pypi} bitsandbytes"),
-            limits=gpu_only,
-            quantised=True,
-        ),
-        OptimizerSpec(
-            "apex",
-            OTHER,
-            from_module(
-                "apex.optimizers",
-                "FusedAdam",
-                "build NVIDIA/apex from source with nvcc",
-                adam_w_mode=True,
-            ),
-            limits=gpu_only,
-        ),
-        OptimizerSpec(
-            "transformer-engine",
-            OTHER,
-            from_module(
-                "transformer_engine.pytorch.optimizers",
-                "FusedAdam",
-                f"{pypi} transformer-engine[pytorch]",
-                adam_w_mode=True,
-            ),
-            limits=gpu_only,
-        ),
-        OptimizerSpec("deepspeed", OTHER, make_deepspeed, limits=no_amsgrad, slow=True),
-    ]
+    """Every optimizer that is not ours, by its name on the command line, in the tables' order."""
     specs = [
         torch_spec(BASELINE, fused=True),
         torch_spec(TORCH_DEFAULT, scratch=3.0, foreach=True),
         torch_spec("torch single", foreach=False, fused=False),
-        compile_,
-        *others,
+        OptimizerSpec("torch compile", TORCH, make_compiled, same_grad_dtype, slow=True),
+        OptimizerSpec("optimi", OTHER, OPTIMI, no_amsgrad),
+        OptimizerSpec("flashoptim", OTHER, FLASHOPTIM, gpu_only, quantised=True),
+        OptimizerSpec("torchao 8-bit", OTHER, TORCHAO, no_amsgrad, quantised=True, slow=True),
+        OptimizerSpec("bitsandbytes 32-bit", OTHER, BNB_32, gpu_only),
+        OptimizerSpec("bitsandbytes 8-bit", OTHER, BNB_8, gpu_only, quantised=True),
+        OptimizerSpec("apex", OTHER, APEX, gpu_only),
+        OptimizerSpec("transformer-engine", OTHER, TRANSFORMER_ENGINE, gpu_only),
+        OptimizerSpec("deepspeed", OTHER, make_deepspeed, no_amsgrad, slow=True),
     ]
     return {spec.name.replace(" ", "-"): spec for spec in specs}
 
@@ -341,22 +285,18 @@ def make(spec: OptimizerSpec, params: list[Tensor], case: Case) -> Optimizer | s
         return spec.make(params, case.options)
     # Whatever another project's constructor raises is a reason, not our failure.
     except Exception as error:
-        # Ours must not fail, but for a backend that cannot run here, or a recipe that this dtype
-        # does not have.
+        expected = isinstance(error, (ImportError, RuntimeError))
+        # Ours must not fail, unless a backend cannot run here or a recipe lacks this dtype.
         if spec.family == OURS and not spec.quantised and not isinstance(error, RuntimeError):
             raise
         text = " ".join(str(error).split()) or type(error).__name__
-        return (
-            text
-            if isinstance(error, (ImportError, RuntimeError))
-            else f"{type(error).__name__}: {text}"
-        )
+        return text if expected else f"{type(error).__name__}: {text}"
 
 
 def step_of(
     spec: OptimizerSpec, optimizer: Optimizer, params: list[Tensor], options: Options
 ) -> Callable[[], object]:
-    """One whole step: with clipping wherever it happens."""
+    """One whole step, with clipping wherever it happens."""
     if options.clip is None or spec.clips:
         return optimizer.step
     max_norm = options.clip

@@ -47,8 +47,7 @@ def move(p: torch.Tensor, g: torch.Tensor, m: torch.Tensor, v: torch.Tensor) -> 
 
 
 class AccessBandwidth:
-    """`move` over four tensors, as `timing.CopyBandwidth` is a copy: another limit to hold a bandwidth
-    against.
+    """`move` over four tensors: a limit of bandwidth, as `timing.CopyBandwidth` is one.
 
     On some GPUs it is the higher one, because a device-to-device `copy_` does not reach the
     memory's bandwidth there.

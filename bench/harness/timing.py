@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 
 COPY_BYTES = 256 << 20
+Samples = dict[str, list[float]]
 # A GPU begins at boost clocks, and lowers them within a second of load: rounds before that would be
 # too fast.
 WARM_UP_SECONDS = 1.0
@@ -77,9 +78,10 @@ def interleaved(
     on_round: Callable[[float], None] = lambda share: None,
     warm_up: float = 0.0,
     on_error: Callable[[str, Exception], None] | None = None,
-) -> dict[str, list[float]]:
+    samples: Samples | None = None,
+) -> Samples:
     """Measure each in turn, A B C A B C, until the time is used up, so that a busy machine slows
-    all alike.
+    all alike. Returns seconds per round, by name.
 
     Args:
         measures: each does its work once and returns how long that took, in seconds.
@@ -88,14 +90,16 @@ def interleaved(
         warm_up: for how many seconds rounds go by whose times are not kept.
         on_error: called with the name of a measure and what it raised, which then has no samples;
             memory that only it had used is given back. By default the error goes on to the caller.
+        samples: filled as rounds end and returned, so that whole rounds outlive an interrupt.
     """
-    samples: dict[str, list[float]] = {name: [] for name in measures}
+    samples = {} if samples is None else samples
+    samples.update({name: [] for name in measures})
 
     def one_round() -> dict[str, float]:
-        found, lost = {}, []
+        seconds, lost = {}, []
         for name in samples:
             try:
-                found[name] = measures[name]()
+                seconds[name] = measures[name]()
             except Exception as error:
                 if on_error is None:
                     raise
@@ -104,7 +108,7 @@ def interleaved(
         for name in lost:
             del samples[name]
             give_back_memory()  # the error, which held on to it, is gone
-        return found
+        return seconds
 
     gc.collect()
     collecting = gc.isenabled()
@@ -128,7 +132,7 @@ def interleaved(
 
 
 class Bandwidth(Protocol):
-    """What bandwidths are held against: moves a fixed number of bytes."""
+    """A limit that bandwidths are compared with: it moves a fixed number of bytes."""
 
     def measure(self) -> float:
         """Seconds that it takes once."""
@@ -140,11 +144,10 @@ class Bandwidth(Protocol):
 
 
 class CopyBandwidth:
-    """`copy_` of one large buffer to another: the limit that every bandwidth is held against.
+    """`copy_` of one large buffer to another: the limit that every bandwidth is compared with.
 
     Bytes read plus bytes written count. A CPU also reads what it is about to overwrite
-    (write-allocate), which does
-    not count: code that updates in place can exceed this limit there.
+    (write-allocate), which does not count: code that updates in place can exceed this limit there.
     """
 
     def __init__(self, device: torch.device) -> None:

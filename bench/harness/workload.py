@@ -1,15 +1,18 @@
-"""Parameters and gradients to step on, and one optimizer over them. No time is taken here."""
+"""Parameters and gradients to step on, one optimizer over them, and the parity check that every
+optimizer passes before it is timed.
+"""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from .optimizers import Case, Optimizer, OptimizerSpec, make, step_of
+from .oracle import AdamWOptions, adam_model, tolerance
 from .timing import give_back_memory
 
 Shapes = Sequence[Sequence[int]]
@@ -18,16 +21,24 @@ Shapes = Sequence[Sequence[int]]
 def make_params(shapes: Shapes, case: Case, seed: int = 0) -> list[Tensor]:
     """Random parameters of the size of trained weights, each with a random gradient."""
     generator = torch.Generator(case.device).manual_seed(seed)
+
+    def normal(shape: Sequence[int], size: float, dtype: torch.dtype) -> Tensor:
+        values = torch.randn(*shape, generator=generator, device=case.device, dtype=torch.float32)
+        return values.mul_(size).to(dtype)
+
     params: list[Tensor] = []
     for shape in shapes:
-        values = torch.randn(*shape, generator=generator, device=case.device, dtype=torch.float32)
-        param = torch.nn.Parameter(values.mul_(0.02).to(case.dtype))
-        if case.grad_dtype != case.dtype:
-            param.grad_dtype = case.grad_dtype
-        values = torch.randn(*shape, generator=generator, device=case.device, dtype=torch.float32)
-        param.grad = values.mul_(1e-3).to(case.grad_dtype)
-        params.append(param)
+        param = torch.nn.Parameter(normal(shape, 0.02, case.dtype))
+        params.append(with_grad(param, normal(shape, 1e-3, case.grad_dtype)))
     return params
+
+
+def with_grad(param: Tensor, grad: Tensor) -> Tensor:
+    """The parameter with this gradient, which may have a dtype of its own."""
+    if grad.dtype != param.dtype:
+        param.grad_dtype = grad.dtype
+    param.grad = grad
+    return param
 
 
 def copy_params(params: Sequence[Tensor]) -> list[Tensor]:
@@ -36,10 +47,7 @@ def copy_params(params: Sequence[Tensor]) -> list[Tensor]:
     for param in params:
         assert param.grad is not None
         copy = torch.nn.Parameter(param.detach().clone())
-        if param.grad.dtype != param.dtype:
-            copy.grad_dtype = param.grad.dtype
-        copy.grad = param.grad.clone()
-        copies.append(copy)
+        copies.append(with_grad(copy, param.grad.clone()))
     return copies
 
 
@@ -58,9 +66,7 @@ class Instance:
         return sum(param.numel() for param in self.params)
 
     def state_bytes(self) -> int:
-        """Bytes of every tensor in its state that is as long as a parameter's; step counters are
-        not counted.
-        """
+        """Bytes of all tensors in its state; step counters are not counted."""
         return sum(
             tensor_bytes(value)
             for param in self.params
@@ -69,8 +75,9 @@ class Instance:
         )
 
     def moved_bytes(self, clip: bool) -> float:
-        """Bytes a perfect step moves: parameters and state read and written, gradients read, once
-        more to clip.
+        """Bytes a perfect step moves: parameters and state read and written, gradients read.
+
+        Clipping reads gradients once more, because their norm is known only after all of them.
         """
         params = sum(param.nbytes for param in self.params)
         grads = sum(param.grad.nbytes for param in self.params if param.grad is not None)
@@ -114,3 +121,93 @@ def released() -> Iterator[None]:
         yield
     finally:
         give_back_memory()
+
+
+# The parity check: a few small steps, compared with a float64 run. An optimizer that computes
+# something else is not timed.
+
+# One element, less than a vector, a matrix, more than 8-bit optimizers leave unquantised.
+PARITY_SHAPES = ((1,), (7,), (64, 33), (8192,))
+# Falling, so that AMSGrad's maximum differs from the moment itself.
+GRADIENT_SIZES = (1.0, 0.3, 0.1, 0.03, 0.01)
+# A decay and a learning rate that nobody can leave out unnoticed, whatever the dtype's digits.
+LR, WEIGHT_DECAY, BETAS = 1e-2, 20.0, (0.9, 0.95)
+EPS = 1e-3  # 1e-8 is nothing in float16: torch's own paths divide by zero there
+PARAM_SIZE = 0.05  # as far as the steps go, so that rounding is small in comparison
+# torch's paths reach 0.004 in bfloat16; a missing AMSGrad takes 0.015, another beta 0.2, no decay
+# 0.9.
+ALLOWED_RMS, ALLOWED_RMS_LOSSY = 0.01, 0.05
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How close an optimizer came to the float64 run.
+
+    error: the largest |parameter - float64 run|, of at most `allowed` (None where only the
+        direction is compared).
+    rms: the root mean square of that difference over the way the float64 run went, at most
+        `allowed_rms`.
+    """
+
+    error: float
+    allowed: float | None
+    rms: float
+    allowed_rms: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether the optimizer does what it says. False for a NaN."""
+        return self.rms <= self.allowed_rms and (self.allowed is None or self.error <= self.allowed)
+
+    @property
+    def text(self) -> str:
+        """The reason, where it did not pass."""
+        allowed = "any" if self.allowed is None else f"{self.allowed:.2g}"
+        return (
+            f"wrong: after {len(GRADIENT_SIZES)} steps {self.rms:.2g} of the way (allowed "
+            f"{self.allowed_rms:g}) and {self.error:.2g} (allowed {allowed}) from float64"
+        )
+
+
+def check_parity(spec: OptimizerSpec, case: Case) -> Parity | str:
+    """Step small parameters of the case's dtypes; or the reason why that cannot be done."""
+    options = AdamWOptions(
+        LR, BETAS, EPS, WEIGHT_DECAY, amsgrad=case.options.amsgrad, clip=case.options.clip
+    )
+    case = replace(case, options=options)
+    generator = torch.Generator().manual_seed(1)
+
+    def normal(size: float, dtype: torch.dtype) -> list[Tensor]:
+        tensors = [size * torch.randn(shape, generator=generator) for shape in PARITY_SHAPES]
+        return [tensor.to(case.device, dtype) for tensor in tensors]
+
+    params = [
+        with_grad(torch.nn.Parameter(value), torch.zeros_like(value, dtype=case.grad_dtype))
+        for value in normal(PARAM_SIZE, case.dtype)
+    ]
+    steps = [normal(size, case.grad_dtype) for size in GRADIENT_SIZES]
+    start = [param.detach().double().clone() for param in params]
+    truth = adam_model(start, steps, options)
+    instance = instantiate(spec, params, case)
+    if isinstance(instance, str):
+        return instance
+    for grads in steps:
+        for param, grad in zip(params, grads, strict=True):
+            assert param.grad is not None
+            param.grad.copy_(grad)
+        instance.step()
+    reached, goal, begin = (
+        torch.cat([tensor.detach().double().flatten() for tensor in tensors])
+        for tensors in (params, truth, start)
+    )
+    error = (reached - goal).abs().max().item()
+    rms = ((reached - goal).square().mean() / (goal - begin).square().mean()).sqrt().item()
+    # With fewer digits the sum of roundings allows more than the steps' own size: there the
+    # direction decides.
+    exact = case.dtype in (torch.float32, torch.float64) and case.grad_dtype == case.dtype
+    allowed = None
+    if exact and not spec.quantised:
+        largest = begin.abs().max().item()
+        # 4 roundings: torch's paths round after each operation.
+        allowed = tolerance(case.dtype, len(steps), options, 4, largest)["param"]
+    return Parity(error, allowed, rms, ALLOWED_RMS_LOSSY if spec.quantised else ALLOWED_RMS)

@@ -11,9 +11,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bench import cli, demo, demo_picture, demo_report
+from bench import cli, demo
+from bench.harness import gpt, plots, results, session
 from bench.harness.corpus import LIMIT_CHARACTERS, draw_batch, load_corpus, read_text
-from bench.verdict import MARGIN, judge, resolution, tolerances
+from bench.harness.oracle import MARGIN, compare_losses, loss_tolerances, resolution
 
 STEPS = 60
 REFERENCE = [2 + 2 * math.exp(-step / 20) for step in range(STEPS)]
@@ -43,7 +44,7 @@ def short_run(tmp_path_factory):
                 "1",
                 "--device",
                 "cpu",
-                "--out",
+                "--plot",
                 str(out),
                 "--json",
                 str(record),
@@ -53,21 +54,21 @@ def short_run(tmp_path_factory):
 
 
 def test_equal_losses_agree():
-    verdict = judge(REFERENCE, REFERENCE, YARDSTICK)
+    verdict = compare_losses(REFERENCE, REFERENCE, YARDSTICK)
     assert verdict.agree and verdict.ratio == 0
 
 
 def test_losses_off_by_less_than_the_yardstick_agree():
     near = [loss + 1e-6 * math.cos(step) for step, loss in enumerate(REFERENCE)]
-    assert judge(REFERENCE, near, YARDSTICK).agree
+    assert compare_losses(REFERENCE, near, YARDSTICK).agree
 
 
 def test_one_step_beyond_the_tolerance_fails_and_is_named():
-    limit = tolerances(REFERENCE, YARDSTICK)[29]
+    limit = loss_tolerances(REFERENCE, YARDSTICK)[29]
     for factor, agree in ((0.99, True), (1.01, False)):
         found = list(REFERENCE)
         found[29] += factor * limit
-        verdict = judge(REFERENCE, found, YARDSTICK)
+        verdict = compare_losses(REFERENCE, found, YARDSTICK)
         assert verdict.agree is agree
         assert verdict.step == 30 and verdict.ratio == pytest.approx(factor, rel=1e-3)
 
@@ -78,7 +79,7 @@ def test_a_drift_fails_early():
     """
     wild_end = [*YARDSTICK[:-1], YARDSTICK[-1] + 1]
     drift = [loss + 1e-6 * step for step, loss in enumerate(REFERENCE)]
-    verdict = judge(REFERENCE, drift, wild_end)
+    verdict = compare_losses(REFERENCE, drift, wild_end)
     assert not verdict.agree and verdict.step < STEPS
 
 
@@ -87,11 +88,11 @@ def test_a_drift_fails_early():
 def test_losses_that_are_not_finite_never_agree(bad, where):
     curves = [list(REFERENCE), list(REFERENCE)]
     curves[where][5] = bad
-    assert not judge(*curves, YARDSTICK).agree
+    assert not compare_losses(*curves, YARDSTICK).agree
 
 
 def test_the_tolerance_never_shrinks_below_the_losses_own_digits():
-    assert tolerances([3.0], [3.0]) == [MARGIN * 2 * 2**-22]
+    assert loss_tolerances([3.0], [3.0]) == [MARGIN * 2 * 2**-22]
     for loss in (0.7, 1.0, 2.3, 4.4):
         number = torch.tensor(loss)
         assert resolution(float(number)) == float(
@@ -102,7 +103,7 @@ def test_the_tolerance_never_shrinks_below_the_losses_own_digits():
 @pytest.mark.parametrize("lengths", [(0, 0, 0), (2, 1, 2), (2, 2, 3)])
 def test_curves_of_other_lengths_are_refused(lengths):
     with pytest.raises(ValueError, match=f"{lengths[0]}, {lengths[1]} and {lengths[2]} losses"):
-        judge(*([1.0] * length for length in lengths))
+        compare_losses(*([1.0] * length for length in lengths))
 
 
 def test_the_text_is_long_and_always_the_same():
@@ -167,7 +168,7 @@ def test_the_demo_leaves_torch_as_it_was():
         )
 
     before = settings()
-    with demo.determinism():
+    with gpt.determinism():
         torch.manual_seed(5)
         assert torch.are_deterministic_algorithms_enabled()
     assert settings() == before
@@ -178,7 +179,7 @@ def test_one_changed_bit_is_found(short_run):
     fused, flat = outcome.runs[demo.FUSED], outcome.runs[demo.FLAT]
     assert demo.same_bits(fused, flat)
     assert not demo.same_bits(fused, outcome.runs[demo.TORCH])
-    for tensor in (flat.model.blocks[0].norm1.bias, demo.state_tensors(flat.optimizer)[-2]):
+    for tensor in (flat.model.blocks[0].norm1.bias, gpt.state_tensors(flat.optimizer)[-2]):
         with torch.no_grad():
             before = tensor.clone()
             tensor.view(-1)[0] = torch.nextafter(tensor.view(-1)[0], torch.tensor(math.inf))
@@ -196,21 +197,20 @@ def test_a_wrong_optimizer_fails_the_demo(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(demo, "FusedAdamW", OffByOneInAThousand)
     assert (
-        cli.main(["demo", "--steps", "3", "--device", "cpu", "--out", str(tmp_path / "wrong.png")])
+        cli.main(["demo", "--steps", "3", "--device", "cpu", "--plot", str(tmp_path / "wrong.png")])
         == 1
     )
     printed = capsys.readouterr().out
     assert "DOES NOT AGREE" in printed and "DIFFER IN BITS" in printed
 
 
-def test_without_rich_the_table_is_plain(short_run, monkeypatch, capsys):
-    outcome = short_run[3]
+def test_without_rich_progress_and_table_are_plain(short_run, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "rich", None)
-    with demo_report.progress(3) as on_step:
-        on_step(list(outcome.runs.values()))
-    demo_report.print_table(outcome)
+    monkeypatch.setattr(demo, "train", lambda *args: args[-1]("step 3/3", 1.0) or short_run[3])
+    monkeypatch.setattr(session, "draw", lambda *args: None)
+    assert cli.main(["demo", "--steps", "3", "--device", "cpu"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("step 3/3") and lines[2].startswith("run ")
+    assert lines[0] == "demo: step 3/3" and lines[2].startswith("run ")
     assert [line.split("  ")[0] for line in lines[3:6]] == [demo.TORCH, demo.FUSED, demo.FLAT]
 
 
@@ -218,25 +218,33 @@ def test_without_matplotlib_the_demo_says_so(short_run, tmp_path, monkeypatch, c
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setattr(demo, "train", lambda *args: short_run[3])
     out = tmp_path / "none.png"
-    assert cli.main(["demo", "--out", str(out)]) == 0
+    assert cli.main(["demo", "--plot", str(out)]) == 0
     assert "because matplotlib is not installed" in capsys.readouterr().out and not out.exists()
 
 
 @pytest.mark.parametrize("end", [9.0, math.nan], ids=["drift", "nan"])
 def test_the_picture_shows_failures_too(end, short_run, tmp_path):
+    """So do the record and the table, which tell what a loss that is not finite is."""
     runs = dict(short_run[3].runs)
     runs[demo.FUSED] = replace(runs[demo.FUSED], losses=[*runs[demo.FUSED].losses[:2], end])
-    verdict = judge(*(runs[name].losses for name in (demo.TORCH, demo.FUSED, demo.YARDSTICK)))
-    assert not verdict.agree and verdict.step == 3
-    out = tmp_path / "failed.png"
-    demo_picture.draw(replace(short_run[3], runs=runs, verdict=verdict, same_bits=False), out)
+    losses = (runs[name].losses for name in (demo.TORCH, demo.FUSED, demo.YARDSTICK))
+    comparison = compare_losses(*losses)
+    assert not comparison.agree and comparison.step == 3
+    outcome = replace(short_run[3], runs=runs, comparison=comparison, same_bits=False)
+    recorder = results.Recorder("demo", {}, torch.device("cpu"), [demo.result(outcome)])
+    out, path = tmp_path / "failed.png", tmp_path / "failed.json"
+    results.write(recorder.record(), path)
+    plots.draw([results.read(path)], out)
     assert out.stat().st_size > 10_000
+    [table] = demo.tables(results.read(path))
+    assert ("not finite" in table.rows[1][1]) == math.isnan(end)
+    assert "DOES NOT AGREE" in table.notes[1]
 
 
 def test_smoothing_keeps_length_ends_and_straight_lines():
-    assert demo_picture.smooth([1.0], 15) == [1.0]
+    assert plots.smooth([1.0], 15) == [1.0]
     line = [float(i) for i in range(40)]
-    assert demo_picture.smooth(line, 15)[:33] == pytest.approx(line[:33])
+    assert plots.smooth(line, 15)[:33] == pytest.approx(line[:33])
 
 
 @pytest.mark.parametrize(
@@ -246,10 +254,13 @@ def test_smoothing_keeps_length_ends_and_straight_lines():
         (["--steps", "many"], "argument --steps: 'many' is not a whole number from 1 to 1000000"),
         (["--seed", "-1"], "argument --seed"),
         (["--device", "gpu"], "argument --device: 'gpu' is not known; allowed: auto, cpu, cuda"),
-        (["--out", "demo.jpg"], "argument --out: 'demo.jpg' is not a file name that ends in .png"),
         (
-            ["--out", "no/such/demo.png"],
-            "argument --out: 'no/such/demo.png' cannot be written: the folder 'no/such'",
+            ["--plot", "demo.jpg"],
+            "argument --plot: 'demo.jpg' is not a file name that ends in .png",
+        ),
+        (
+            ["--plot", "no/such/demo.png"],
+            "argument --plot: 'no/such/demo.png' cannot be written: the folder 'no/such'",
         ),
         (
             ["--json", "record.txt"],
@@ -257,7 +268,7 @@ def test_smoothing_keeps_length_ends_and_straight_lines():
         ),
         (
             ["--step", "3"],
-            "'--step' is not known; allowed: -h, --help, --precision, --steps, --seeds, --seed, --device, --out,",
+            "'--step' is not known; allowed: -h, --help, --device, --json, --plot, --steps, --seed",
         ),
     ],
     ids=" ".join,

@@ -10,7 +10,7 @@ from typing import ClassVar
 import pytest
 import torch
 
-from bench import step, suite, tables
+from bench import step, suite
 from bench.harness import optimizers, results, shapes, timing
 from bench.harness.optimizers import Case
 from bench.step import COPY, MOVE, Job
@@ -183,7 +183,7 @@ def test_the_ceiling_is_the_faster_of_copy_and_accesses(copy, move, ceiling, rec
     assert found["ceiling_gb_per_s"]["median"] == ceiling
     assert found["share_of_ceiling"]["median"] == pytest.approx(60 / ceiling)
     recorder.results.append(found)
-    [table] = tables.step_tables(recorder.record())
+    [table] = step.tables(recorder.record())
     assert table.columns[3] == ("of ceiling" if move else "of copy")
     assert table.rows[0][3] == f"{60 / ceiling:.0%}"
     assert ("update's accesses alone: 120" in table.notes[0]) == bool(move)

@@ -8,25 +8,22 @@ import math
 import pathlib
 import re
 
-import oracle
 import pytest
-import test_hash
 import torch
 
-from bench import promise, step, suite, tables
+from bench import cli, step, suite, verify
 from bench.harness import (
     console,
     launches,
     machine,
     optimizers,
-    parity,
+    oracle,
     results,
     timing,
     workload,
 )
-from bench.harness import oracle as formula
 from bench.harness.optimizers import Case
-from bench.harness.oracle import Options
+from bench.harness.oracle import AdamWOptions as Options
 from bench.harness.shapes import numel, read_hf_config, shapes_of
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -112,22 +109,28 @@ def test_a_qwen_config_counts_biases_and_ties(tmp_path):
 
 
 @pytest.mark.parametrize("amsgrad", [False, True])
-def test_the_formula_is_the_oracles(amsgrad):
+def test_the_oracle_is_torchs_formula(amsgrad):
+    """In float64, with coupled and decoupled decay, forwards and backwards."""
     start = torch.randn(50, dtype=torch.float64)
     grads = [torch.randn(50, dtype=torch.float64) * 0.1**t for t in range(6)]
-    [ours] = formula.adamw(
-        [start], [[g] for g in grads], Options(lr=0.1, weight_decay=0.1, amsgrad=amsgrad)
-    )
-    theirs = oracle.adam(
-        start, grads, oracle.Options(lr=0.1, weight_decay=0.1, decoupled=True, amsgrad=amsgrad)
-    )
-    torch.testing.assert_close(ours, theirs["param"], rtol=1e-14, atol=0)
+    for decoupled, maximize in ((False, True), (True, False)):
+        options = oracle.Options(0.1, (0.8, 0.99), 1e-8, 0.1, decoupled, amsgrad, maximize)
+        param = torch.nn.Parameter(start.clone())
+        optimizer = torch.optim.Adam([param], foreach=False, **options.arguments())
+        for grad in grads:
+            param.grad = grad.clone()
+            optimizer.step()
+        truth = oracle.adam(start, grads, options)
+        torch.testing.assert_close(param.detach(), truth["param"], rtol=1e-12, atol=1e-14)
+        for name, value in optimizer.state[param].items():
+            if name != "step":
+                torch.testing.assert_close(value, truth[name], rtol=1e-12, atol=1e-30)
 
 
 def test_the_formula_clips_as_torch_does():
     params = [torch.nn.Parameter(torch.randn(20, dtype=torch.float64)) for _ in range(2)]
     grads = [torch.randn(20, dtype=torch.float64) for _ in params]
-    truth = formula.adamw(params, [grads], Options(lr=0.1, clip=0.5, eps=1.0))
+    truth = oracle.adam_model(params, [grads], Options(lr=0.1, clip=0.5, eps=1.0))
     for param, grad in zip(params, grads, strict=True):
         param.grad = grad.clone()
     torch.nn.utils.clip_grad_norm_(params, 0.5)
@@ -168,7 +171,7 @@ RIGHT = ["torch-fused", "torch-foreach", "torch-single"]
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("fault", WRONG)
 def test_the_gate_stops_a_wrong_optimizer(fault, dtype):
-    verdict = parity.judge(WRONG[fault], Case(CPU, dtype, dtype))
+    verdict = workload.check_parity(WRONG[fault], Case(CPU, dtype, dtype))
     assert not verdict.passed and "wrong: after 5 steps" in verdict.text
 
 
@@ -180,21 +183,21 @@ def test_the_gate_lets_right_ones_pass(dtype, amsgrad):
         optimizers.ours("reference", flatten=True),
         *(optimizers.peers()[name] for name in RIGHT),
     ):
-        assert parity.judge(spec, case).passed, spec.name
+        assert workload.check_parity(spec, case).passed, spec.name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_the_gate_sees_a_missing_maximum_and_a_missing_clip(dtype):
-    assert not parity.judge(
+    assert not workload.check_parity(
         wrong(amsgrad=lambda _: False), Case(CPU, dtype, dtype, Options(amsgrad=True))
     ).passed
     unclipped = optimizers.OptimizerSpec(
         "wrong", optimizers.OTHER, optimizers.peers()["torch-fused"].make, clips=True
     )
     case = Case(CPU, dtype, dtype, Options(clip=0.01))
-    assert not parity.judge(unclipped, case).passed
-    assert parity.judge(optimizers.ours("reference", False), case).passed
-    assert parity.judge(optimizers.peers()["torch-fused"], case).passed
+    assert not workload.check_parity(unclipped, case).passed
+    assert workload.check_parity(optimizers.ours("reference", False), case).passed
+    assert workload.check_parity(optimizers.peers()["torch-fused"], case).passed
 
 
 def test_statistics_and_ratios():
@@ -291,13 +294,23 @@ def test_the_sweep_changes_launch_sizes_and_the_ceiling_is_measured():
     assert suite.measure_ceiling(CPU, 16384, seconds=0.01)["gb_per_s"]["median"] > 0
 
 
-def test_the_hash_is_the_tested_one():
-    assert promise.HASHES == {
-        test_hash.STEPS: test_hash.HASH,
-        test_hash.SHORT_STEPS: test_hash.SHORT_HASH,
-    }
-    assert promise.digest(test_hash.SHORT_STEPS, CPU, "reference", True) == test_hash.SHORT_HASH
-    assert promise.digest(test_hash.SHORT_STEPS - 1, CPU, "reference", True) != test_hash.SHORT_HASH
+def test_the_hash_is_of_every_step():
+    few = verify.SHORT_STEPS
+    assert verify.trained_digest(few, CPU, "reference", True) == verify.SHORT_HASH
+    assert verify.trained_digest(few - 1, CPU, "reference", True) != verify.SHORT_HASH
+
+
+def test_the_hash_stands_in_one_file_of_the_code():
+    files = [
+        path for part in ("bench", "fused_adam", "tests") for path in (ROOT / part).rglob("*.py")
+    ]
+    for hashed in verify.HASHES.values():
+        assert [path.name for path in files if hashed in path.read_text()] == ["verify.py"]
+
+
+def test_the_command_line_names_every_optimizer():
+    """It lists them without importing torch."""
+    assert tuple(optimizers.peers()) == cli.PEERS
 
 
 def test_the_extra_installs_what_the_registry_says():
@@ -317,14 +330,14 @@ def test_the_extra_installs_what_the_registry_says():
 
 
 def test_ours_are_named_by_what_they_do():
-    names = [spec.name for spec in optimizers.all_of_ours(CPU, None, None)]
+    names = [spec.name for spec in optimizers.variants(CPU, None, None)]
     assert names == [
         "FusedAdamW",
         "FusedAdamW flatten",
         "FusedAdamW compiled",
         "FusedAdamW compiled flatten",
     ]
-    assert [spec.name for spec in optimizers.all_of_ours(CPU, "triton", True)] == [
+    assert [spec.name for spec in optimizers.variants(CPU, "triton", True)] == [
         "FusedAdamW triton flatten"
     ]
 
@@ -342,23 +355,60 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_rich_and_plain_tables_hold_the_same_cells():
-    table = console.Table(
-        "title", ["optimizer", "ms"], [["ours", "1.00 ±2%"], ["theirs", "12.0"]], ["a note"]
-    )
-    terminal, pipe = Terminal(), io.StringIO()
-    console.Screen(terminal).table(table)
-    console.Screen(pipe).table(table)
-    assert pipe.getvalue().splitlines() == [
+TABLE = console.Table(
+    "title",
+    ["optimizer", "ms per step", "state B/param."],
+    [["ours", "1.00 ±2%", "3.125"], ["theirs", "12.0", "8.000"]],
+    ["a note"],
+)
+
+
+def printed(table, file):
+    console.Screen(file).table(table)
+    return file.getvalue().splitlines()
+
+
+def test_a_table_is_plain_text_in_aligned_columns():
+    lines = [
         "title",
-        "optimizer        ms",
-        "ours       1.00 ±2%",
-        "theirs         12.0",
+        "optimizer  ms per step  state B/param.",
+        "ours          1.00 ±2%           3.125",
+        "theirs            12.0           8.000",
         "a note",
     ]
-    for text in ("title", "optimizer", "ours", "1.00 ±2%", "theirs", "12.0", "a note"):
-        assert text in terminal.getvalue()
-    assert "─" in terminal.getvalue() and "─" not in pipe.getvalue()
+    assert printed(TABLE, io.StringIO()) == printed(TABLE, Terminal()) == lines
+
+
+@pytest.mark.parametrize("width", [10, 19, 26, 29, 30, 37, 38, 60])
+def test_no_terminal_is_too_narrow_for_a_number(width, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(width))
+    lines = printed(TABLE, Terminal())
+    for row in TABLE.rows:
+        assert all(any(cell in line for line in lines) for cell in row)
+    assert width < 19 or max(map(len, lines)) <= width  # the longest row name and one number
+
+
+def test_column_names_break_into_words_and_then_columns_into_blocks(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "30")
+    words = ["             ms per     state", "optimizer      step  B/param."]
+    assert printed(TABLE, Terminal())[1:] == [
+        *words,
+        "ours       1.00 ±2%     3.125",
+        "theirs         12.0     8.000",
+        "a note",
+    ]
+    monkeypatch.setenv("COLUMNS", "20")
+    assert [line[:9].strip() for line in printed(TABLE, Terminal())[1:-1]] == [
+        *("", "optimizer", "ours", "theirs"),
+        *("", "optimizer", "ours", "theirs"),
+    ]
+
+
+def test_titles_and_notes_are_wrapped_between_words(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "24")
+    words = "one two three four five six seven eight"
+    lines = printed(console.Table(words, ["optimizer"], [["ours"]], [words]), Terminal())
+    assert lines == ["one two three four five", "six seven eight", "optimizer", "ours", *lines[:2]]
 
 
 def test_progress_on_a_terminal_and_in_a_log():
@@ -376,7 +426,7 @@ def test_progress_on_a_terminal_and_in_a_log():
     [(0, "0"), (0.1234, "0.123"), (1.234, "1.23"), (12.34, "12.3"), (1234.5, "1,234")],
 )
 def test_three_digits(number, text):
-    assert tables.three_digits(number) == text
+    assert console.three_digits(number) == text
 
 
 @pytest.mark.parametrize(

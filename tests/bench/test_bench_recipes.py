@@ -1,4 +1,4 @@
-"""`demo --precision`: its training, its verdict, its table and picture. Training here is three
+"""`convergence`: its training, its verdict, its table and picture. Training here is three
 steps long.
 """
 
@@ -9,7 +9,8 @@ import math
 import pytest
 import torch
 
-from bench import cli, convergence, recipes_command, recipes_picture, tables
+from bench import cli, convergence
+from bench.harness import plots, session
 from bench.harness.results import read
 
 NAMES = ["split32-bf16", "native-int8"]
@@ -29,19 +30,25 @@ def short_run(tmp_path_factory):
         "4",
         "--device",
         "cpu",
-        "--out",
+        "--plot",
         str(out),
         "--json",
         str(path),
     ]
-    code = cli.main(["demo", "--precision", ",".join(NAMES), *arguments])
+    code = cli.main(["convergence", "--precision", ",".join(NAMES), *arguments])
     return code, read(path), out
 
 
 def test_the_record_holds_what_was_trained(short_run):
     code, record, out = short_run
-    assert (record["schema"], record["command"]) == ("fused-adam-bench/1", "recipes")
-    assert record["arguments"] == {"precision": NAMES, "steps": 3, "seed": 4, "seeds": 2}
+    assert (record["schema"], record["command"]) == ("fused-adam-bench/1", "convergence")
+    assert record["arguments"] == {
+        "precision": NAMES,
+        "steps": 3,
+        "quick": False,
+        "seed": 4,
+        "seeds": 2,
+    }
     results = {result["name"]: result for result in record["results"]}
     assert list(results) == [convergence.FP32, convergence.BF16, *NAMES]
     assert [result["weights"] for result in results.values()] == [
@@ -122,7 +129,7 @@ def losses(**validation):
 )
 def test_the_limit_is_what_lies_between_seeds(validation, passed):
     results = losses(ours=validation)
-    convergence.judge(results)
+    convergence.add_verdicts(results)
     assert [result["passed"] for result in results] == [None, None, passed]
     assert results[2]["limit"] == pytest.approx(0.1)
     assert [result["within_limit"] for result in results] == [True, False, passed]
@@ -131,7 +138,7 @@ def test_the_limit_is_what_lies_between_seeds(validation, passed):
 def test_a_recipe_that_is_worse_than_plain_bf16_fails():
     results = losses(ours=[2.03, 2.1])
     results[1]["validation_losses"] = [2.02, 2.1]
-    convergence.judge(results)
+    convergence.add_verdicts(results)
     assert results[2]["within_limit"] and not results[2]["passed"]
 
 
@@ -144,11 +151,13 @@ def test_a_recipe_that_fails_is_shown_and_fails_the_command(
     results[1]["validation_losses"] = results[0]["validation_losses"]
     results[2]["validation_losses"] = [9.0, math.nan]
     results[3]["validation_losses"] = [9.0, 9.0]
-    convergence.judge(results)
+    convergence.add_verdicts(results)
     monkeypatch.setattr(convergence, "train", lambda *args: results)
     path, out = tmp_path / "failed.json", tmp_path / "failed.png"
     assert (
-        cli.main(["demo", "--precision", "split32-bf16", "--out", str(out), "--json", str(path)])
+        cli.main(
+            ["convergence", "--precision", "split32-bf16", "--plot", str(out), "--json", str(path)]
+        )
         == 1
     )
     printed = capsys.readouterr().out
@@ -165,14 +174,14 @@ def test_all_means_the_recommended_ones(monkeypatch):
     asked = []
     monkeypatch.setattr(convergence, "train", lambda *args: asked.append(args[:3]) or 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        cli.main(["demo", "--precision", "sr-bf16,all", "--device", "cpu"])
+        cli.main(["convergence", "--precision", "sr-bf16,all", "--device", "cpu"])
     names, steps, seeds = asked[0]
     assert sorted(names) == sorted(convergence.RECOMMENDED) and names[0] == "sr-bf16"
-    assert (steps, list(seeds)) == (recipes_command.STEPS, [0, 1, 2]) == (1000, [0, 1, 2])
+    assert (steps, list(seeds)) == (convergence.STEPS, [0, 1, 2]) == (1000, [0, 1, 2])
 
 
 def test_report_shows_the_table_of_a_record(short_run):
-    [table] = tables.tables_of(short_run[1])
+    [table] = convergence.tables(short_run[1])
     assert [row[0] for row in table.rows] == [convergence.FP32, convergence.BF16, *NAMES]
     assert [row[2] for row in table.rows] == ["8.000", "4.000", "6.000", "2.125"]
     losses = short_run[1]["results"][2]["validation_losses"]
@@ -182,9 +191,9 @@ def test_report_shows_the_table_of_a_record(short_run):
 
 def test_without_matplotlib_there_is_no_picture(short_run, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(convergence, "train", lambda *args: short_run[1]["results"])
-    monkeypatch.setattr(recipes_command.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(recipes_picture, "draw", None)
-    cli.main(["demo", "--precision", "sr-bf16", "--out", str(tmp_path / "none.png")])
+    monkeypatch.setattr(session.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(plots, "draw", None)
+    cli.main(["convergence", "--precision", "sr-bf16", "--plot", str(tmp_path / "none.png")])
     assert "because matplotlib is not installed" in capsys.readouterr().out
 
 
@@ -203,11 +212,6 @@ def test_without_matplotlib_there_is_no_picture(short_run, tmp_path, monkeypatch
 )
 def test_bad_arguments_are_named_with_what_is_allowed(arguments, said, capsys):
     with pytest.raises(SystemExit) as stop:
-        cli.main(["demo", *arguments])
+        cli.main(["convergence", *arguments])
     assert stop.value.code == 2
     assert said in capsys.readouterr().err
-
-
-def test_seeds_need_recipes(capsys):
-    assert cli.main(["demo", "--seeds", "3"]) == 2
-    assert "--seeds 3 goes with --precision alone" in capsys.readouterr().err

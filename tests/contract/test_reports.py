@@ -11,13 +11,13 @@ from collections.abc import Callable
 from itertools import product
 from typing import NamedTuple
 
-import oracle
 import pytest
 import torch
 from torch import nn
 from training import MOMENTS, set_grad, values
 
 import fused_adam
+from bench.harness import oracle
 
 FP32, BF16 = torch.float32, torch.bfloat16
 SHAPES = [(5,), (3, 4), (40,), (7,)]

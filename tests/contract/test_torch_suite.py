@@ -9,7 +9,6 @@ import copy
 import io
 import pickle
 
-import oracle
 import pytest
 import torch
 from torch import nn
@@ -24,6 +23,7 @@ from torch.testing._internal.common_optimizers import (
 )
 from training import gradient, parameters, results, same_bits, train, values
 
+from bench.harness import oracle
 from fused_adam import FusedAdam, FusedAdamW
 
 FP32 = torch.float32

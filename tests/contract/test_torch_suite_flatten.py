@@ -8,12 +8,12 @@ agree on which parameters were stepped, how often, and on all values.
 import copy
 import pickle
 
-import oracle
 import pytest
 import torch
 from torch import nn
 from training import gradient, parameters, results, set_grad, values
 
+from bench.harness import oracle
 from fused_adam import FusedAdam, FusedAdamW
 
 FP32 = torch.float32

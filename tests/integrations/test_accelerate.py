@@ -9,7 +9,6 @@ import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState
 from accelerate.utils import DataLoaderConfiguration, DistributedType, set_seed
-from oracle import Options, tolerance
 from ranks import run_ranks
 from shards import whole_results
 from test_ddp import STEPS, alone, loss_of, network
@@ -18,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from training import results, same_bits
 
+from bench.harness.oracle import Options, tolerance
 from fused_adam import FusedAdamW
 
 LR, CLIP, PARTS, EPOCH = 1e-2, 0.05, 2, 12  # micro-batches per step, and in an epoch

@@ -6,12 +6,12 @@ import contextlib
 
 import pytest
 import torch
-from oracle import Options, tolerance
 from ranks import run_ranks
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from training import results, same_bits, set_grad
 
+from bench.harness.oracle import Options, tolerance
 from fused_adam import FusedAdamW, step_in_backward
 
 WORLD, STEPS, LR = 2, 4, 1e-2

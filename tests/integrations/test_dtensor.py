@@ -7,8 +7,8 @@ import pickle
 import types
 import weakref
 
+import hashes
 import pytest
-import test_hash
 import torch
 from ranks import run_ranks
 from shards import cut, whole, whole_results
@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from training import gradient, results, same_bits, values
 
+from bench import verify
 from fused_adam import FusedAdamW
 from fused_adam.state import offload
 
@@ -123,21 +124,21 @@ def test_8_bit_states_have_them_where_one_process_holds_all():
 
 
 def hashed(rank, world, steps, arguments):
-    """tests/numerics/test_hash.py over parameters that are cut."""
+    """The training of bench/verify.py over parameters that are cut."""
     only = arguments.pop("only", None)
     mesh = init_device_mesh("cpu", (world,))
-    plain = test_hash.start("cpu", only)
+    plain = verify.start("cpu", only)
     params = {
         name: torch.nn.Parameter(cut(param.detach(), mesh, (Shard(0),)))
         for name, param in plain.items()
     }
-    optimizer = test_hash.optimizer_of(params, **arguments)
+    optimizer = hashes.optimizer_of(params, **arguments)
     for step in range(steps):
         for group in optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])
             group["lr"] = group["initial_lr"] * (1 - step / 2000)
         for seed, param in enumerate(params.values()):
-            wave = test_hash.noise(param.numel(), 100 + seed + 1000 * step).float()
+            wave = verify.noise(param.numel(), 100 + seed + 1000 * step).float()
             grad = (0.5 * whole(param).float() + wave).to(param.dtype)
             param.grad = cut(grad, mesh, (Shard(0),))
         optimizer.step()
@@ -147,17 +148,17 @@ def hashed(rank, world, steps, arguments):
         read[name]: {key: whole(x) for key, x in optimizer.state[params[name]].items()}
         for name in params
     }
-    return test_hash.digest(read, types.SimpleNamespace(state=state))
+    return verify.digest(read, types.SimpleNamespace(state=state))
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
 @pytest.mark.parametrize("precision", [None, "split32", "sr-bf16", "native-bf16"])
 def test_the_hash_does_not_depend_on_the_world_size(precision, world):
     if precision is None:
-        steps, arguments, expected = test_hash.SHORT_STEPS, {}, test_hash.SHORT_HASH
+        steps, arguments, expected = verify.SHORT_STEPS, {}, verify.SHORT_HASH
     else:
-        steps, arguments = test_hash.RECIPE_STEPS, test_hash.of_recipe(precision)
-        expected = test_hash.RECIPE_HASHES[precision]
+        steps, arguments = hashes.RECIPE_STEPS, hashes.of_recipe(precision)
+        expected = hashes.RECIPE_HASHES[precision]
     assert run_ranks(world, hashed, world, steps, arguments) == [expected] * world
 
 

@@ -7,12 +7,12 @@ import signal
 
 import pytest
 import torch
-from oracle import Options, tolerance
 from ranks import context
 from tiny import gpt2, llama, sequences
 from training import results, same_bits
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from bench.harness.oracle import Options, tolerance
 from fused_adam import FusedAdamW
 
 STEPS, SAVED, LR = 6, 3, 1e-2

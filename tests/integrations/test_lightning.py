@@ -8,10 +8,10 @@ import torch
 from lightning.fabric import Fabric
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
-from oracle import Options, tolerance
 from torch import nn
 from training import results, same_bits
 
+from bench.harness.oracle import Options, tolerance
 from fused_adam import FusedAdamW, step_in_backward
 
 LR, CLIP, PARTS, BATCHES = 1e-2, 0.05, 2, 8  # micro-batches per step, and in an epoch

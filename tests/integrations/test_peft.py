@@ -4,11 +4,11 @@ merged.
 
 import pytest
 import torch
-from oracle import Options, tolerance
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import llama, loss_of
 from training import results, same_bits
 
+from bench.harness.oracle import Options, tolerance
 from fused_adam import FusedAdamW
 
 STEPS, LR = 4, 1e-2

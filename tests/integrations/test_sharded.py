@@ -6,7 +6,6 @@ import copy
 
 import pytest
 import torch
-from oracle import Options, tolerance
 from ranks import run_ranks
 from test_ddp import LR, STEPS, WORLD, alone, loss_of, network
 from torch.distributed.fsdp import FullyShardedDataParallel, StateDictType
@@ -14,6 +13,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 from training import results, same_bits
 
+from bench.harness.oracle import Options, tolerance
 from fused_adam import FusedAdamW
 
 

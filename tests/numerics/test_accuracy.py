@@ -2,12 +2,12 @@
 
 import math
 
-import oracle
 import pytest
 import torch
-from oracle import Options
 from training import values
 
+from bench.harness import oracle
+from bench.harness.oracle import Options
 from fused_adam import FusedAdam
 
 NUMEL, STEPS = 20_000, 100

@@ -3,12 +3,12 @@
 import functools
 import itertools
 
-import oracle
 import pytest
 import torch
-from oracle import Options
 from training import MOMENTS, SHAPES, gradient, parameters, results, same_bits, train
 
+from bench.harness import oracle
+from bench.harness.oracle import Options
 from fused_adam import FusedAdam, FusedAdamW
 
 STEPS = 4

@@ -4,7 +4,6 @@
 
 import copy
 
-import oracle
 import pytest
 import torch
 
@@ -12,9 +11,10 @@ pytest.importorskip("hypothesis")  # a machine with a GPU may lack it
 
 import hypothesis.strategies as st
 from hypothesis import HealthCheck, given, settings
-from oracle import Options
 from training import MOMENTS, values
 
+from bench.harness import oracle
+from bench.harness.oracle import Options
 from fused_adam import FusedAdam
 
 DTYPES = st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.complex64])
