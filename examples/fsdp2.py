@@ -1,5 +1,4 @@
-"""Train with FSDP2 in two processes, save, load again, go on: `torchrun --nproc-per-node 2
-examples/fsdp2.py [folder]`.
+"""Train with FSDP2, save, load, continue: `torchrun --nproc-per-node 2 examples/fsdp2.py [folder]`.
 
 Runs on CPUs over gloo and on GPUs over NCCL, with any number of processes.
 """
@@ -45,9 +44,8 @@ def train(model, optimizer, first, last):
         loss.backward()
         optimizer.step()  # one norm over all shards, one update of this rank's
         if rank == 0 and step % 5 == 4:
-            print(
-                f"step {step + 1}: loss {loss.item():.4f}, gradient norm {optimizer.grad_norm.item():.4f}"
-            )
+            norm = optimizer.grad_norm.item()
+            print(f"step {step + 1}: loss {loss.item():.4f}, gradient norm {norm:.4f}")
 
 
 def main(folder):

@@ -2,9 +2,10 @@
 triton.
 """
 
+from .adamw import FusedAdamW
 from .groups import param_groups
 from .in_backward import step_in_backward
-from .optimizer import FusedAdam, FusedAdamW
+from .optimizer import FusedAdam
 from .version import __version__
 
 __all__ = ["FusedAdam", "FusedAdamW", "__version__", "param_groups", "step_in_backward"]

@@ -1,5 +1,6 @@
-"""The optimizer's own arguments: what each may be, and which go together. What torch's may be,
-torch checks.
+"""Checks of the optimizer's own arguments: what each may be, and which can be combined.
+
+torch checks the arguments that torch.optim.Adam has, too.
 """
 
 from __future__ import annotations
@@ -8,43 +9,49 @@ import contextlib
 import copy
 import math
 import pickle
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from . import distributed
 from .numerics.scalars import as_number, is_number
+from .precision import as_seed, parse
 
 GRAD_ATTRIBUTES = ("grad", "main_grad", "decoupled_grad")
 
 
+def refuse(name: str, value: object, other: str, reason: str) -> NoReturn:
+    """Raise ValueError: "<name>=<value> cannot be combined with <other>, because <reason>"."""
+    raise ValueError(f"{name}={value!r} cannot be combined with {other}, because {reason}")
+
+
 def as_flag(name: str, value: Any) -> bool:
-    """The value of a boolean argument as a Python bool. Raises TypeError unless it is True or
-    False.
+    """Return a boolean argument as a Python bool.
+
+    Raises TypeError unless it is True or False, of Python or numpy.
     """
-    # numpy's are known by what they have: numpy is not imported for that.
-    numpys = getattr(getattr(value, "dtype", None), "kind", "") == "b" and value.shape == ()
-    if not (isinstance(value, bool) or numpys):
+    # numpy is not imported for the question: its arrays are known by their attributes.
+    is_numpy = getattr(getattr(value, "dtype", None), "kind", "") == "b" and value.shape == ()
+    if not (isinstance(value, bool) or is_numpy):
         raise TypeError(f"{name}={value!r} must be True or False")
     return bool(value)
 
 
 def as_max_grad_norm(value: Any) -> float | None:
-    """The largest norm as a Python float, or None. Raises ValueError unless it is above 0.
+    """Return the largest norm as a Python float, or None.
 
-    inf is allowed: as in `torch.nn.utils.clip_grad_norm_` the norm is measured, and finite
-    gradients stay what they are.
+    inf is allowed: as in `torch.nn.utils.clip_grad_norm_`, the norm is measured and finite
+    gradients are left alone. Raises ValueError unless it is above 0.
     """
     if value is None:
         return None
     number = math.nan
-    # A bool is a number for Python, whoever made it, but no norm.
-    if (
-        is_number(value)
-        and not isinstance(value, bool)
-        and "bool" not in str(getattr(value, "dtype", ""))
-    ):
+    # Python's bools, numpy's and torch's are numbers, but no norm.
+    is_bool = isinstance(value, bool) or "bool" in str(getattr(value, "dtype", ""))
+    if is_number(value) and not is_bool:
         with contextlib.suppress(OverflowError):  # an int beyond what a float holds
             number = as_number(value)
     if not number > 0:
@@ -54,60 +61,112 @@ def as_max_grad_norm(value: Any) -> float | None:
     return number
 
 
-def check_flatten(flatten: bool, differentiable: bool) -> None:
-    """Raise ValueError unless parameters may be moved into flat buffers, or are not to be."""
-    if flatten and differentiable:
-        raise ValueError(
-            "flatten=True cannot be combined with differentiable=True, because flat gradients are overwritten in place"
-        )
+def check_combinations(
+    flatten: bool,
+    max_grad_norm: float | None,
+    skip_nonfinite: bool,
+    grad_attribute: object,
+    differentiable: bool,
+) -> None:
+    """Raise ValueError if these arguments of one optimizer cannot be combined."""
+    if grad_attribute not in GRAD_ATTRIBUTES:
+        allowed = ", ".join(map(repr, GRAD_ATTRIBUTES))
+        raise ValueError(f"grad_attribute={grad_attribute!r} is not known; allowed: {allowed}")
+    if grad_attribute != "grad":
+        for other, value in (("flatten", flatten), ("differentiable", differentiable)):
+            if value:
+                refuse("grad_attribute", grad_attribute, f"{other}=True", "that reads `grad`")
+    if differentiable and flatten:
+        reason = "flat gradients are overwritten in place"
+        refuse("flatten", flatten, "differentiable=True", reason)
+    if differentiable and max_grad_norm is not None:
+        refuse("max_grad_norm", max_grad_norm, "differentiable=True", "that step is torch's")
+    if differentiable and skip_nonfinite:
+        refuse("skip_nonfinite", skip_nonfinite, "differentiable=True", "that step is torch's")
 
 
-def check_guards(max_grad_norm: float | None, skip_nonfinite: bool, differentiable: bool) -> None:
-    """Raise ValueError unless this step may look at all gradients, or is not to."""
-    if differentiable and (max_grad_norm is not None or skip_nonfinite):
-        raise ValueError(
-            "max_grad_norm and skip_nonfinite cannot be combined with differentiable=True, because that step is torch's"
-        )
+def complete_group(
+    group: dict[str, Any],
+    number: int,
+    names: Sequence[object],
+    precision: str | None,
+    seed: int,
+    backend: str,
+) -> None:
+    """Give a param group the optimizer's precision and seed unless it has its own, and check it.
 
+    Args:
+        group: the group, to which "precision" and "seed" are added.
+        number: its position among the groups.
+        names: the names of its parameters, or their positions.
+        precision, seed, backend: the optimizer's arguments.
 
-def check_grad_attribute(name: object, flatten: bool, differentiable: bool) -> None:
-    """Raise ValueError unless gradients may be read from that attribute."""
-    if name not in GRAD_ATTRIBUTES:
-        raise ValueError(
-            f"grad_attribute={name!r} is not known; allowed: {', '.join(map(repr, GRAD_ATTRIBUTES))}"
-        )
-    for other, value in (("flatten", flatten), ("differentiable", differentiable)):
-        if value and name != "grad":
-            raise ValueError(
-                f"grad_attribute={name!r} cannot be combined with {other}=True, because that reads `grad`"
+    Raises TypeError or ValueError if a parameter of the group cannot be stepped.
+    """
+    if precision is not None:
+        group.setdefault("precision", precision)
+    recipe = parse(group.get("precision"))
+    for name, param in zip(names, group["params"], strict=True):
+        if is_traceable_wrapper_subclass(param) and not distributed.is_sharded(param):
+            raise TypeError(
+                f"a parameter is a {type(param).__name__}, but must be a plain tensor or a DTensor"
             )
+        distributed.check(param)
+        recipe.check(param.dtype, f"parameter {name!r} of param group {number}")
+    if recipe.weights is None:
+        return
+    group["seed"] = as_seed(group.get("seed", seed))
+    if backend == "compiled":
+        reason = "compiled steps know no recipes"
+        refuse("precision", group["precision"], f"backend={backend!r}", reason)
+    if group["differentiable"]:
+        refuse("precision", group["precision"], "differentiable=True", "that step is torch's")
 
 
-def check_reduce_norm(function: object, guards: bool) -> None:
-    """Raise TypeError or ValueError unless it can add up norms, and some are taken."""
-    if function is not None and not callable(function):
+def check_reduce_norm(function: object, needs_norm: bool) -> None:
+    """Raise TypeError or ValueError unless `reduce_norm` may be set to this."""
+    if function is None:
+        return
+    if not callable(function):
         raise TypeError(f"reduce_norm={function!r} must be a function of one tensor, or None")
-    if function is not None and not guards:
+    if not needs_norm:
         raise ValueError(
             "reduce_norm is of use with max_grad_norm or skip_nonfinite, and neither is set"
         )
 
 
-class ReduceNorm:
-    """reduce_norm on its way through a pickle or a copy of the optimizer.
+def check_norm(total: object, device: torch.device) -> Tensor:
+    """Return what reduce_norm returned, without reading its value.
 
-    A copied optimizer has a copy of the function, or shares it where it holds what cannot be
-    copied, such as a process group. Pickle's own error would not lead to the optimizer, so what
-    cannot be pickled is found here first.
+    Raises TypeError or ValueError unless it is a tensor like the one that reduce_norm was given:
+    float64, shape (1,), on the device.
+    """
+    if not isinstance(total, Tensor):
+        raise TypeError(f"reduce_norm returned {total!r}, but must return a tensor")
+    if (total.dtype, total.shape, total.device) != (torch.float64, (1,), device):
+        raise ValueError(
+            f"reduce_norm returned a tensor of {total.dtype} and shape {tuple(total.shape)} on "
+            f"{total.device}, but must return one of torch.float64 and shape (1,) on {device}"
+        )
+    return total
+
+
+class ReduceNorm:
+    """Carries `reduce_norm` through a pickle or a copy of the optimizer.
+
+    A copied optimizer gets a copy of the function. It shares a function that cannot be copied, as
+    one that holds a process group. A function that cannot be pickled is found before pickle fails,
+    because pickle's own error would not lead to the optimizer.
     """
 
-    _trying = False  # what is pickled only to see whether it can be
+    _probing = False  # whether a pickle is only made to see if it can be
 
     def __init__(self, function: Callable[[Tensor], Tensor] | None) -> None:
         self.function = function
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ReduceNorm:
-        attempt = dict(memo)  # a copy that fails halfway must not leave its halves to others
+        # In a memo of its own: a copy that fails halfway must not leave its halves to others.
+        attempt = dict(memo)
         try:
             copied = ReduceNorm(copy.deepcopy(self.function, attempt))
         except Exception:
@@ -116,38 +175,26 @@ class ReduceNorm:
         return copied
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # The function may be a method of an object that holds the optimizer: once is enough.
-        if self.function is not None and not ReduceNorm._trying:
-            ReduceNorm._trying = True
+        # The function may be a method of an object that holds the optimizer, so the probe may come
+        # here again: once is enough.
+        if self.function is not None and not ReduceNorm._probing:
+            ReduceNorm._probing = True
             try:
-                pickle.Pickler(_Nowhere()).dump(self.function)
+                pickle.Pickler(_NullFile()).dump(self.function)
             except Exception as error:
                 raise pickle.PicklingError(
-                    f"reduce_norm={self.function!r} cannot be pickled ({type(error).__name__}: {error}): make it a "
-                    "function at the top level of a module, or set reduce_norm = None before and set it again after; "
-                    "state_dict() never contains it"
+                    f"reduce_norm={self.function!r} cannot be pickled ({type(error).__name__}: "
+                    f"{error}): make it a function at the top level of a module, or set "
+                    "reduce_norm = None before and set it again after; state_dict() never contains "
+                    "it"
                 ) from error
             finally:
-                ReduceNorm._trying = False
+                ReduceNorm._probing = False
         return ReduceNorm, (self.function,)
 
 
-class _Nowhere:
+class _NullFile:
     """A file that forgets what is written."""
 
     def write(self, data: Any) -> int:
         return len(data)
-
-
-def check_norm(total: object, device: torch.device) -> Tensor:
-    """What reduce_norm returned; raises TypeError or ValueError unless it is what it was given.
-    Reads no value.
-    """
-    if not isinstance(total, Tensor):
-        raise TypeError(f"reduce_norm returned {total!r}, but must return a tensor")
-    if (total.dtype, total.shape, total.device) != (torch.float64, (1,), device):
-        raise ValueError(
-            f"reduce_norm returned a tensor of {total.dtype} and shape {tuple(total.shape)} on {total.device}, "
-            f"but must return one of torch.float64 and shape (1,) on {device}"
-        )
-    return total

@@ -1,5 +1,6 @@
-"""DTensor parameters: their shards, state as DTensors, what ranks compare and add up. No other file
-names DTensor.
+"""DTensor parameters: local shards, state as DTensors, what ranks compare and add up.
+
+No other file names DTensor.
 """
 
 from __future__ import annotations
@@ -7,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, distributed
@@ -21,34 +22,45 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
     from typing_extensions import TypeIs
 
-# Between the random bits of shards that are no runs of rows: more than a shard has elements.
+# Distance between the random bits of shards that are no runs of rows, in elements: more than any
+# shard has.
 RANGE = 1 << 40
 
 
+class _Layout(NamedTuple):
+    """How a DTensor is laid out over its mesh."""
+
+    placements: tuple[Any, ...]
+    shape: torch.Size  # of the whole
+
+
+class _LocalShard(NamedTuple):
+    """Where in the whole parameter this rank's shard begins, and the shard's shape."""
+
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+
+
 def is_sharded(tensor: object) -> TypeIs[DTensor]:
-    """Whether it is a DTensor; asked without importing torch.distributed.tensor, which takes a
-    second.
-    """
+    """Whether it is a DTensor."""
+    # Importing torch.distributed.tensor takes a second. Nothing is a DTensor before that.
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
 
 def check(param: Tensor) -> None:
-    """Raise TypeError or ValueError if the parameter is a DTensor that cannot be stepped shard by
-    shard.
-    """
-    if is_sharded(param):
-        part = param._local_tensor
-        fake = isinstance(part, FakeTensor)  # of shapes alone, for estimates of memory
-        if not fake and type(part) not in (Tensor, torch.nn.Parameter):
-            raise TypeError(
-                f"a parameter is a DTensor of {type(param._local_tensor).__name__}, but must be of Tensor"
-            )
-        if any(placement.is_partial() for placement in param.placements):
-            raise ValueError(
-                f"a parameter has placements {tuple(param.placements)}, but must be Shard or Replicate on every mesh "
-                "dimension: call redistribute() first"
-            )
+    """Raise TypeError or ValueError if a DTensor parameter cannot be stepped shard by shard."""
+    if not is_sharded(param):
+        return
+    part = param._local_tensor
+    # Fake tensors have shapes alone: estimates of memory step over them.
+    if type(part) not in (Tensor, torch.nn.Parameter) and not isinstance(part, FakeTensor):
+        raise TypeError(f"a parameter is a DTensor of {type(part).__name__}, but must be of Tensor")
+    if any(placement.is_partial() for placement in param.placements):
+        raise ValueError(
+            f"a parameter has placements {tuple(param.placements)}, but must be Shard or Replicate "
+            "on every mesh dimension: call redistribute() first"
+        )
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -57,8 +69,9 @@ def local(tensor: Tensor) -> Tensor:
 
 
 class LocalShards:
-    """What is here of some parameters, at least one of them a DTensor, and of their gradients:
-    every step asks.
+    """Local tensors of some parameters, at least one of them a DTensor, and of their gradients.
+
+    Every step asks for them, so what does not change is looked up once.
     """
 
     def __init__(self, params: Sequence[Any]) -> None:
@@ -67,121 +80,126 @@ class LocalShards:
         self.all = {*map(type, params)} == {self.kind}
         self.placements = [param.placements for param in params] if self.all else []
 
-    def parts(self) -> list[Tensor]:
+    def tensors(self) -> list[Tensor]:
         """`local` of each parameter."""
         if self.all:
             return [param._local_tensor for param in self.params]
         return [local(param) for param in self.params]
 
-    def gradient_parts(self, grads: Sequence[Any], moved: dict[Tensor, Tensor]) -> list[Tensor]:
-        """What the shards take of their parameters' gradients: summed and moved first where they
-        lie otherwise.
+    def gradient_parts(
+        self, grads: Sequence[Any], redistributed: dict[Tensor, Tensor]
+    ) -> list[Tensor]:
+        """The local gradients, summed and moved first where their placements differ.
 
         Args:
             grads: of every parameter.
-            moved: parameter -> its part, of those moved in this step; added to. Moving is a
-                collective: once.
+            redistributed: parameter -> local gradient, of those moved in this step. Those moved now
+                are added: moving is a collective, so it happens once.
         """
-        # As FSDP2 leaves them, all at once: one after the other takes twice as long.
+        # FSDP2 leaves gradients with the placements of their parameters. To ask for all at once
+        # takes half as long as one after the other.
         if self.all and {*map(type, grads)} == {self.kind}:
             if [grad._spec.placements for grad in grads] == self.placements:
                 parts = [grad._local_tensor for grad in grads]
                 if {*map(type, parts)} == {Tensor}:
                     return parts
         return [
-            self._gradient_part(param, grad, moved)
+            self._gradient_part(param, grad, redistributed)
             for param, grad in zip(self.params, grads, strict=True)
         ]
 
     @staticmethod
-    def _gradient_part(param: Tensor, grad: Tensor, moved: dict[Tensor, Tensor]) -> Tensor:
+    def _gradient_part(param: Tensor, grad: Tensor, redistributed: dict[Tensor, Tensor]) -> Tensor:
         if not is_sharded(grad):
             return grad
-        if is_sharded(param) and grad.placements != param.placements:
-            if param not in moved:
-                moved[param] = grad.redistribute(param.device_mesh, param.placements).to_local()
-            part = moved[param]
-        else:
+        if not is_sharded(param) or grad.placements == param.placements:
             part = grad._local_tensor
-        # One that is still on its way, from a collective of torch's own, is of another type.
+        else:
+            if param not in redistributed:
+                resharded = grad.redistribute(param.device_mesh, param.placements)
+                redistributed[param] = resharded.to_local()
+            part = redistributed[param]
+        # The result of a collective that is still running has a type of torch's own.
         return part if type(part) is Tensor else part.wait()  # type: ignore[attr-defined]
 
 
-def like(param: Tensor, key: str, value: Tensor) -> Tensor:
-    """State entry `key` over the memory of `value`, this rank's part of it: a DTensor where the
-    parameter is one.
+def to_dtensor(param: Tensor, key: str, value: Tensor) -> Tensor:
+    """State entry `key` over the memory of `value`: a DTensor where the parameter is one.
+
+    Args:
+        value: this rank's part of the entry.
     """
     if not is_sharded(param):
         return value
     from torch.distributed.tensor import DTensor
     from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
-    placements, shape, stride = param.placements, param.shape, param.stride()
+    layout = _layout(param, key)
+    stride = param.stride()
     if key in GROUPED:
-        placements, shape = _of_groups(param)
-        stride = torch.empty(shape, device="meta").stride()
-        value = value.view([1] * (len(shape) - 1) + [-1])
+        stride = torch.empty(layout.shape, device="meta").stride()
+        value = value.view([1] * (len(layout.shape) - 1) + [-1])
     # Not `from_local`, which would take offloaded state back to its mesh's device.
-    spec = DTensorSpec(
-        param.device_mesh, placements, tensor_meta=TensorMeta(shape, stride, value.dtype)
-    )
+    meta = TensorMeta(layout.shape, stride, value.dtype)
+    spec = DTensorSpec(param.device_mesh, layout.placements, tensor_meta=meta)
     return DTensor(value, spec, requires_grad=False)  # type: ignore[no-untyped-call]
 
 
-def part_of(param: Tensor, key: str, value: Tensor) -> Tensor:
-    """This rank's part of state entry `key`: of a DTensor, or of a whole tensor that every rank
-    has.
+def to_local(param: Tensor, key: str, value: Tensor) -> Tensor:
+    """This rank's part of state entry `key`.
 
-    Raises ValueError if a DTensor lies on another mesh than the parameter.
+    Args:
+        value: a DTensor of any placements, or a whole tensor that every rank has.
+
+    Raises ValueError if a DTensor lies on another mesh than the parameter, or has another shape.
     """
     if not is_sharded(param):
         return value.full_tensor() if is_sharded(value) else value
     from torch.distributed.tensor import distribute_tensor
 
-    placements, shape = _of_groups(param) if key in GROUPED else (param.placements, param.shape)
+    mesh, layout = param.device_mesh, _layout(param, key)
     if is_sharded(value):
-        if value.device_mesh != param.device_mesh:
+        if value.device_mesh != mesh:
             raise ValueError(
-                f"state {key!r} lies on {value.device_mesh}, but its parameter on {param.device_mesh}"
+                f"state {key!r} lies on {value.device_mesh}, but its parameter on {mesh}"
             )
-        if value.shape != shape:
+        if value.shape != layout.shape:
+            reason = ": 8-bit state cut within groups of 32 fits the world size it was saved with"
             raise ValueError(
-                f"state {key!r} has shape {tuple(value.shape)}, but must have {tuple(shape)}"
-                + (
-                    ": 8-bit state cut within groups of 32 fits the world size it was saved with"
-                    * (key in GROUPED)
-                )
+                f"state {key!r} has shape {tuple(value.shape)}, but must have {tuple(layout.shape)}"
+                + (reason if key in GROUPED else "")
             )
-        if value.placements != placements:
-            value = value.redistribute(param.device_mesh, placements)
-        part = value._local_tensor
-    elif value.shape == shape:
-        part = distribute_tensor(
-            value.to(param.device), param.device_mesh, placements, src_data_rank=None
+        if value.placements != layout.placements:
+            value = value.redistribute(mesh, layout.placements)
+    elif value.shape == layout.shape:
+        # Every rank has the whole, so it cuts its part out without asking rank 0.
+        value = distribute_tensor(
+            value.to(param.device), mesh, layout.placements, src_data_rank=None
         )
-        part = part._local_tensor
     else:
-        return value
-    return part.reshape(-1)[: -(-param._local_tensor.numel() // GROUP)] if key in GROUPED else part
+        return value  # not of this parameter: for the caller to refuse
+    part = value._local_tensor
+    if key in GROUPED:
+        # A smaller shard than the largest has scales left over at the end.
+        return part.reshape(-1)[: -(-param._local_tensor.numel() // GROUP)]
+    return part
 
 
 def local_as_stored(param: Tensor, key: str, value: Tensor) -> Tensor | None:
-    """This rank's part of state entry `key`, if it is distributed over ranks as `like` would; else
-    None.
-    """
+    """This rank's part of state entry `key`, if its layout is that of `to_dtensor`; else None."""
     if not is_sharded(param) or key == "step":
         return None if is_sharded(value) else value
-    placements, shape = _of_groups(param) if key in GROUPED else (param.placements, param.shape)
     if not is_sharded(value) or value.device_mesh != param.device_mesh:
         return None
-    return value._local_tensor if (value.placements, value.shape) == (placements, shape) else None
+    return value._local_tensor if (value.placements, value.shape) == _layout(param, key) else None
 
 
 def group_elements(param: Tensor) -> int:
-    """Elements for which scales of 8-bit state are held: those of the largest shard, so that all
-    have one shape.
+    """Elements of the parameter for which this rank stores scales of 8-bit state.
+
+    Those of the largest shard, so that scales have one shape on all ranks.
     """
-    if not is_sharded(param) or len(_of_groups(param)[1]) == 1:
+    if not is_sharded(param) or len(_layout_of_scales(param).shape) == 1:
         return local(param).numel()
     return _largest_shard(param)
 
@@ -194,37 +212,48 @@ def _largest_shard(param: DTensor) -> int:
     return torch.Size(sizes).numel()
 
 
-def _of_groups(param: DTensor) -> tuple[tuple[Any, ...], torch.Size]:
-    """Placements and shape of scales: as of the whole parameter where shards are whole groups, else
-    a row per shard.
+def _layout(param: DTensor, key: str) -> _Layout:
+    """The layout of state entry `key`: the parameter's, but for scales."""
+    return _layout_of_scales(param) if key in GROUPED else _Layout(param.placements, param.shape)
+
+
+def _layout_of_scales(param: DTensor) -> _Layout:
+    """The layout of one scale per group of GROUP elements.
+
+    Where shards are whole groups, shape (groups of the parameter,): the scales can be cut anew for
+    any number of ranks. Otherwise a row for each shard, as groups never straddle shards: these
+    scales fit only the mesh that they were made on.
     """
     from torch.distributed.tensor import Replicate, Shard
 
-    mesh, whole, most = param.device_mesh, -(-param.numel() // GROUP), _largest_shard(param)
-    cut = [
-        i
-        for i, placement in enumerate(param.placements)
-        if placement.is_shard() and mesh.size(i) > 1
-    ]
+    mesh, groups = param.device_mesh, -(-param.numel() // GROUP)
+    largest = _largest_shard(param)
+    cut = [i for i, p in enumerate(param.placements) if p.is_shard() and mesh.size(i) > 1]
     placements = tuple(Shard(cut.index(i)) if i in cut else Replicate() for i in range(mesh.ndim))
-    # Chunks of groups must be chunks of rows on every rank.
-    rows = len(cut) == 1 and param.placements[cut[0]].is_shard(0)
-    if not cut or (rows and most % GROUP == 0 and -(-whole // mesh.size(cut[0])) == most // GROUP):
-        return placements, torch.Size([whole])
-    return placements, torch.Size([*[mesh.size(i) for i in cut], -(-most // GROUP)])
+    if not cut:
+        return _Layout(placements, torch.Size([groups]))
+    # Chunks of groups must be chunks of rows on every rank, and torch's chunks are all of the
+    # largest one's size but the last.
+    by_rows = len(cut) == 1 and param.placements[cut[0]].is_shard(0)
+    chunk = -(-groups // mesh.size(cut[0]))
+    if by_rows and largest % GROUP == 0 and chunk == largest // GROUP:
+        return _Layout(placements, torch.Size([groups]))
+    return _Layout(placements, torch.Size([*map(mesh.size, cut), -(-largest // GROUP)]))
 
 
-def origin(param: Tensor) -> int:
-    """The number of this rank's first element, which random bits are keyed by: however rows are
-    cut, bits are equal.
+def global_offset(param: Tensor) -> int:
+    """The number of this rank's first element in the whole parameter; 0 if it is not sharded.
 
-    Shards that are no runs of rows have ranges of their own.
+    Random bits are keyed by it, so they do not depend on how rows are cut. A shard that is not a
+    run of rows has no such number. It gets a range of RANGE numbers of its own instead.
     """
     if not is_sharded(param) or not any(placement.is_shard() for placement in param.placements):
         return 0
-    start, shape = _cut(param)
-    if shape[1:] == param.shape[1:] and param._local_tensor.is_contiguous():
-        return start[0] * param.shape[1:].numel()
+    shard = _local_shard(param)
+    row = param.shape[1:]
+    if shard.shape[1:] == row and param._local_tensor.is_contiguous():
+        return shard.offset[0] * row.numel()
+    # The rank's position among all shards, counted like digits.
     number = 0
     coordinate = param.device_mesh.get_coordinate()
     assert coordinate is not None
@@ -234,25 +263,30 @@ def origin(param: Tensor) -> int:
     return number * RANGE
 
 
-def _cut(param: DTensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Where in the parameter this rank's shard starts, and its shape."""
+def _local_shard(param: DTensor) -> _LocalShard:
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-    shape, start = compute_local_shape_and_global_offset(
+    shape, offset = compute_local_shape_and_global_offset(
         param.shape, param.device_mesh, param.placements
     )
-    return start, shape
+    return _LocalShard(offset, shape)
 
 
 def _digest(value: object) -> bytes:
     return hashlib.sha256(repr(value).encode()).digest()[:8]
 
 
-class RankGroup:
-    """The processes that step the shards of one optimizer together: those of the mesh that holds
-    all of its meshes.
+class _RankFacts(NamedTuple):
+    """What one rank tells the others of its parameters: digests, one per parameter."""
 
-    Every method is a collective: all of them call it, or none.
+    facts: list[bytes]
+    shards: list[bytes]
+
+
+class RankGroup:
+    """The processes that step one optimizer's shards together: the mesh that holds all its meshes.
+
+    Every method is a collective: all processes call it, or none.
 
     Raises ValueError if no mesh holds all.
     """
@@ -265,9 +299,12 @@ class RankGroup:
         for other in meshes:
             if not ranks >= set(other.mesh.flatten().tolist()):
                 raise ValueError(
-                    f"parameters lie on {mesh} and on {other}, and neither has all ranks: make an optimizer for each"
+                    f"parameters lie on {mesh} and on {other}, and neither has all ranks: make an "
+                    "optimizer for each"
                 )
         self.size = mesh.size()
+        # None is the group of all processes. A mesh of several dimensions has a group for each of
+        # them, and none for itself.
         self.group: Any = None
         if mesh.ndim == 1:
             self.group = mesh.get_group()
@@ -275,50 +312,53 @@ class RankGroup:
             self.group = distributed.new_group(sorted(ranks), use_local_synchronization=True)
         self.rank = distributed.get_rank(self.group)
 
-    def compare(self, facts: Sequence[dict[str, object]]) -> list[bool]:
-        """Compare what is true of each parameter; returns which of them are counted here.
+    def check_agreement(self, facts: Sequence[dict[str, object]]) -> list[bool]:
+        """Compare facts over all ranks, and say which parameters this rank adds to the norm.
 
-        What several ranks hold alike (replicas, plain parameters) is counted by the first of them.
+        What several ranks hold alike (replicas, plain parameters) is added by the first of them.
 
         Args:
             facts: per parameter, what must be the same everywhere, by name.
 
+        Returns: per parameter, whether it is in this rank's part of the norm.
+
         Raises ValueError on every rank if ranks differ.
         """
-        places = [_digest(_cut(param) if is_sharded(param) else None) for param in self.params]
+        shards = [_digest(_local_shard(p) if is_sharded(p) else None) for p in self.params]
         # 16 bytes per parameter: facts as they are would be hundreds of megabytes from a thousand
         # ranks.
-        everyone = self._gather((list(map(_digest, facts)), places))
-        first = everyone[0][0]
-        for rank, (other, _) in enumerate(everyone):
-            if len(other) != len(first):
+        everyone = self._gather(_RankFacts(list(map(_digest, facts)), shards))
+        first = everyone[0].facts
+        for rank, other in enumerate(everyone):
+            if len(other.facts) != len(first):
                 raise ValueError(
-                    f"ranks differ: rank 0 has {len(first)} parameters, and rank {rank} has {len(other)}"
+                    f"ranks differ: rank 0 has {len(first)} parameters, and rank {rank} has "
+                    f"{len(other.facts)}"
                 )
-            if other != first:
-                i = next(
-                    i for i, pair in enumerate(zip(first, other, strict=True)) if pair[0] != pair[1]
-                )
-                told = self._gather({name: repr(value) for name, value in facts[i].items()})
-                differing = [name for name in facts[i] if told[0][name] != told[rank][name]]
-                texts = [
-                    f"{name} {told[0][name]} on rank 0, {told[rank][name]} on rank {rank}"
-                    for name in differing
-                ]
-                raise ValueError(f"ranks differ: parameter {i} has {' and '.join(texts)}")
-        return [
-            all(other[i] != place for _, other in everyone[: self.rank])
-            for i, place in enumerate(places)
+            # All ranks find the same difference first, so all of them gather its facts.
+            for i, (mine, theirs) in enumerate(zip(first, other.facts, strict=True)):
+                if mine != theirs:
+                    self._raise_difference(i, rank, facts[i])
+        earlier = everyone[: self.rank]
+        return [all(x.shards[i] != shard for x in earlier) for i, shard in enumerate(shards)]
+
+    def _raise_difference(self, i: int, rank: int, facts: dict[str, object]) -> None:
+        everyone = self._gather({name: repr(value) for name, value in facts.items()})
+        texts = [
+            f"{name} {everyone[0][name]} on rank 0, {everyone[rank][name]} on rank {rank}"
+            for name in facts
+            if everyone[0][name] != everyone[rank][name]
         ]
+        raise ValueError(f"ranks differ: parameter {i} has {' and '.join(texts)}")
 
     def raise_if_any_failed(self, failure: Exception | None) -> None:
         """Let every rank go on, or none.
 
         Args:
-            failure: what keeps this rank from stepping, if something does: raised here, and told to
-                the others.
+            failure: what keeps this rank from stepping, if something does. It is raised here, and
+                the others are told.
 
-        Raises RuntimeError if another rank cannot.
+        Raises RuntimeError if another rank cannot step.
         """
         everyone = self._gather(failure and f"{type(failure).__name__}: {failure}")
         if failure is not None:
@@ -326,7 +366,8 @@ class RankGroup:
         for rank, text in enumerate(everyone):
             if text:
                 raise RuntimeError(
-                    f"no rank steps, because rank {rank} of the optimizer's {self.size} cannot: {text}"
+                    f"no rank steps, because rank {rank} of the optimizer's {self.size} cannot: "
+                    f"{text}"
                 )
 
     def _gather(self, value: object) -> list[Any]:
@@ -334,12 +375,13 @@ class RankGroup:
         distributed.all_gather_object(everyone, value, self.group)
         return everyone
 
-    def total(self, square_sum: Tensor) -> Tensor:
-        """The sum over all ranks, in an order that only their number decides; float64, shape (1,),
-        not waited for.
+    def sum_norms(self, square_sum: Tensor) -> Tensor:
+        """The sum over all ranks: float64, shape (1,). Does not wait for the device.
+
+        Not an all_reduce: the order of additions depends on the number of ranks alone, not on what
+        the collective library chooses, so every run has the same bits.
         """
         sums = [torch.empty_like(square_sum) for _ in range(self.size)]
         distributed.all_gather(sums, square_sum, self.group)
-        return halving_sum(
-            pad(torch.cat(sums), (0, (1 << (self.size - 1).bit_length()) - self.size))
-        ).reshape(1)
+        power_of_two = 1 << (self.size - 1).bit_length()
+        return halving_sum(pad(torch.cat(sums), (0, power_of_two - self.size))).reshape(1)

@@ -1,5 +1,6 @@
-"""The plans of one optimizer, and a step through the one that fits. No arguments of users, no
-arithmetic here.
+"""Caches the plans of one optimizer, and runs each step through the plan that fits.
+
+The optimizer checks its users' arguments before it calls; backends do the arithmetic.
 """
 
 from __future__ import annotations
@@ -7,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import operator
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import chain, compress, count, repeat
 from typing import Any
 
@@ -16,39 +17,44 @@ from torch import Tensor
 
 from fused_adam_kernels import table
 
-from . import arguments, plan, shapes
+from . import arguments, plan
 from .backends import choose as backends
+from .cached_plan import CachedPlan, Match, PlanKey, bind
 from .distributed import LocalShards, RankGroup, is_sharded
-from .guards import PlanGuard, StateGuard, reader
+from .guards import Gradients, PlanGuard, StateGuard, reader
 from .numerics.scalars import GradTransform, hyper
-from .state.arena import Arena, ParamState, State, advance_step_keys
+from .state import shapes
+from .state.arena import Arena, State, advance_step_keys
 from .state.flatten import FlatBuffers
 
-# Plans are kept for the patterns of gradients that come back (experts, frozen layers): so many rows
-# per parameter.
-ROWS_KEPT = 8
+# Patterns of missing gradients come back (experts, frozen layers), and so should their plans. They
+# are bounded by rows, which is what takes memory: this many per parameter, over all plans.
+MAX_CACHED_ROWS = 8
 
-Found = tuple[list[Tensor], list[int]]
-Key = tuple[bool, tuple[int, ...], tuple[int, ...]]
+Groups = Sequence[dict[str, Any]]
+CheckGroup = Callable[[dict[str, Any]], None]
 
 
 @contextlib.contextmanager
 def outside_inference_mode() -> Iterator[None]:
-    """For making memory: under the user's inference mode it could never be written outside that
-    mode.
+    """Allocate memory that can be written at any time.
+
+    What is allocated in the user's inference mode could never be written outside of it.
     """
     with torch.inference_mode(False), torch.no_grad():
         yield
 
 
-def members_of(groups: Sequence[dict[str, Any]]) -> list[Tensor]:
-    """All parameters, in order."""
+def params_of(groups: Groups) -> list[Tensor]:
+    """Return the parameters of all groups, in order."""
     return list(chain.from_iterable([group["params"] for group in groups]))
 
 
-def plan_facts(groups: Sequence[dict[str, Any]]) -> list[Any]:
-    """Per group, what plans are made for: the number of its parameters, AMSGrad, precision and
-    seed.
+def plan_options(groups: Groups) -> list[tuple[Any, ...]]:
+    """Return what a plan assumes about each group, as written there.
+
+    These are the number of parameters, amsgrad, precision and seed. All other values of a group may
+    change from step to step.
     """
     try:
         return [
@@ -59,250 +65,226 @@ def plan_facts(groups: Sequence[dict[str, Any]]) -> list[Any]:
         lists = [group["params"] for group in groups]
         number = next(i for i, params in enumerate(lists) if not hasattr(params, "__len__"))
         raise TypeError(
-            f"param_groups[{number}]['params'] is a {type(lists[number]).__name__}, but must be a list: what can be "
-            "read only once has no parameters at the next step"
+            f"param_groups[{number}]['params'] is a {type(lists[number]).__name__}, but must be a "
+            "list: what can be read only once has no parameters at the next step"
         ) from None
-
-
-@dataclass(slots=True, eq=False)
-class CachedPlan:
-    """How one set of parameters is stepped. On the kernel, plans do not keep state alive."""
-
-    live: list[Tensor]  # the parameters, in order
-    homes: list[ParamState]  # of the rows' state
-    runners: list[backends.Runner]
-    watch: PlanGuard
-    state: StateGuard
-    spans: list[list[ParamState]]  # several rows that are updated as one
-    # Whose versions a step counts up: parameters, which autograd saves for backward, and step
-    # counters of the user's, which another optimizer may share. Moments are nobody else's business.
-    written: list[Tensor]
-
-    def coherent(self) -> bool:
-        """Whether rows that are updated as one still have one step count."""
-        return all(home.age == span[0].age for span in self.spans for home in span)
 
 
 class Engine:
     """Steps the parameters of one optimizer.
 
+    A step needs a plan: which launches update which memory. Making one takes milliseconds, so plans
+    are cached, one per set of parameters that have a gradient, and each is guarded. On an ordinary
+    step that guard is nearly all the Python that runs.
+
     Args:
-        backend: as the optimizer's.
-        max_grad_norm, skip_nonfinite, grad_attribute: as the optimizer's.
+        backend, max_grad_norm, skip_nonfinite, grad_attribute: the optimizer's arguments.
     """
 
     def __init__(
         self, backend: str, max_grad_norm: float | None, skip_nonfinite: bool, grad_attribute: str
     ) -> None:
-        self.backend, self.read = backend, reader(grad_attribute)
+        self.backend, self.read_attribute = backend, reader(grad_attribute)
         self.max_grad_norm, self.skip_nonfinite = max_grad_norm, skip_nonfinite
-        self.guards = max_grad_norm is not None or skip_nonfinite
-        self.arena = Arena()
-        self.flat: FlatBuffers | None = None
-        self.stats: Tensor | None = None
-        self.ranks: RankGroup | None = None  # where parameters are DTensors
-        self.counted: list[bool] = []
-        self.reduce_norm: Callable[[Tensor], Tensor] | None = None
-        self.moved: dict[Tensor, Tensor] = {}
-        self.moves = 0
-        self.ran: CachedPlan | None = None
-        # What captured graphs read and write: nothing of it may be freed while they can be
-        # replayed.
-        self.captured: dict[int, tuple[CachedPlan, list[Any]]] = {}
-        # What the optimizer's methods set. Here, because frameworks wrap an optimizer by copying
-        # its __dict__: the engine is the same for both.
-        self.release: Any = None  # the handle of `step_in_backward`, while it steps
-        self.origins: Any = None  # while offloaded: where state came from
-        self.forget()
+        self.needs_norm = max_grad_norm is not None or skip_nonfinite
+        self.reduce_norm: Callable[[Tensor], Tensor] | None = None  # see `FusedAdam.reduce_norm`
+        self.stats: Tensor | None = None  # last gradient norm and number of skipped steps
 
-    def forget(self) -> None:
-        """Drop every plan."""
-        self._note_steps()
+        self.arena = Arena()
+        self.flat: FlatBuffers | None = None  # with flatten=True
+        self.ranks: RankGroup | None = None  # where parameters are DTensors
+        # Per parameter, whether its gradient counts here: of copies, one rank's does. Empty: all.
+        self.in_norm: list[bool] = []
+        self.redistributed: dict[Tensor, Tensor] = {}  # this step's gradients in other placements
+
+        self.state_moves = 0  # the arena's count when plans were made
+        self.last_run: CachedPlan | None = None
+        # What captured graphs read and write may not be freed while they can be replayed.
+        self.captured: dict[int, tuple[CachedPlan, list[Any]]] = {}
+
+        # Set by the optimizer, but kept here: frameworks wrap an optimizer by copying its __dict__,
+        # and both have this engine.
+        self.in_backward: Any = None  # the handle of `step_in_backward`
+        self.origins: Any = None  # while state is offloaded: the devices it came from
+        self.drop_plans()
+
+    def drop_plans(self) -> None:
+        """Forget every plan; the next step makes one."""
+        self._advance_step_keys()
         self.params: list[Tensor] = []
-        self.members: dict[int, list[int]] = {}  # id of a parameter -> its positions
-        self.options: list[Any] = []
-        self.plans: dict[Key, CachedPlan] = {}
-        self.usual: CachedPlan | None = None
+        self.positions: dict[int, list[int]] = {}  # id of a parameter -> where it is listed
+        self.group_numbers: list[int] = []  # per parameter
+        self.plan_options: list[tuple[Any, ...]] = []  # as read from the groups
+        self.options: list[plan.Options] = []  # the same, parsed
+        self.plans: dict[PlanKey, CachedPlan] = {}  # least recently used first
+        self.usual: CachedPlan | None = None  # tried first, before a key is made
 
     def step(
         self,
-        groups: Sequence[dict[str, Any]],
+        groups: Groups,
         state: State,
-        guard: GradTransform,
-        check_group: Callable[[dict[str, Any]], None],
+        transform: GradTransform,
+        check_group: CheckGroup,
         only: Sequence[Tensor] | None = None,
     ) -> None:
-        """Step every parameter that has a gradient, or those alone that are given.
+        """Step every parameter that has a gradient, or only the given ones.
 
         Args:
             groups: the optimizer's param groups; their values are read anew every time.
             state: the optimizer's state.
-            guard: a GradScaler's scale and flag.
-            check_group: raises if a group cannot be stepped: called when groups are not those of
-                the last step.
-            only: some of the parameters; each of these has a gradient.
+            transform: a GradScaler's scale and overflow flag.
+            check_group: raises if a group cannot be stepped; called for groups that were edited.
+            only: parameters to step, each of which has a gradient.
 
         Raises what `plan.build` raises, before anything is changed.
         """
-        capturing = backends.is_capturing()
-        self.moved.clear()  # of a step that failed
-        known = self._still_known(groups)
-        params = self.params if known else members_of(groups)
-        if shapes.are_all(params):
-            self.stats = shapes.step(groups, state, self.read(params), only, self.guards)
-            return
-        known = known and self.arena.counters_unchanged()
+        self.redistributed.clear()  # left over if the last step raised
         if self.flat:
-            self.flat.always = self.flat.uncounted or any(group["capturable"] for group in groups)
-        found = self._find(state, self._positions(only)) if known else None
-        if found is None:
-            if capturing:
-                raise RuntimeError(
-                    "this step cannot be captured in a CUDA graph, because what it needs is not there yet: run a step "
-                    "with the same parameters, and gradients of the same layout, before the capture"
-                )
-            if not known:
-                for group in groups:
-                    check_group(group)
-                self._learn(groups)
-            with outside_inference_mode():
-                found = self._build_with_others(groups, state, self._positions(only))
-        self._run(
-            *found,
-            [hyper(group, self.max_grad_norm, self.skip_nonfinite) for group in groups],
-            guard,
-            capturing,
-        )
+            # With `capturable` a graph's replays may write gradients, which no version counts.
+            capturable = any(group["capturable"] for group in groups)
+            self.flat.always = self.flat.uncounted or capturable
+        match = self._find_plan(groups, state, only)
+        if match is None:
+            params = params_of(groups)
+            if shapes.are_all(params):
+                grads = self.read_attribute(params)
+                self.stats = shapes.step(groups, state, grads, only, self.needs_norm)
+                return
+            match = self._plan_anew(groups, state, check_group, only)
+        self._run(match.plan, match.grads, groups, transform)
 
-    def init_state(
-        self,
-        groups: Sequence[dict[str, Any]],
-        state: State,
-        check_group: Callable[[dict[str, Any]], None],
-    ) -> None:
-        """Make the state of every parameter that is trained, with no step counted."""
-        for group in groups:
-            check_group(group)
-        self._learn(groups)
+    def init_state(self, groups: Groups, state: State, check_group: CheckGroup) -> None:
+        """Make the state of every parameter that requires gradients, with step count 0."""
+        self._learn(groups, check_group)
         with outside_inference_mode():
-            plan.make_state(
-                self.params,
-                [number for number, group in enumerate(groups) for _ in group["params"]],
-                [plan.options_of(group) for group in groups],
-                self.arena,
-                state,
-            )
+            plan.make_state(self.params, self.group_numbers, self.options, self.arena, state)
 
-    def _still_known(self, groups: Sequence[dict[str, Any]]) -> bool:
-        """Whether groups have the parameters and options that plans were made for, and state is
-        where it was.
-        """
+    def read_grads(self, params: Sequence[Tensor]) -> list[Tensor | None]:
+        """Return the gradients; None for flat ones that nothing has written to."""
+        return self.flat.read(params) if self.flat else self.read_attribute(params)
+
+    # Finding a plan
+
+    def _find_plan(
+        self, groups: Groups, state: State, only: Sequence[Tensor] | None
+    ) -> Match | None:
+        """Return a cached plan whose guard holds, or None."""
+        if not self._are_current(groups):
+            return None
+        if only is None and self.usual:
+            grads = self._gradients_if_valid(self.usual, state)
+            if grads:
+                return Match(self.usual, grads)
+        key = self._key(only)
+        cached = self.plans.get(key)
+        grads = self._gradients_if_valid(cached, state) if cached else None
+        if cached is None or grads is None:
+            return None
+        self.plans[key] = self.plans.pop(key)  # now the most recently used
+        if only is None:
+            self.usual = cached
+        return Match(cached, grads)
+
+    def _are_current(self, groups: Groups) -> bool:
+        """Whether plans were made for these parameters and options, and for where state is now."""
         params = chain.from_iterable([group["params"] for group in groups])
         return (
-            plan_facts(groups) == self.options  # so there are as many parameters
+            plan_options(groups) == self.plan_options  # so there are as many parameters
             and all(map(operator.is_, params, self.params))
-            and self.moves == self.arena.moves
+            and self.state_moves == self.arena.state_moves
         )
 
-    def _learn(self, groups: Sequence[dict[str, Any]]) -> None:
-        """Take the groups as they are now, and drop what was decided for others."""
-        self.forget()
-        self.params, self.options = members_of(groups), plan_facts(groups)
+    def _key(self, only: Sequence[Tensor] | None) -> PlanKey:
+        if only is not None:
+            # Parameters that the optimizer no longer has are left out.
+            known = (self.positions.get(id(param), ()) for param in only)
+            return PlanKey(True, tuple(sorted(chain.from_iterable(known))), ())
+        grads = self.read_grads(self.params)
+        # Without a Python frame per parameter: experts come here in every step.
+        positions = tuple(compress(count(), map(operator.is_not, grads, repeat(None))))
+        return PlanKey(
+            False, positions, self.flat.in_buffers(self.params, grads) if self.flat else ()
+        )
+
+    def _gradients_if_valid(self, cached: CachedPlan, state: State) -> Gradients | None:
+        """Return this step's gradients of the plan, or None if it no longer fits."""
+        if cached is not self.last_run:
+            self._advance_step_keys()
+            if not cached.step_counts_agree():
+                return None
+        return cached.guard.gradients(state)
+
+    def _advance_step_keys(self) -> None:
+        """Record that the parameters of the last plan have advanced together, and others have not.
+
+        Only a change of plans needs this, so ordinary steps do not pay for it.
+        """
+        if self.last_run:
+            advance_step_keys(self.last_run.param_states)
+            self.last_run = None
+
+    # Making a plan
+
+    def _plan_anew(
+        self, groups: Groups, state: State, check_group: CheckGroup, only: Sequence[Tensor] | None
+    ) -> Match:
+        """Make the plan for this step, and first read the groups again if they have changed."""
+        if backends.is_capturing():
+            raise RuntimeError(
+                "this step cannot be captured in a CUDA graph, because what it needs is not there "
+                "yet: run a step with the same parameters, and gradients of the same layout, "
+                "before the capture"
+            )
+        if not (self._are_current(groups) and self.arena.counters_unchanged()):
+            self._learn(groups, check_group)
+        with outside_inference_mode():
+            return self._build_on_all_ranks(groups, state, only)
+
+    def _learn(self, groups: Groups, check_group: CheckGroup) -> None:
+        """Read parameters and options from the groups, and drop the plans made for others."""
+        for group in groups:
+            check_group(group)
+        self.drop_plans()
+        self.params, self.plan_options = params_of(groups), plan_options(groups)
+        self.options = [plan.options_of(group) for group in groups]
+        self.group_numbers = [i for i, group in enumerate(groups) for _ in group["params"]]
         for i, param in enumerate(self.params):
-            self.members.setdefault(id(param), []).append(i)
+            self.positions.setdefault(id(param), []).append(i)
         if self.flat:
             self.flat.keep(self.params)
         self.arena.read_counters()
 
-    def _positions(self, only: Sequence[Tensor] | None) -> tuple[int, ...] | None:
-        """Where these parameters are among all; those that the optimizer no longer has are left
-        out.
+    def _build_on_all_ranks(
+        self, groups: Groups, state: State, only: Sequence[Tensor] | None
+    ) -> Match:
+        """Build the plan. Where parameters are DTensors, the first one is for all ranks or none.
+
+        A rank that raised alone would leave the others waiting in a collective.
         """
-        if only is None:
-            return None
-        return tuple(sorted(i for param in only for i in self.members.get(id(param), ())))
-
-    def read_grads(self, params: Sequence[Tensor]) -> list[Tensor | None]:
-        """The gradients of these parameters."""
-        return self.flat.read(params) if self.flat else self.read(params)
-
-    def _find(self, state: State, only: tuple[int, ...] | None) -> tuple[CachedPlan, Found] | None:
-        """The plan for this step, with the gradients it takes; None if none fits."""
-        if only is None and self.usual:
-            found = self._fit(self.usual, state)
-            if found:
-                return self.usual, found
-        key = self._key(only)
-        kept = self.plans.get(key)
-        found = self._fit(kept, state) if kept else None
-        if kept is None or found is None:
-            return None
-        self.plans[key] = self.plans.pop(key)  # the last to be dropped
-        if only is None:
-            self.usual = kept
-        return kept, found
-
-    def _key(self, only: tuple[int, ...] | None) -> Key:
-        """What plans are kept by: which parameters are stepped, and whose gradients lie in flat
-        buffers.
-        """
-        if only is not None:
-            return True, only, ()
-        grads = self.read_grads(self.params)
-        in_buffers = self.flat.in_buffers(self.params, grads) if self.flat else ()
-        return (
-            False,
-            tuple(compress(count(), map(operator.is_not, grads, repeat(None)))),
-            in_buffers,
-        )
-
-    def _fit(self, kept: CachedPlan, state: State) -> Found | None:
-        if not kept.state.holds(state):
-            return None
-        if kept is not self.ran:
-            self._note_steps()
-            if not kept.coherent():
-                return None
-        return kept.watch.gradients()
-
-    def _note_steps(self) -> None:
-        """Before another plan is looked at: the parameters of the last one have moved on together."""
-        if self.ran:
-            advance_step_keys(self.ran.homes)
-            self.ran = None
-
-    def _build_with_others(
-        self, groups: Sequence[dict[str, Any]], state: State, only: tuple[int, ...] | None
-    ) -> tuple[CachedPlan, Found]:
-        """`_build`; where parameters are DTensors, the first time on all ranks or on none."""
         if not any(map(is_sharded, self.params)):
-            self.ranks, self.counted = None, []
-            return self._build(groups, state, only)
-        if self.ranks is None or list(map(id, self.ranks.params)) != list(map(id, self.params)):
-            ranks, failure, found = RankGroup(self.params), None, None
-            self.counted = ranks.compare(self._facts(groups))
-            try:
-                found = self._build(groups, state, only)
-            except Exception as error:
-                failure = error
-            try:
-                ranks.raise_if_any_failed(failure)
-            except Exception:
-                self.forget()  # the next step has to ask again
-                raise
-            self.ranks = ranks
-        else:
-            found = self._build(groups, state, only)
-        assert found is not None
-        return found
+            self.ranks, self.in_norm = None, []
+            return self._build(state, only)
+        if self.ranks and list(map(id, self.ranks.params)) == list(map(id, self.params)):
+            return self._build(state, only)
+        ranks = RankGroup(self.params)
+        self.in_norm = ranks.check_agreement(self._facts(groups))
+        match, failure = None, None
+        try:
+            match = self._build(state, only)
+        except Exception as error:
+            failure = error
+        try:
+            ranks.raise_if_any_failed(failure)
+        except Exception:
+            self.drop_plans()  # the next step has to ask again
+            raise
+        assert match is not None
+        self.ranks = ranks
+        return match
 
-    def _facts(self, groups: Sequence[dict[str, Any]]) -> list[dict[str, object]]:
-        """What every rank must have alike, per parameter."""
-        members = [
-            (number, group, param)
-            for number, group in enumerate(groups)
-            for param in group["params"]
-        ]
+    def _facts(self, groups: Groups) -> list[dict[str, object]]:
+        """Return per parameter what has to be equal on every rank, by name."""
+        grads = self.read_grads(self.params)
         return [
             {
                 "shape": tuple(param.shape),
@@ -310,138 +292,118 @@ class Engine:
                 "placements": getattr(param, "placements", "none"),
                 "gradient": grad is not None,
                 "group": number,
-                **{key: group.get(key) for key in ("amsgrad", "precision", "seed")},
+                **{key: groups[number].get(key) for key in ("amsgrad", "precision", "seed")},
                 "max_grad_norm": self.max_grad_norm,
                 "skip_nonfinite": self.skip_nonfinite,
             }
-            for (number, group, param), grad in zip(
-                members, self.read_grads(self.params), strict=True
-            )
+            for param, number, grad in zip(self.params, self.group_numbers, grads, strict=True)
         ]
 
-    def _build(
-        self, groups: Sequence[dict[str, Any]], state: State, only: tuple[int, ...] | None
-    ) -> tuple[CachedPlan, Found]:
-        """Decide anew what each launch updates, and make the state it needs."""
-        self._note_steps()
-        params = self.params
+    def _build(self, state: State, only: Sequence[Tensor] | None) -> Match:
+        """Decide what each launch updates, make the state it needs, and cache the plan."""
+        self._advance_step_keys()
         if self.flat:
             self.flat.look_for_uncounted()
-        key = self._key(only)
-        chosen = set(key[1])
-        grads = [grad if i in chosen else None for i, grad in enumerate(self.read_grads(params))]
-        live, found = [], []
-        for param, grad in zip(params, grads, strict=True):
-            if grad is not None:
-                live.append(param)
-                found.append(grad)
-        if any(map(is_sharded, live)):
-            found = LocalShards(live).gradient_parts(found, self.moved)
-            rest = iter(found)
-            grads = [None if grad is None else next(rest) for grad in grads]
-        devices = {
-            device: backends.choose(self.backend, device)
-            for device in {param.device for param in live}
-        }
-        sections = plan.build(
-            params=params,
-            grads=grads,
-            groups=[number for number, group in enumerate(groups) for _ in group["params"]],
-            options=[plan.options_of(group) for group in groups],
+        key, all_grads = self._key(only), self.read_grads(self.params)
+        stepped = [self.params[i] for i in key.positions]
+        grads: list[Any] = [all_grads[i] for i in key.positions]
+        if any(map(is_sharded, stepped)):
+            grads = LocalShards(stepped).gradient_parts(grads, self.redistributed)
+        by_position: list[Tensor | None] = [None] * len(self.params)
+        for i, grad in zip(key.positions, grads, strict=True):
+            by_position[i] = grad
+        devices = {param.device for param in stepped}
+        names = {device: backends.choose(self.backend, device) for device in devices}
+        launch_groups = plan.build(
+            params=self.params,
+            grads=by_position,
+            groups=self.group_numbers,
+            options=self.options,
             arena=self.arena,
             state=state,
             buffers=self.flat,
-            staging={device: backends.staging(name) for device, name in devices.items()},
+            staging={device: backends.staging(name) for device, name in names.items()},
         )
-        if self.moves != self.arena.moves:
+        if self.state_moves != self.arena.state_moves:  # plans point to where it was
             self.plans.clear()
             self.usual = None
-            self.moves = self.arena.moves
-        rows = [row for section in sections for row in section.rows]
-        for row in rows if self.counted else ():
-            row.counted = self.counted[row.ordinal]
-        in_order = sorted(rows, key=operator.attrgetter("index"))
-        idle = [
-            param
-            for param, grad in zip(params, grads, strict=True)
-            if grad is None and only is None
-        ]
-        spans = [
-            span for section in sections for launch in section.launches for span in launch.spans
-        ]
-        made = CachedPlan(
-            live,
-            [row.home for row in rows],
-            [backends.bind(devices[section.device], section, self.guards) for section in sections],
-            PlanGuard(live, found, idle, self.flat, self.read, self.moved),
-            StateGuard(state, [(live[row.index], row.home, row.dtypes) for row in in_order]),
-            [[row.home for row in span.rows] for span in spans if len(span.rows) > 1],
-            [param for param in live if not param.is_inference()]
-            + [
-                row.home.counters.steps
-                for row in rows
-                if row.home.counters and not row.home.counters.ours
-            ],
+            self.state_moves = self.arena.state_moves
+        # With only some parameters to step, the others may have gradients.
+        missing = only is None
+        idle = [p for p, g in zip(self.params, by_position, strict=True) if missing and g is None]
+        rows = [row for group in launch_groups for row in group.rows]
+        for row in rows if self.in_norm else ():
+            row.in_norm = self.in_norm[row.param_index]
+        guard = PlanGuard(
+            *(stepped, grads, idle, self.flat, self.read_attribute, self.redistributed),
+            *(self.arena, StateGuard(state, stepped, rows)),
         )
-        self.plans.pop(key, None)
-        if live or not self.flat:  # else every step looks again for gradients that nothing counted
-            self.plans[key] = made
-        if only is None and live:
-            self.usual = made
-        while len(self.plans) > 1 and sum(
-            len(kept.homes) for kept in self.plans.values()
-        ) > ROWS_KEPT * len(params):
-            del self.plans[next(iter(self.plans))]
-        gradients = made.watch.gradients()
+        cached = bind(launch_groups, names, self.needs_norm, stepped, guard)
+        self._cache(key, cached)
+        gradients = cached.guard.gradients(state)
         assert gradients is not None
-        return made, gradients
+        return Match(cached, gradients)
+
+    def _cache(self, key: PlanKey, cached: CachedPlan) -> None:
+        """Keep the plan, and drop those that were not used for longest if there are too many."""
+        self.plans.pop(key, None)
+        # A plan that steps nothing would stop `look_for_uncounted` from looking at flat gradients.
+        if key.positions or not self.flat:
+            self.plans[key] = cached
+        if key.positions and not key.given:
+            self.usual = cached
+        rows = sum(len(other.param_states) for other in self.plans.values())
+        while len(self.plans) > 1 and rows > MAX_CACHED_ROWS * len(self.params):
+            rows -= len(self.plans.pop(next(iter(self.plans))).param_states)
+
+    # Running a plan
 
     def _run(
-        self, chosen: CachedPlan, found: Found, values: Any, guard: GradTransform, capturing: bool
+        self, cached: CachedPlan, grads: Gradients, groups: Groups, transform: GradTransform
     ) -> None:
-        self.ran = chosen
-        for runner in chosen.runners:
-            runner.begin(*found, capturing)
-        if self.guards and self.params:
-            guard = self._checked(chosen, guard)
-            if not chosen.runners:
-                guard.record(self.skip_nonfinite)
-        for i, runner in enumerate(chosen.runners):
-            # The norm is counted once.
-            runner.run(values, guard if i == 0 else replace(guard, stats=None))
-        self.moved.clear()
+        """Launch everything. Nothing here waits for a device, except where the CPU reads a norm."""
+        hypers = [hyper(group, self.max_grad_norm, self.skip_nonfinite) for group in groups]
+        capturing = backends.is_capturing()
+        self.last_run = cached
+        for runner in cached.runners:
+            runner.begin(grads.tensors, grads.addresses, capturing)
+        if self.needs_norm and self.params:
+            transform = self._with_norm(cached, transform)
+            if not cached.runners:
+                transform.record(self.skip_nonfinite)
+        for i, runner in enumerate(cached.runners):
+            # The first one records norm and skip; all of them would count a skipped step twice.
+            runner.run(hypers, transform if i == 0 else replace(transform, stats=None))
+        self.redistributed.clear()
         self.arena.note_counters()
-        # Kernels write through addresses, which nobody else sees.
-        torch.autograd.graph.increment_version(chosen.written)
+        torch.autograd.graph.increment_version(cached.versions_to_bump)
         if capturing:
-            self._keep_captured(chosen)
+            self._keep_for_replays(cached)
 
-    def _keep_captured(self, chosen: CachedPlan) -> None:
-        memory: list[Any] = [self.stats]
-        for home in chosen.homes:
-            memory += [home.counters, *home.slots.values()]
-        if self.flat:
-            memory += self.flat.grad_segments
-        self.captured[id(chosen)] = chosen, memory
-
-    def _checked(self, chosen: CachedPlan, guard: GradTransform) -> GradTransform:
-        """Add the norm of all gradients, over all devices, and the place for what users may ask of
-        it.
-        """
-        sums = [runner.square_sum().reshape(1) for runner in chosen.runners]
-        # A rank without gradients takes part, too.
+    def _with_norm(self, cached: CachedPlan, transform: GradTransform) -> GradTransform:
+        """Add the norm of all gradients on all devices and ranks, and where to record it."""
+        sums = [runner.square_sum().reshape(1) for runner in cached.runners]
+        # A rank without gradients takes part in the sum over ranks, too.
         sums = sums or [torch.zeros(1, dtype=torch.float64, device=self.params[0].device)]
         total = sums[0]
         for other in sums[1:]:
-            # Between GPUs this does not wait; to the CPU it must, or the sum would read what has
-            # not arrived.
+            # Does not wait between GPUs. To the CPU it has to, or the sum would read what has not
+            # arrived.
             total = total + other.to(total.device)
         if self.ranks:
-            total = self.ranks.total(total)
+            total = self.ranks.sum_norms(total)
         if self.reduce_norm:
             total = arguments.check_norm(self.reduce_norm(total), total.device)
         if self.stats is None or self.stats.device != total.device:
             with outside_inference_mode():
                 stats = torch.zeros(table.STATS, dtype=torch.float64, device=total.device)
                 self.stats = stats if self.stats is None else stats.copy_(self.stats)
-        return replace(guard, square_sum=total, stats=self.stats)
+        return replace(transform, square_sum=total, stats=self.stats)
+
+    def _keep_for_replays(self, cached: CachedPlan) -> None:
+        memory: list[Any] = [self.stats]
+        for param_state in cached.param_states:
+            memory += [param_state.counters, *param_state.slots.values()]
+        if self.flat:
+            memory += self.flat.grad_segments
+        self.captured[id(cached)] = cached, memory

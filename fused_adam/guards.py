@@ -1,5 +1,7 @@
-"""Notices when what a plan rests on has changed: which parameters, where, in which layout. Decides
-nothing.
+"""Checks whether a cached plan still fits this step: parameters, gradients, state, step counters.
+
+The word is torch.compile's: a guard says whether cached work may be used again. Guards decide
+nothing; where one fails, the engine plans anew.
 """
 
 from __future__ import annotations
@@ -7,26 +9,54 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Sequence
 from itertools import compress, repeat
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .distributed import LocalShards, is_sharded, local
-from .state.arena import ParamState, State
+from .plan import Row
+from .state import shapes
+from .state.arena import Arena, ParamState, State
 from .state.flatten import FlatBuffers, read_grad
 
 try:
+    # torch.compile's guards, in C++. They are not public, so everything here works without them.
     from torch._C._dynamo import guards
 except ImportError:
     guards = None  # type: ignore[assignment]
 
+GradReader = Callable[[Sequence[Tensor]], list[Tensor | None]]
+
 data_ptr = torch.Tensor.data_ptr
 
 
+class Gradients(NamedTuple):
+    """This step's gradients of the parameters that a plan steps, in order."""
+
+    tensors: list[Tensor]  # of a DTensor, this rank's shard
+    addresses: list[int]
+
+
+class StoredParam(NamedTuple):
+    """A parameter, and what a plan's tables assume about its state."""
+
+    param: Tensor
+    param_state: ParamState
+    dtypes: dict[str, torch.dtype]  # of the entries, without the step counter
+
+
+def reader(attribute: str) -> GradReader:
+    """Return the function that reads this attribute of many parameters at once."""
+    if attribute == "grad":
+        return read_grad
+    return lambda params: [getattr(param, attribute, None) for param in params]
+
+
 def layouts(tensors: Sequence[Tensor]) -> list[Any]:
-    """Type, dtype, layout, device, sizes, strides, conjugate and negative bits of each tensor, to
-    be compared.
+    """Return what a kernel assumes about each tensor besides its address, to be compared.
+
+    That is type, dtype, layout, device, sizes, strides, conjugate bit and negative bit.
     """
     return [
         t is not None
@@ -35,19 +65,11 @@ def layouts(tensors: Sequence[Tensor]) -> list[Any]:
     ]
 
 
-def reader(attribute: str) -> Callable[[Sequence[Tensor]], list[Tensor | None]]:
-    """How gradients are read, of many parameters at once: every step does so."""
-    if attribute == "grad":
-        return read_grad
-    return lambda params: [getattr(param, attribute, None) for param in params]
-
-
 class LayoutGuard:
-    """Says whether tensors still have the layouts they had, without holding on to them.
+    """Says whether tensors still have the layouts they had, without keeping them alive.
 
-    torch.compile's own guard does that in C++, 50 ns per tensor where Python takes 600. It is not
-    public, and refuses
-    a tensor that is listed twice: where it cannot be used Python does it.
+    torch.compile's TensorGuards takes 50 ns per tensor, where Python takes 600. It refuses a tensor
+    that is listed twice; then, and where torch does not have it, Python compares.
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
@@ -61,172 +83,182 @@ class LayoutGuard:
             self._check = lambda *now: layouts(now) == before
 
     def hold(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether these tensors have the layouts of those that the guard was made with."""
         return bool(self._check(*tensors))
 
 
 class StateGuard:
     """Says whether `optimizer.state` still holds the tensors that a plan's tables point to.
 
-    torch.compile's guards give every dict a number that no other dict and no other content of it
-    ever has: one number per parameter stands for all tensors of its entry (40 ns; comparing them
-    one by one takes 110 to 160), and keeps
-    none of them alive. It is not public: where it cannot be used, every step compares all.
+    Users may edit `state` between steps, so every step asks. Two cheap questions answer it:
 
-    `tensor.data = other` changes no dict. Reading the addresses of all tensors would cost as much
-    as the rest of the step's Python, so with many tensors one of each segment is asked: a loop over
-    all state is noticed.
+    - Has an entry changed? torch.compile numbers the contents of dicts, and never uses a number
+      twice. One number per parameter (40 ns) replaces comparing its tensors (110 to 160 ns), and
+      keeps none of them alive. Where numbers cannot be had, every step compares all tensors.
+    - Has a tensor other memory? `tensor.data = other` changes no dict. Reading all addresses would
+      cost as much as the rest of the step's Python, so with more than `MAX_ADDRESSES` tensors one
+      tensor per segment is read. That notices a loop over all state.
 
     Args:
-        state: the optimizer's.
-        members: parameters in the order of the tables; where their state is; the dtypes of what is
-            stored.
+        state: the optimizer's state.
+        stepped: the parameters that the plan steps, in order.
+        rows: what its tables say about them.
     """
 
-    ALL = 64  # up to so many tensors, all addresses are read
+    MAX_ADDRESSES = 64
 
-    def __init__(
-        self, state: State, members: Sequence[tuple[Tensor, ParamState, dict[str, torch.dtype]]]
-    ) -> None:
-        self.members = members
-        self.params = [param for param, *_ in members]
-        places = [
-            (slot.segment, home.refs[key], slot.address)
-            for _, home, dtypes in members
-            for key, slot in home.slots.items()
+    def __init__(self, state: State, stepped: Sequence[Tensor], rows: Sequence[Row]) -> None:
+        self.members = members = [
+            StoredParam(stepped[row.grad_index], row.param_state, row.dtypes)
+            for row in sorted(rows, key=operator.attrgetter("grad_index"))
+        ]
+        self.params = [member.param for member in members]
+        views = [
+            (slot.segment, param_state.refs[key], slot.address)
+            for _, param_state, dtypes in members
+            for key, slot in param_state.slots.items()
             if key in dtypes
         ]
-        places += [
-            (home.counters.steps, home.refs["step"], home.step_address)
-            for _, home, _ in members
-            if home.counters
+        views += [
+            (param_state.counters.steps, param_state.refs["step"], param_state.step_address)
+            for _, param_state, _ in members
+            if param_state.counters
         ]
-        if len(places) > self.ALL:
-            places = list(
-                {id(segment): (segment, ref, address) for segment, ref, address in places}.values()
-            )
-        self.refs = [ref for _, ref, _ in places]
-        self.addresses = [address for *_, address in places]
-        self._note(state)
+        if len(views) > self.MAX_ADDRESSES:
+            by_segment = {id(segment): (segment, ref, at) for segment, ref, at in views}
+            views = list(by_segment.values())
+        self.refs = [ref for _, ref, _ in views]
+        self.addresses = [address for _, _, address in views]
+        # Entries of DTensors are DTensors: the address is that of the local tensor.
+        sharded = any(map(is_sharded, self.params))
+        self._address = (lambda tensor: local(tensor).data_ptr()) if sharded else data_ptr
+        self._remember(state)
 
-    def _note(self, state: State) -> None:
-        # Looking an entry up costs more than anything else here: a tensor's hash is computed in
-        # Python.
-        self.aligned = list(map(id, state.values())) == [
+    def _remember(self, state: State) -> None:
+        """Take the entries as they are now for unchanged."""
+        # Looking up an entry costs more than anything else here, because a tensor's hash is
+        # computed in Python. Entries in the order of the parameters need no look-up.
+        self.in_order = list(map(id, state.values())) == [
             id(state.get(param)) for param in self.params
         ]
         self.versions = self._versions(state)
 
     def _versions(self, state: State) -> list[int] | None:
+        """The number of each entry's contents; None where torch has none."""
         if guards is None:
             return None
-        aligned = self.aligned and len(state) == len(self.params)
+        in_order = self.in_order and len(state) == len(self.params)
+        entries = state.values() if in_order else map(state.get, self.params)
         try:
-            return list(
-                map(guards.dict_version, state.values() if aligned else map(state.get, self.params))
-            )
-        except (
-            RuntimeError,
-            SystemError,
-        ):  # not a dict: an entry that was removed, or something else in its place
+            return list(map(guards.dict_version, entries))
+        except (RuntimeError, SystemError):  # an entry was removed, or is no dict
             return None
 
     def holds(self, state: State) -> bool:
-        """Whether the tensors are the same; also if somebody has changed entries, but not these
-        tensors.
-        """
+        """Whether the tensors are the same. Other changes of the entries do not matter."""
         versions = self._versions(state)
         if versions is None or versions != self.versions:
-            if not self._compare(state):
+            if not self._same_tensors(state):
                 return False
-            self._note(state)
-        tensors = [ref() for ref in self.refs]
-        return [
-            tensor is not None and local(tensor).data_ptr() for tensor in tensors
-        ] == self.addresses
+            self._remember(state)
+        address, tensors = self._address, [ref() for ref in self.refs]
+        return [tensor is not None and address(tensor) for tensor in tensors] == self.addresses
 
-    def _compare(self, state: State) -> bool:
-        for param, home, dtypes in self.members:
+    def _same_tensors(self, state: State) -> bool:
+        for param, param_state, dtypes in self.members:
             entry = state.get(param)
-            if not isinstance(entry, dict) or not home.holds_step(
-                entry.get("step"), local(param).device
-            ):
+            if not isinstance(entry, dict):
                 return False
-            if not all(home.holds(key, entry.get(key), dtype) for key, dtype in dtypes.items()):
+            if not param_state.holds_step(entry.get("step"), local(param).device):
+                return False
+            if not all(param_state.holds(key, entry.get(key), dtypes[key]) for key in dtypes):
                 return False
         return True
 
 
 class PlanGuard:
-    """All that one plan rests on, besides who the parameters are and where their state is.
+    """Says whether a plan fits this step, and reads the step's gradients on the way.
+
+    Gradients may lie elsewhere than in the last step. Everything else has to be as it was: step
+    counters, state, who has a gradient, the layouts of parameters and gradients, and the
+    parameters' addresses. Which parameters the optimizer has is the engine's to check.
 
     Args:
-        live, grads: the parameters that the plan steps, in order, and their gradients, or what is
-            here of them.
-        idle: those that must have no gradient.
-        buffers: flat parameters and gradients, if there are any.
-        read: how gradients are read.
-        moved: this step's gradients that lay otherwise than their DTensors, see
+        stepped: the parameters that the plan steps, in order.
+        grads: their gradients; of a DTensor, this rank's shard.
+        idle: parameters that must have no gradient.
+        buffers: flat parameters and gradients, with `flatten=True`.
+        read: reads gradients from the optimizer's `grad_attribute`.
+        redistributed: this step's gradients whose placements differed from their parameter's, see
             `LocalShards.gradient_parts`.
+        arena: the optimizer's, with all step counters.
+        state_guard: the guard of these parameters' state.
     """
 
     def __init__(
         self,
-        live: Sequence[Tensor],
+        stepped: Sequence[Tensor],
         grads: Sequence[Tensor],
         idle: Sequence[Tensor],
         buffers: FlatBuffers | None,
-        read: Callable[[Sequence[Tensor]], list[Tensor | None]],
-        moved: dict[Tensor, Tensor],
+        read: GradReader,
+        redistributed: dict[Tensor, Tensor],
+        arena: Arena,
+        state_guard: StateGuard,
     ) -> None:
-        self.live, self.idle, self.read, self.buffers = list(live), list(idle), read, buffers
-        self.shards, self.moved = LocalShards(live) if any(map(is_sharded, live)) else None, moved
-        memory = self.shards.parts() if self.shards else self.live
+        self.stepped, self.idle, self.read, self.buffers = list(stepped), list(idle), read, buffers
+        self.arena, self.state_guard, self.redistributed = arena, state_guard, redistributed
+        self.shards = LocalShards(stepped) if any(map(is_sharded, stepped)) else None
+        memory = self.shards.tensors() if self.shards else self.stepped
         self.addresses = list(map(data_ptr, memory))
-        slots = buffers.grad_addresses if buffers else {}
-        self.slots = [slots.get(param, -1) for param in live]  # no address: empty gradients have 0
         self.grad_addresses = list(map(data_ptr, grads))
-        self.at_home = list(map(operator.eq, self.grad_addresses, self.slots))
-        # Gradients in our buffers: gradients only if something has written to them.
-        self.places = (
-            [buffers.places[param] for param in compress(live, self.at_home)] if buffers else []
-        )
-        # If all are the very views that we made of our buffers, their addresses say all.
-        views = [place.grad_view for place in self.places]
-        self.views = (
-            views
-            if views and len(views) == len(grads) and all(map(operator.is_, views, grads))
-            else None
-        )
         self.layouts = LayoutGuard(memory)
+        # A plan updates gradients in our flat buffers together, so they must stay there and others
+        # must stay out. -1 is no address; that of an empty gradient is 0.
+        slots = buffers.grad_addresses if buffers else {}
+        self.slots = [slots.get(param, -1) for param in stepped]
+        self.in_slot = list(map(operator.eq, self.grad_addresses, self.slots))
+        self.flat_params = (
+            [buffers.flat_params[param] for param in compress(stepped, self.in_slot)]
+            if buffers
+            else []
+        )
+        # If every gradient is the very view that we made, comparing objects replaces comparing
+        # layouts.
+        views = [flat_param.grad_view for flat_param in self.flat_params]
+        all_ours = len(views) == len(grads) and all(map(operator.is_, views, grads))
+        self.views = views if views and all_ours else None
         self.grad_layouts = None if self.views else LayoutGuard(grads)
 
-    def gradients(self) -> tuple[list[Tensor], list[int]] | None:
-        """This step's gradients of the live parameters and their addresses; None if the plan no
-        longer fits.
-
-        Gradients may have moved; parameters, layouts, and who has a gradient may not have changed.
-        """
+    def gradients(self, state: State) -> Gradients | None:
+        """Return the gradients of the plan's parameters, or None if the plan does not fit."""
+        if shapes.under_fake_mode():
+            return None  # real parameters are an error there, which planning anew raises
+        if not self.arena.counters_unchanged() or not self.state_guard.holds(state):
+            return None
         idle = self.buffers.read(self.idle) if self.buffers else self.read(self.idle)
         if any(map(operator.is_not, idle, repeat(None))):
             return None
-        grads: list[Any] = self.read(self.live)
+        grads: list[Any] = self.read(self.stepped)
         if self.views and not all(map(operator.is_, grads, self.views)):
             return None
-        if self.places and self.buffers and not self.buffers.all_written(self.places):
+        # A view that nothing has written to since `zero_grad()` is no gradient.
+        if self.flat_params and self.buffers and not self.buffers.all_written(self.flat_params):
             return None
-        memory = self.live
+        memory = self.stepped
         if self.shards:
-            memory, grads = self.shards.parts(), self.shards.gradient_parts(grads, self.moved)
-        if not self.layouts.hold(memory) or (
-            self.grad_layouts and not self.grad_layouts.hold(grads)
-        ):
+            memory = self.shards.tensors()
+            grads = self.shards.gradient_parts(grads, self.redistributed)
+        if not self.layouts.hold(memory):
+            return None
+        if self.grad_layouts and not self.grad_layouts.hold(grads):
             return None
         if list(map(data_ptr, memory)) != self.addresses:
             return None
         addresses = list(map(data_ptr, grads))
         if addresses != self.grad_addresses:
-            if list(map(operator.eq, addresses, self.slots)) != self.at_home:
+            if list(map(operator.eq, addresses, self.slots)) != self.in_slot:
                 return None
             self.grad_addresses = addresses
-        # The same list if it can be: whoever compares it with the last one is done at once.
-        return grads, self.grad_addresses
+        # Addresses that did not change are the same list object, which compares in no time.
+        return Gradients(grads, self.grad_addresses)

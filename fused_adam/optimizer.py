@@ -1,101 +1,92 @@
-"""FusedAdam and FusedAdamW: arguments, param groups, step(). No arithmetic on moments, no memory
-layout here.
+"""FusedAdam: arguments, param groups, step and zero_grad.
+
+Methods that save, load and move state are in optimizer_state.py. How a step runs is in engine.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from itertools import chain
+from collections.abc import Callable, Sequence
 from typing import Any, overload
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT, _device_dtype_check_for_fused
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fused_adam_kernels import table
 
-from . import arguments, distributed, shapes
+from . import arguments
 from .backends import choose as backends
-from .engine import Engine, outside_inference_mode
+from .engine import outside_inference_mode, params_of
 from .numerics.scalars import GradTransform
+from .optimizer_state import OptimizerState
 from .precision import as_seed, parse
-from .state import checkpoint
-from .state import offload as offloading
+from .state import checkpoint, shapes
 from .state.flatten import FlatBuffers
 
-# What copies and pickles keep besides torch's.
-_PICKLED = (
-    *("_backend", "_flatten", "_grad_attribute", "_max_grad_norm"),
-    *("_precision", "_seed", "_skip_nonfinite"),
-)
 
+class FusedAdam(OptimizerState):
+    """Adam with the whole step fused into one kernel; a drop-in for `torch.optim.Adam`.
 
-class FusedAdam(torch.optim.Adam):
-    """Adam whose whole step is one fused pass: a drop-in for `torch.optim.Adam`.
+        m_t = beta1 * m_{t-1} + (1 - beta1) * g_t
+        v_t = beta2 * v_{t-1} + (1 - beta2) * g_t^2
+        p_t = p_{t-1} - lr * (m_t / (1 - beta1^t)) / (sqrt(v_t / (1 - beta2^t)) + eps)
 
-    All arithmetic is float32 (float64 for float64 parameters), each operation rounded once, in one
-    documented order; the Triton kernel and the CPU reference give the same bits. Kingma & Ba 2015,
-    algorithm 1; AMSGrad: Reddi et al. 2018; decoupled decay: Loshchilov & Hutter 2019.
+    Kingma & Ba 2015, algorithm 1; amsgrad: Reddi et al. 2018. docs/numerics.md has the exact order
+    of operations, which is the same on CPU and GPU.
+
+    Example:
+        >>> optimizer = FusedAdam(model.parameters(), lr=1e-3)
+        >>> loss_fn(model(x), y).backward()
+        >>> optimizer.step()
+        >>> optimizer.zero_grad()
+
+    State per parameter is `step`, `exp_avg`, `exp_avg_sq` and, with amsgrad, `max_exp_avg_sq`, as
+    in torch. Checkpoints load into `torch.optim.Adam` and back. `state` is an ordinary dict: the
+    next step starts from what you write into it.
 
     Args:
-        params: parameters, named parameters or param groups, as for `torch.optim.Adam`. Dtypes
-            float32, bfloat16, float16, float64 and complex ones of these; devices and dtypes may be
-            mixed in one group. DTensors (FSDP2, tensor parallelism) are stepped shard by shard,
-            with the bits of one process.
-        lr, betas, eps, weight_decay, amsgrad, maximize, decoupled_weight_decay: as in
-        `torch.optim.Adam`.
-        foreach, fused: accepted and checked as in torch; they choose no code path. With
-            `fused=True` a GradScaler hands its scale and overflow flag over to the step, as in
-            torch.
-        capturable: the step may be captured in a CUDA graph, after one that ran outside it (GPU,
-            triton). Values of lr, betas, eps and weight_decay that are tensors on the device are
-            read at every replay; others, among them tensors on the CPU, are those of the capture.
-        differentiable: the step runs through torch's own differentiable implementation.
-        precision: how weights and moments are stored, as "<weights>-<states>"; None: as in torch,
-            all in the parameter's dtype. Weights: "native", "master32", "split32", "split24", "sr";
-            states: "fp32", "bf16", "int8"; see the README. A param group may have its own. The
-            parameter itself counts: the next step starts from what somebody wrote into it (split
-            weights: to within half of its last place; zeros stay zeros).
-        seed: of the random bits that some recipes round with; torch's generators are not touched.
-            Bits are keyed by seed, step, element and the parameter's position in this optimizer.
-            Two optimizers with one seed draw the same bits for their first parameters, for their
-            second ones and so on: with an optimizer per parameter or per layer, give each a seed of
-            its own.
-        flatten: move parameters into flat buffers at construction: those that are trained, dense,
-            and the only owners of memory that torch allocated; others stay. From the first
-            `zero_grad()` after its first gradient on, a parameter's gradient is a view of a flat
-            buffer, which backward adds to. Nothing else changes: a view that nothing has written to
-            is no gradient (the README lists what a GPU cannot tell), and the bits are the same. On
-            a GPU flat parameters cannot be sent to other processes, because CUDA sends whole
-            allocations.
-        max_grad_norm: clip the gradients' global L2 norm, as `torch.nn.utils.clip_grad_norm_`
-            before the step would, without writing them and without waiting for the device. The norm
-            is `optimizer.grad_norm`; with inf it is measured, and finite gradients are left alone.
-        skip_nonfinite: a step with a NaN or Inf in any gradient changes nothing, decided on the
-            device; `optimizer.skipped_steps` counts them.
-        grad_attribute: where a parameter's gradient is: "grad", "main_grad" (Megatron's gradient
-            buffers) or "decoupled_grad" (TransformerEngine's and Megatron-FSDP's). With the latter
-            two, steps, clipping and `skip_nonfinite` read that attribute, of any floating dtype,
-            and not `grad`; None or no attribute is no gradient. Scale it yourself: torch's
-            GradScaler looks at `grad` alone, and such a step raises.
-        backend: "auto" (triton on GPUs, reference on CPU), "triton", "reference" or "compiled" (the
-            reference through torch.compile: CPU only, needs a C++ compiler). All give the same
-            bits.
-
-    `state` is an ordinary dict of dicts, the user's to edit: what stands there at a step is stepped
-    on, where it is if it is stored as we would, else copied into flat memory.
-
-    State per parameter is torch's: `step`, `exp_avg`, `exp_avg_sq` and with amsgrad
-    `max_exp_avg_sq`, in the parameter's dtype; checkpoints are exchanged with torch.optim.Adam(W)
-    both ways. A precision stores what its name says instead; its checkpoints are as exact, those of
-    any other precision are converted on loading, and `export_fp32` gives all of it to
-    torch.optim.Adam(W).
+        params: tensors, (name, tensor) pairs, or dicts that define param groups. float32, bfloat16,
+            float16, float64 and their complex dtypes, on any devices, may be mixed in one group. Of
+            a DTensor (FSDP2, tensor parallelism) each rank updates its shard.
+        lr: learning rate. A number, or a tensor of one element. Default: 1e-3.
+        betas: decay rates of the first and the second moment. Default: (0.9, 0.999).
+        eps: added to the square root, so that the division is safe. Default: 1e-8.
+        weight_decay: L2 penalty: `weight_decay * p` is added to the gradient. Default: 0.
+        amsgrad: divide by the largest second moment so far, not by the current one. Default: False.
+        foreach: accepted for compatibility. There is one implementation, so it chooses nothing.
+        maximize: follow the gradient uphill. Default: False.
+        capturable: allow the step to be captured in a CUDA graph, after one step outside the graph.
+            A replay reads lr, betas, eps and weight_decay anew if they are tensors on the GPU, and
+            otherwise uses their values at capture. Default: False.
+        differentiable: let autograd differentiate through the step. It is then torch's own step and
+            cannot be combined with this class's own arguments, except `backend` and `seed`.
+            Default: False.
+        fused: accepted for compatibility. With True, a GradScaler leaves unscaling and the overflow
+            check to the step.
+        decoupled_weight_decay: decay as AdamW does. Default: False.
+        precision: name of a recipe that stores weights and moments in fewer bytes, such as
+            "split32-bf16"; docs/precision.md lists them. A param group may have its own. Default:
+            None, everything in the parameter's dtype.
+        max_grad_norm: clip the global L2 norm of the gradients to this value inside the step, as
+            `torch.nn.utils.clip_grad_norm_` would before it. Read the norm from `grad_norm`. inf
+            measures the norm and clips nothing. Default: None, no clipping.
+        skip_nonfinite: skip a step whose gradients contain NaN or Inf, without waiting for the GPU.
+            Count such steps with `skipped_steps`. Default: False.
+        flatten: move parameters and gradients into flat buffers. Faster for models with many small
+            tensors. After `zero_grad()`, gradients are views of zeros instead of None. Default:
+            False.
+        grad_attribute: where to read gradients: "grad", "main_grad" (Megatron) or "decoupled_grad"
+            (TransformerEngine, Megatron-FSDP). Default: "grad".
+        backend: "triton", "reference" (plain PyTorch), "compiled" (the reference through
+            torch.compile, on CPUs) or "auto" (triton on GPUs, reference on CPUs). All give the same
+            bits. Default: "auto".
+        seed: seed of the stochastic rounding that some recipes use. torch's random generators are
+            not touched. Give each of several optimizers its own. Default: 0.
 
     Raises:
-        ValueError, TypeError: an argument is out of range, with torch's texts for torch's
-            arguments.
-        RuntimeError: the backend cannot run here; the text says why and what to do.
+        TypeError, ValueError: an argument cannot be used; the message says what is allowed. For
+            torch's arguments the message is torch's.
+        RuntimeError: the backend cannot run here; the message says why and what to do.
     """
 
     def __init__(
@@ -125,9 +116,9 @@ class FusedAdam(torch.optim.Adam):
         flatten = arguments.as_flag("flatten", flatten)
         skip_nonfinite = arguments.as_flag("skip_nonfinite", skip_nonfinite)
         max_grad_norm = arguments.as_max_grad_norm(max_grad_norm)
-        arguments.check_flatten(flatten, differentiable)
-        arguments.check_guards(max_grad_norm, skip_nonfinite, differentiable)
-        arguments.check_grad_attribute(grad_attribute, flatten, differentiable)
+        arguments.check_combinations(
+            flatten, max_grad_norm, skip_nonfinite, grad_attribute, differentiable
+        )
         parse(precision)
         self._backend, self._flatten = backend, flatten
         self._precision, self._seed, self._grad_attribute = precision, as_seed(seed), grad_attribute
@@ -151,54 +142,69 @@ class FusedAdam(torch.optim.Adam):
         )
         for device in {param.device for param in self._params()} - {torch.device("meta")}:
             backends.choose(backend, device)
-        self._set_up()
+        self._make_engine()
         self._move_to_buffers()
 
-    def _set_up(self) -> None:
-        """What is derived, and made anew after pickle and deepcopy."""
-        self._engine = Engine(
-            self._backend, self._max_grad_norm, self._skip_nonfinite, self._grad_attribute
-        )
+    def __repr__(self) -> str:
+        """torch's text, and below it this class's own arguments where they are set.
+
+        `precision` and `seed` stand in the param groups, which may have their own.
+        """
+        own = {
+            "max_grad_norm": (self._max_grad_norm, None),
+            "skip_nonfinite": (self._skip_nonfinite, False),
+            "flatten": (self._flatten, False),
+            "grad_attribute": (self._grad_attribute, "grad"),
+            "backend": (self._backend, "auto"),
+        }
+        lines = [f"{name}: {value}\n" for name, (value, default) in own.items() if value != default]
+        return super().__repr__().removesuffix(")") + "".join(lines) + ")"
 
     def _move_to_buffers(self) -> None:
-        # A copy does so at its first use: while it is unpickled, its storages have the unpickler
-        # for an owner.
+        """Move parameters into flat buffers, if that is asked for and not done yet.
+
+        A copy does so at its first use: while it is unpickled, the unpickler still holds its
+        storages, so they could not be moved.
+        """
         if self._flatten and self._engine.flat is None and not shapes.are_all(self._params()):
             with outside_inference_mode():
                 self._engine.flat = FlatBuffers(self._params())
 
     def _params(self) -> list[Tensor]:
-        return list(chain.from_iterable([group["params"] for group in self.param_groups]))
+        return params_of(self.param_groups)
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        """Whether GradScaler leaves unscaling and the overflow decision to `step`, without waiting
-        for the device.
+        """Whether GradScaler leaves unscaling and the overflow check to `step`, without a sync.
 
-        As in torch, with `fused=True`; and with `max_grad_norm` or `skip_nonfinite`; and with a
-        `grad_attribute` whose gradients it would not unscale, so that the step can say so. Derived,
-        so that it survives pickle, deepcopy and loaded checkpoints. Not always True, because
-        Lightning refuses its own clipping for optimizers that carry it.
+        As in torch with `fused=True`; also with `max_grad_norm` or `skip_nonfinite`. With a
+        `grad_attribute` GradScaler would not unscale those gradients, so `step` has to say so.
+
+        Derived, so that pickles, deep copies and loaded checkpoints have it right. Not always True,
+        because Lightning refuses to clip for optimizers that say True.
         """
-        if self._engine.guards or self._grad_attribute != "grad":
+        if self._engine.needs_norm or self._grad_attribute != "grad":
             return True
         return bool(self.defaults["fused"]) or any(group["fused"] for group in self.param_groups)
 
     @_step_supports_amp_scaling.setter
     def _step_supports_amp_scaling(self, value: bool) -> None:
-        """torch's constructor assigns True under `fused=True`, from which it is derived."""
+        """Ignore torch's constructor, which assigns True with `fused=True`."""
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a param group, as in torch; with `flatten=True` its parameters stay where they are.
+        """Add a param group, as in torch. It may have a `precision` of its own.
 
-        A group may have a `precision` of its own.
+        With `flatten=True`, parameters that are added later are not moved into flat buffers.
+
+        Raises:
+            TypeError, ValueError: a parameter cannot be stepped, or its dtype does not fit the
+                precision. The group is not added then.
         """
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         if self._precision is not None or "precision" in group:
-            # In a copy: what we add must not go on to another optimizer that the user gives this
-            # dict to.
+            # Users may give the same dict to another optimizer, which must not get our entries.
             group = self.param_groups[-1] = {**group}
         try:
             self._check_group(group)
@@ -207,34 +213,13 @@ class FusedAdam(torch.optim.Adam):
             raise
 
     def _check_group(self, group: dict[str, Any]) -> None:
-        """Give the group its precision, if it has one, and raise if its parameters cannot be
-        stepped so.
-        """
-        if self._precision is not None:
-            group.setdefault("precision", self._precision)
-        recipe = parse(group.get("precision"))
+        """Give the group the optimizer's precision, and raise if it cannot be stepped."""
         number = next(i for i, other in enumerate(self.param_groups) if other is group)
-        for name, param in zip(checkpoint.names_of(group), group["params"], strict=True):
-            if is_traceable_wrapper_subclass(param) and not distributed.is_sharded(param):
-                raise TypeError(
-                    f"a parameter is a {type(param).__name__}, but must be a plain tensor or a DTensor"
-                )
-            distributed.check(param)
-            recipe.check(param.dtype, f"parameter {name!r} of param group {number}")
-        if recipe.weights is None:
-            return
-        group["seed"] = as_seed(group.get("seed", self._seed))
-        for name, value, other, reason in (
-            ("backend", self._backend, "compiled", "compiled steps know no recipes"),
-            ("differentiable", group["differentiable"], True, "that step is torch's"),
-        ):
-            if value == other:
-                raise ValueError(
-                    f"precision={group['precision']!r} cannot be combined with {name}={value!r}, because {reason}"
-                )
+        names = checkpoint.names_of(group)
+        arguments.complete_group(group, number, names, self._precision, self._seed, self._backend)
 
     def _check_before_step(self, group: dict[str, Any]) -> None:
-        """The same for a group that somebody may have edited since it was added."""
+        """Check a group that its user may have edited since it was added."""
         self._check_group(group)
         for param in group["params"] if group["fused"] else ():
             if param.is_meta and param.grad is not None:  # torch asks the parameters that it steps
@@ -248,145 +233,147 @@ class FusedAdam(torch.optim.Adam):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Perform one optimization step.
 
+        Parameters without a gradient are skipped: their weights, state and step counter stay.
+
         Args:
-            closure: reevaluates the model and returns the loss.
+            closure: reevaluates the model and returns the loss, which is returned.
 
-        Parameters without a gradient are skipped: neither they nor their state nor their step
-        counter change.
-
-        Raises RuntimeError, TypeError or ValueError for what cannot be stepped, before anything is
-        changed.
+        Raises:
+            RuntimeError, TypeError, ValueError: something cannot be stepped. Nothing has changed
+                then.
         """
         if self.defaults["differentiable"]:
             function: Any = torch.optim.Adam.step
-            # Without torch's hook wrapper, which this method already has.
-            result: float | None = (
-                function.__wrapped__ if getattr(function, "hooked", False) else function
-            )(self, closure)
+            if getattr(function, "hooked", False):
+                function = function.__wrapped__  # this method has torch's hooks already
+            result: float | None = function(self, closure)
             return result
         self._accelerator_graph_capture_health_check()
-        self._check_at_home()
-        if self._engine.release is not None:
-            self._refuse_scaler()
+        self._check_not_offloaded()
+        if self._engine.in_backward is not None:
+            self._grad_transform()  # refuses a scaler before the closure's backward steps
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         # After the closure: Lightning runs backward in one, or passes one that does nothing.
-        if self._engine.release is not None:
-            self._engine.release.end_round()
+        if self._engine.in_backward is not None:
+            self._engine.in_backward.end_round()
         with torch.no_grad():
             self._move_to_buffers()
-            self._engine.step(self.param_groups, self.state, self._guard(), self._check_before_step)
+            transform = self._grad_transform()
+            self._engine.step(self.param_groups, self.state, transform, self._check_before_step)
         return loss
 
-    def _refuse_scaler(self) -> None:
-        """Of steps inside backward: a scaler comes too late."""
-        guard = self._guard()
-        if guard.found_inf is not None or guard.grad_scale is not None:
-            raise RuntimeError(
-                "a GradScaler cannot be combined with step_in_backward, because parameters were updated before it "
-                "could unscale gradients or see an overflow; train in bfloat16 without one"
-            )
-
     def _step_only(self, params: Sequence[Tensor]) -> None:
-        """Step these parameters alone: each has a gradient."""
-        self._check_at_home()
+        """Step only these parameters, each of which has a gradient."""
+        self._check_not_offloaded()
         self._engine.step(
             self.param_groups, self.state, GradTransform(), self._check_before_step, params
         )
 
-    def _check_at_home(self) -> None:
-        if self._engine.origins is not None:
+    def _grad_transform(self) -> GradTransform:
+        """Return the scale and overflow flag that a GradScaler set; raise where none can work."""
+        found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
+        scaled = found_inf is not None or grad_scale is not None
+        if scaled and self._engine.in_backward is not None:
             raise RuntimeError(
-                "this optimizer's state is offloaded to the host: call reload() before a step"
+                "a GradScaler cannot be combined with step_in_backward, because parameters were "
+                "updated before it could unscale gradients or see an overflow; train in bfloat16 "
+                "without one"
             )
-
-    def _guard(self) -> GradTransform:
-        guard = GradTransform(getattr(self, "found_inf", None), getattr(self, "grad_scale", None))
-        if self._grad_attribute != "grad" and (
-            guard.found_inf is not None or guard.grad_scale is not None
-        ):
+        if scaled and self._grad_attribute != "grad":
             raise RuntimeError(
-                f"a GradScaler cannot be combined with grad_attribute={self._grad_attribute!r}, because it looks for "
-                "overflows in `grad` alone: unscale gradients yourself, and skip steps with skip_nonfinite=True"
+                f"a GradScaler cannot be combined with grad_attribute={self._grad_attribute!r}, "
+                "because it looks for overflows in `grad` alone: unscale gradients yourself, and "
+                "skip steps with skip_nonfinite=True"
             )
-        return guard
+        return GradTransform(found_inf, grad_scale)
 
     @property
     def grad_norm(self) -> Tensor | None:
-        """L2 norm of the last step's gradients before clipping (unscaled under a GradScaler):
-        float32, shape ().
+        """The L2 norm of the last step's gradients, before clipping and after unscaling.
 
-        On the device of the first parameters; reading its value waits for it. None before the first
-        step, and without `max_grad_norm` and `skip_nonfinite`.
+        float32, shape (), on the device of the first parameter. Reading its value waits for that
+        device. None before the first step, and without `max_grad_norm` and `skip_nonfinite`.
+
+        Example:
+            >>> optimizer = FusedAdamW(model.parameters(), max_grad_norm=1.0)
+            >>> optimizer.step()
+            >>> optimizer.grad_norm.item()
         """
         return None if self._engine.stats is None else self._engine.stats[table.GRAD_NORM].float()
 
     @property
+    def skipped_steps(self) -> Tensor | None:
+        """The number of steps skipped because of non-finite gradients or a GradScaler's overflow.
+
+        int64, shape (), on the device of the first parameter. None where `grad_norm` is None.
+        """
+        stats = self._engine.stats
+        return None if stats is None else stats[table.SKIPPED_STEPS].long()
+
+    @property
     def reduce_norm(self) -> Callable[[Tensor], Tensor] | None:
-        """Adds up what no mesh shows: pipeline stages, or experts that are not DTensors.
+        """Combine gradient norms across ranks that share no device mesh, such as pipeline stages.
 
-        A function from the sum of squares of all gradients, over all ranks of the parameters'
-        meshes, to the sum over
-        all that are clipped together: float64, shape (1,), on the device of the first parameters,
-        as it returns it. It is called in every step, on every rank, and must give the same value
-        there:
-        `lambda total: all_reduce(total, group=pipeline) or total`. None: nothing is added.
+        Set it to a function that takes this rank's sum of squared gradients and returns the sum
+        over all ranks that clip together. Sums over device meshes (FSDP2, tensor parallelism) are
+        already included. None, the default, adds nothing.
 
-        Copies of the optimizer keep it. A pickle needs one that can be pickled: a function at the
-        top level of a module, not a lambda. A `state_dict` never contains it.
+        The function is called once per step, on every rank. Input and output are float64 tensors of
+        shape (1,) on the device of the first parameter, and every rank must return the same value.
+        Copies and pickles of the optimizer keep it, so pickling needs a function at the top level
+        of a module. A `state_dict` never contains it.
 
-        Raises TypeError if it cannot be called, ValueError without max_grad_norm and
-        skip_nonfinite; so does a step, before anything is changed, if it returns another kind of
-        tensor.
+        Raises:
+            TypeError: it is set to something that cannot be called. In a step: it returned no
+                tensor.
+            ValueError: neither `max_grad_norm` nor `skip_nonfinite` is set. In a step: it returned
+                another kind of tensor. Nothing has changed then.
+
+        Example:
+            >>> def over_pipeline(square_sum):
+            ...     torch.distributed.all_reduce(square_sum, group=pipeline_group)
+            ...     return square_sum
+            >>> optimizer.reduce_norm = over_pipeline
         """
         return self._engine.reduce_norm
 
     @reduce_norm.setter
     def reduce_norm(self, function: Callable[[Tensor], Tensor] | None) -> None:
-        arguments.check_reduce_norm(function, self._engine.guards)
+        arguments.check_reduce_norm(function, self._engine.needs_norm)
         self._engine.reduce_norm = function
-
-    @property
-    def skipped_steps(self) -> Tensor | None:
-        """How many steps were skipped for non-finite gradients or a GradScaler's overflow: int64,
-        shape ().
-
-        Where and when as `grad_norm`.
-        """
-        return (
-            None if self._engine.stats is None else self._engine.stats[table.SKIPPED_STEPS].long()
-        )
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset all gradients.
 
-        With `flatten=True` views of the zeroed buffers take the place of None. Until something
-        writes to them the parameter has no gradient for a step. `set_to_none=False` leaves
-        gradients of zeros, as in torch.
+        With `flatten=True`, `grad` is then a zeroed view of a flat buffer instead of None. A step
+        skips the parameter until something writes to that view.
 
-        With a `grad_attribute`, its gradients too: "decoupled_grad" as `set_to_none` says,
-        "main_grad" always to zero and in place, because it is a view of a buffer that backward adds
-        to.
+        Gradients in a `grad_attribute` are reset, too. "main_grad" is always zeroed in place, never
+        None, because it is a view of a buffer that backward adds to.
+
+        Args:
+            set_to_none: as in torch. False leaves gradients of zeros, which count in a step.
         """
         self._move_to_buffers()
-        if self._engine.release is not None:
-            self._engine.release.drop_failed_backward()
+        if self._engine.in_backward is not None:
+            self._engine.in_backward.drop_failed_backward()
         if self._engine.flat is None:
             super().zero_grad(set_to_none)
         else:
-            with torch.autograd.profiler.record_function(
-                self._zero_grad_profile_name
-            ):  # as torch's own
+            # The name that profiles of torch's own zero_grad have.
+            with torch.autograd.profiler.record_function(self._zero_grad_profile_name):
                 self._zero_buffers(self._engine.flat, set_to_none)
         if self._grad_attribute != "grad":
-            self._zero_elsewhere(set_to_none and self._grad_attribute != "main_grad")
+            self._zero_attribute(set_to_none and self._grad_attribute != "main_grad")
 
     def _zero_buffers(self, flat: FlatBuffers, set_to_none: bool) -> None:
         flat.keep(self._params())
-        flat.uncounted = flat.uncounted or backends.is_capturing()  # replays zero gradients
+        # A captured zero_grad zeroes gradients at every replay, which no version counts.
+        flat.uncounted = flat.uncounted or backends.is_capturing()
         for param in flat.zero_grad(set_to_none):
             grad = param.grad
             if set_to_none or grad is None:
@@ -398,194 +385,31 @@ class FusedAdam(torch.optim.Adam):
                     grad.requires_grad_(False)
                 grad.zero_()
 
-    def _zero_elsewhere(self, set_to_none: bool) -> None:
+    def _zero_attribute(self, set_to_none: bool) -> None:
         params = self._params()
-        found = [
-            (param, grad)
-            for param, grad in zip(params, self._engine.read(params), strict=True)
-            if grad is not None
-        ]
+        grads = self._engine.read_attribute(params)
+        present = [(p, grad) for p, grad in zip(params, grads, strict=True) if grad is not None]
         if set_to_none:
-            for param, _ in found:
+            for param, _ in present:
                 setattr(param, self._grad_attribute, None)
-        elif found:
-            torch._foreach_zero_([grad for _, grad in found])
-
-    @torch._disable_dynamo  # type: ignore[attr-defined]
-    def offload(self) -> None:
-        """Move moments, master weights, remainders, codes and scales to pinned host memory, until
-        `reload()`.
-
-        For phases that need the device's memory for something else: generation in RL, evaluation.
-        One copy per segment (up to 1 GiB, or one parameter that is larger), not one per parameter;
-        afterwards the memory is torch's allocator's to give (`torch.cuda.empty_cache()` gives it to
-        other processes). Step counters (4 bytes per parameter) and parameters stay. Entries of
-        `state` are host tensors then, so `state_dict()`, `export_fp32()`, `load_state_dict()` and
-        `add_param_group()` work; a step raises. Copies of the optimizer (deepcopy, pickle) are
-        not offloaded: their first step takes state to the device. State of parameters on the CPU
-            stays where it is.
-
-        Does nothing for state that is offloaded already. CUDA graphs that were captured before hold
-        addresses of the
-        old memory: capture them anew after `reload()` and a step, and never replay the old ones.
-
-        Raises RuntimeError while a CUDA graph is being captured, and with `differentiable=True`.
-        """
-        self._check_may_move("offload")
-        origins: offloading.Origins = self._engine.origins or {}
-        with outside_inference_mode():
-            offloading.to_host(self._engine.arena, self.state, origins)
-        self._engine.origins = origins
-        self._engine.forget()  # plans hold on to the memory that they step
-        self._engine.captured.clear()
-
-    @torch._disable_dynamo  # type: ignore[attr-defined]
-    def reload(self) -> None:
-        """Move state back after `offload()`: steps have the bits that they would have had without.
-
-        Copies do not wait for the device: they come before what is launched next on the current
-        stream. Does nothing if state is not offloaded.
-
-        Raises RuntimeError while a CUDA graph is being captured.
-        """
-        self._check_may_move("reload")
-        if self._engine.origins is not None:
-            with outside_inference_mode():
-                offloading.to_devices(self._engine.arena, self.state, self._engine.origins)
-            self._engine.origins = None
-
-    def _check_may_move(self, name: str) -> None:
-        if backends.is_capturing():
-            raise RuntimeError(
-                f"{name}() cannot be captured in a CUDA graph: call it before or after the capture"
-            )
-        if self.defaults["differentiable"]:
-            raise RuntimeError(
-                f"{name}() cannot be combined with differentiable=True, whose state is part of autograd's graph"
-            )
-
-    def export_fp32(self) -> dict[str, Any]:
-        """Weights and moments as float32, whatever the precision: a copy, on the parameters'
-        devices.
-
-        Returns `{"params": ..., "state": ...}`: weights by name (by position where there are no
-        names; master weights where the recipe keeps some), and a `state_dict` in torch.optim's
-        form, which torch.optim.Adam(W) over float32 parameters loads. Also before the first step.
-        """
-        return checkpoint.export_fp32(self.param_groups, super().state_dict())
-
-    def state_dict(self) -> dict[str, Any]:
-        """torch's form: loads into torch.optim.Adam(W) and back. Moments are not copied; steps are.
-
-        Its tensors may be sent to other processes. On a GPU they are views of flat segments for
-        that: to save one of them alone, take it from `optimizer.state`, or clone it.
-        """
-        return checkpoint.exported(super().state_dict(), self._engine.arena)
-
-    @torch._disable_dynamo  # type: ignore[attr-defined]
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Load a checkpoint of this class or of torch.optim.Adam(W), copied into our own memory.
-
-        Raises ValueError, before anything is changed, if groups or shapes do not match or it is no
-        optimizer's dict.
-        """
-        state_dict = dict(state_dict)
-        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
-            state_dict = pre_hook(self, state_dict) or state_dict
-        with outside_inference_mode():
-            groups = checkpoint.load(self.param_groups, self._engine.arena, self.state, state_dict)
-            if self._engine.origins is not None:  # what was not there before was made on the device
-                offloading.to_host(self._engine.arena, self.state, self._engine.origins)
-        self.__setstate__({"state": self.state, "param_groups": groups})
-        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
-            post_hook(self)
+        elif present:
+            torch._foreach_zero_([grad for _, grad in present])
 
     def init_state(self) -> None:
-        """Make the state of every parameter that requires gradients, with step 0, as the first step
-        would.
+        """Make the state of every parameter that requires gradients, with step count 0.
 
-        For tools that look at state before training: torch's `get_optimizer_state_dict` takes a
-        dummy step where there is none, and leaves it counted. State that is there stays.
+        Use it with tools that read state before the first step. torch's `get_optimizer_state_dict`
+        otherwise takes a dummy step, which stays counted. Existing state is kept.
 
-        Raises ValueError, before anything is changed, if what is there is not a parameter's whole
-        state.
+        Raises:
+            ValueError: existing state is not the whole state of its parameter. Nothing has changed
+                then.
+            RuntimeError: with `differentiable=True`, or while state is offloaded.
         """
         if self.defaults["differentiable"]:
             raise RuntimeError(
-                "init_state() cannot be combined with differentiable=True, whose state torch makes"
+                "init_state() cannot be combined with differentiable=True, because torch makes "
+                "that state"
             )
-        self._check_at_home()
+        self._check_not_offloaded()
         self._engine.init_state(self.param_groups, self.state, self._check_group)
-
-    def __getstate__(self) -> dict[str, Any]:
-        kept = {name: getattr(self, name) for name in _PICKLED}
-        return {
-            **super().__getstate__(),
-            **kept,
-            "_reduce_norm": arguments.ReduceNorm(self._engine.reduce_norm),
-        }
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        if "_backend" in state:  # unpickled or deep-copied, not loaded from a state_dict
-            self._set_up()
-            self._engine.reduce_norm = self.__dict__.pop("_reduce_norm").function
-            self._engine.arena.unpickled = True
-
-    def __copy__(self) -> FusedAdam:
-        """As torch's optimizers, a shallow copy shares groups and state; what steps them, too."""
-        twin = type(self).__new__(type(self))
-        twin.__setstate__(self.__getstate__())
-        twin._engine = self._engine
-        return twin
-
-
-class FusedAdamW(FusedAdam, torch.optim.AdamW):
-    """AdamW whose whole step is one fused pass: a drop-in for `torch.optim.AdamW`.
-
-    Arguments as in `torch.optim.AdamW`, and `FusedAdam`'s own. Loshchilov & Hutter 2019.
-    """
-
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float | Tensor = 1e-3,
-        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 1e-2,
-        amsgrad: bool = False,
-        *,
-        maximize: bool = False,
-        foreach: bool | None = None,
-        capturable: bool = False,
-        differentiable: bool = False,
-        fused: bool | None = None,
-        precision: str | None = None,
-        max_grad_norm: float | None = None,
-        skip_nonfinite: bool = False,
-        flatten: bool = False,
-        grad_attribute: str = "grad",
-        backend: str = "auto",
-        seed: int = 0,
-    ) -> None:
-        super().__init__(
-            params,
-            lr,
-            betas,
-            eps,
-            weight_decay,
-            amsgrad,
-            foreach=foreach,
-            maximize=maximize,
-            capturable=capturable,
-            differentiable=differentiable,
-            fused=fused,
-            decoupled_weight_decay=True,
-            precision=precision,
-            max_grad_norm=max_grad_norm,
-            skip_nonfinite=skip_nonfinite,
-            flatten=flatten,
-            grad_attribute=grad_attribute,
-            backend=backend,
-            seed=seed,
-        )

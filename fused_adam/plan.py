@@ -1,58 +1,43 @@
-"""Parameters -> launches: decides once which memory each launch updates. No arithmetic, no backend
-here.
+"""Parameters -> launches: which memory each launch updates, decided once for many steps.
+
+No arithmetic and no backend here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from .distributed import local, origin
+from .distributed import global_offset, local
 from .precision import Recipe, parse
-from .state.arena import (
-    Arena,
-    Entries,
-    ParamState,
-    Slot,
-    State,
-    dense_layout,
-    flat,
-    is_dense,
-    padded,
-    real,
-)
+from .state.arena import Arena, Entries, ParamState, State
 from .state.convert import reorder
 from .state.flatten import FlatBuffers
+from .state.memory import Slot, align, as_flat, as_real
+from .state.staging import Scratch, Staging, allocate, same_order
+from .state.validate import check_entry, check_pair
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-@dataclass(frozen=True, slots=True)
-class Staging:
-    """When a launch works on copies of parameters and gradients, as a backend asks for.
-
-    small: dense parameters of up to this many elements are copied together, to be updated as one.
-    page: elements per scratch buffer of such copies.
-    shared: one scratch buffer serves page after page (launches run one after the other on the
-        host).
-    """
-
-    small: int = 0
-    page: int = 0
-    shared: bool = False
+T = TypeVar("T")
+K = TypeVar("K", bound=Hashable)
 
 
-@dataclass(frozen=True, slots=True)
-class Options:
+class Options(NamedTuple):
     """What a param group says that launches depend on."""
 
     amsgrad: bool
     recipe: Recipe
     seed: int
+
+    def entries(self, part: Tensor) -> Entries:
+        """What the state of a parameter holds, of which `part` is here.
+
+        Raises ValueError if the recipe cannot store its dtype.
+        """
+        return self.recipe.state(part.dtype, part.shape, self.amsgrad)
 
 
 def options_of(group: Mapping[str, Any]) -> Options:
@@ -64,142 +49,77 @@ def options_of(group: Mapping[str, Any]) -> Options:
 class Row:
     """One parameter that has a gradient: what the tables say of it."""
 
-    index: int  # among the parameters that have a gradient
-    ordinal: int  # among all parameters
-    group: int
-    param: Tensor  # real view of the user's parameter, or of its shard
-    complex: bool
+    grad_index: int  # its position among the parameters that have a gradient
+    param_index: int  # its position among all parameters
+    group: int  # the number of its param group
+    user_param: Tensor  # the key of its entry in `optimizer.state`
+    param: Tensor  # the memory to update: the parameter or its shard, as real numbers
+    grad_dtype: torch.dtype  # as real numbers, too
     options: Options
     entries: Entries
-    home: ParamState
-    slots: dict[str, Slot | None] = field(
-        default_factory=dict
-    )  # of the operands; None: the gradient, where it is
-    origin: int = 0  # of the full parameter, the element that is the first here
-    counted: bool = True  # in the norm: not what another rank counts
-    overlaps: bool = False  # another parameter lies in the same memory, or it is listed twice
-    staged: bool = False
-    stage: tuple[Tensor, Tensor] | None = (
-        None  # the copies of parameter and gradient, in the parameter's shape
-    )
+    param_state: ParamState
+    global_offset: int  # where the shard's first element is in the full parameter
+    # Where each operand lies. None is a gradient that is read wherever backward has put it.
+    slots: dict[str, Slot | None] = field(default_factory=dict)
+    in_norm: bool = True  # False if another rank adds this gradient to the norm
+    # Several rows may share memory. They are stepped in this order, and never as one.
+    overlaps: bool = False
+    overlap_order: int = 0
+    staged: bool = False  # whether the step works on copies of parameter and gradient
+    scratch: Scratch | None = None  # where those copies are
+
+    @property
+    def compute(self) -> torch.dtype:
+        """What the step computes in: float32 holds all that the smaller dtypes do."""
+        return torch.float64 if self.param.dtype == torch.float64 else torch.float32
 
     @property
     def dtypes(self) -> dict[str, torch.dtype]:
-        """Of the state's entries."""
+        """State entry -> its dtype."""
         return {key: dtype for key, (dtype, _) in self.entries.items()}
 
 
 @dataclass(slots=True, eq=False)
 class CoalescedRows:
-    """Rows of one group and step count that lie one behind the other in every buffer: updated as
-    one.
+    """Rows of one param group and step count, next to each other in every buffer: updated as one.
+
+    `numel` counts from the start of the first row to the end of the last. The gaps between slots
+    are updated along with them, which costs less than to leave them out: nobody reads them.
     """
 
     rows: list[Row]
-    numel: int  # from the first row's start to the last one's end, the gaps between slots included
+    numel: int
 
     @property
     def first(self) -> Row:
         return self.rows[0]
 
 
-@dataclass(slots=True, eq=False)
-class Launch:
-    """Spans of one dtype mix: one launch of the update."""
+class Launch(NamedTuple):
+    """One launch of the update: everything of a launch group that has these dtypes and options."""
 
     param: torch.dtype
     grad: torch.dtype
     recipe: Recipe
     amsgrad: bool
-    rows: list[Row] = field(default_factory=list)
-    spans: list[CoalescedRows] = field(default_factory=list)
+    spans: list[CoalescedRows]
 
 
-@dataclass(slots=True, eq=False)
-class LaunchGroup:
-    """Rows of one device and arithmetic type: one prologue, then their launches."""
+class LaunchGroup(NamedTuple):
+    """Rows of one device and arithmetic dtype: one prologue computes their scalars."""
 
     device: torch.device
     compute: torch.dtype
-    rows: list[Row] = field(default_factory=list)
-    launches: list[Launch] = field(default_factory=list)
+    rows: list[Row]  # in the order of the parameters
+    launches: list[Launch]
 
 
-def is_lazy(tensor: Tensor) -> bool:
-    """Whether the tensor's values are the conjugate or negative of what lies in memory."""
-    return tensor.is_conj() or tensor.is_neg()
-
-
-def check(param: Tensor, grad: Tensor, name: str) -> None:
-    """Raise if the step cannot take this parameter with this gradient. Texts of torch.optim where
-    it has one.
-    """
-    if grad.is_sparse:
-        raise RuntimeError(
-            "Adam does not support sparse gradients, please consider SparseAdam instead"
-        )
-    if grad.layout != torch.strided:
-        raise RuntimeError(f"the gradient of {name} has layout {grad.layout}, but must be strided")
-    for what, tensor in ((name, param), (f"the gradient of {name}", grad)):
-        dtype = real(tensor).dtype
-        if dtype not in DTYPES:
-            allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
-            raise TypeError(
-                f"{what} has dtype {tensor.dtype}, but must be one of {allowed} (or complex of these)"
-            )
-    if (
-        grad.shape != param.shape
-        or grad.device != param.device
-        or grad.is_complex() != param.is_complex()
-    ):
-        raise ValueError(
-            f"the gradient of {name} is {grad.dtype} of shape {tuple(grad.shape)} on {grad.device}, "
-            f"but must match the parameter: {param.dtype} of shape {tuple(param.shape)} on {param.device}"
-        )
-    if is_lazy(param):
-        raise RuntimeError(
-            f"{name} is a conjugate or negative view, which cannot be written; use .resolve_conj()"
-        )
-    if any(
-        stride == 0 and size > 1 for size, stride in zip(param.shape, param.stride(), strict=True)
-    ):
-        raise RuntimeError(
-            f"{name} is expanded: several of its elements share one place in memory; use .clone()"
-        )
-
-
-def waves(rows: Sequence[Row]) -> list[int]:
-    """For each row, how many rows before it overlap it in memory: such rows are stepped in order,
-    as torch does.
-
-    Marks them, too: a parameter that is listed twice counts two steps where its neighbours count
-    one. (Also an empty one, which has no memory to overlap in.)
-    """
-    ends: list[tuple[int, int, int]] = []
-    empty: dict[int, int] = {}  # listings so far
-    wave = [0] * len(rows)
-    for i, row in enumerate(rows):
-        p = row.param
-        reach = 1 + sum(
-            (size - 1) * stride for size, stride in zip(p.shape, p.stride(), strict=True)
-        )
-        if p.numel():
-            ends.append((p.data_ptr(), p.data_ptr() + reach * p.element_size(), i))
-        else:
-            wave[i] = empty.get(id(row.home), 0)
-            empty[id(row.home)] = wave[i] + 1
-    cluster: list[int] = []
-    cluster_end = 0
-    for start, end, i in sorted(ends):
-        if start >= cluster_end:
-            cluster = []
-        cluster.append(i)
-        cluster_end = max(cluster_end, end)
-        if len(cluster) > 1:
-            for order, member in enumerate(sorted(cluster)):
-                wave[member] = order
-                rows[member].overlaps = True
-    return wave
+def grouped(items: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
+    """The items by key, both in the order in which they first come."""
+    groups: dict[K, list[T]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return groups
 
 
 def build(
@@ -223,6 +143,8 @@ def build(
         buffers: flat parameters and gradients, if the optimizer has them.
         staging: per device, what its backend asks for.
 
+    Returns the launch groups in the order in which they have to run.
+
     Raises ValueError, TypeError or RuntimeError for what cannot be stepped, before any state is
     made.
     """
@@ -232,58 +154,31 @@ def build(
         if grad is not None:
             name = f"parameter {index} (group {group})"
             part = local(param)
-            check(part, grad, name)
-            chosen = options[group]
+            check_pair(part, grad, name)
             row = Row(
-                len(rows),
-                index,
-                group,
-                real(part.detach()),
-                part.is_complex(),
-                chosen,
-                chosen.recipe.state(part.dtype, part.shape, chosen.amsgrad),
-                arena.homes.setdefault(param, ParamState()),
-                origin=origin(param),
+                grad_index=len(rows),
+                param_index=index,
+                group=group,
+                user_param=param,
+                param=as_real(part.detach()),
+                grad_dtype=grad.dtype.to_real(),
+                options=options[group],
+                entries=options[group].entries(part),
+                param_state=arena.param_states.setdefault(param, ParamState()),
+                global_offset=global_offset(param),
             )
-            _check_state(arena, state, param, name, row.entries)
-            _place(row, param, grad, buffers, staging[part.device])
+            check_entry(param, name, state.get(param, {}), row.entries, row.param_state)
+            _place(row, grad, buffers, staging[part.device])
             rows.append(row)
-    live = [(param, grad) for param, grad in zip(params, grads, strict=True) if grad is not None]
     for row in rows:
-        reorder(state.get(live[row.index][0], {}), live[row.index][0], row.options.recipe)
-    # A parameter that is listed twice has one state, with what either of its groups asks for.
-    # What is staged together lies together.
-    order = sorted(rows, key=lambda row: (row.options.amsgrad, not row.staged))
-    arena.adopt(state, {live[row.index][0]: row.entries for row in order})
-
-    sections: dict[Any, LaunchGroup] = {}
-    launches: dict[Any, Launch] = {}
-    for row, wave in zip(rows, waves(rows), strict=True):
-        grad = live[row.index][1]
-        row.slots |= {key: row.home.slots[key] for key in row.entries}
-        compute = torch.float64 if row.param.dtype == torch.float64 else torch.float32
-        key = (wave, row.param.device, compute)
-        section = sections.setdefault(key, LaunchGroup(row.param.device, compute))
-        section.rows.append(row)
-        mix = (row.param.dtype, real(grad).dtype, row.options.recipe, row.options.amsgrad)
-        if (key, mix) not in launches:
-            section.launches.append(launches.setdefault((key, mix), Launch(*mix)))
-        launches[key, mix].rows.append(row)
-    ordered = [sections[key] for key in sorted(sections, key=lambda key: key[0])]
-    for section in ordered:
-        for launch in section.launches:
-            _stage(launch, staging[section.device], section.device)
-            launch.spans = list(_spans(launch.rows))
-    return ordered
-
-
-def _check_state(arena: Arena, state: State, param: Tensor, name: str, entries: Entries) -> None:
-    """Raise ValueError if what stands in `state` cannot be this parameter's state."""
-    entry = state.get(param, {})
-    if not isinstance(entry, dict):
-        raise ValueError(f"state of {name} is {type(entry).__name__}, but must be a dict")
-    home = arena.homes.get(param)
-    arena.check(param, name, entry, entries, home.stored if home else ())
+        reorder(state.get(row.user_param, {}), row.user_param, row.options.recipe)
+    # What is staged together needs neighbouring state, too. A parameter that is listed twice has
+    # one state: what the last of its rows here asks for, the one with AMSGrad if there is one.
+    by_state = sorted(rows, key=lambda row: (row.options.amsgrad, not row.staged))
+    arena.adopt(state, {row.user_param: row.entries for row in by_state})
+    for row in rows:
+        row.slots |= {key: row.param_state.slots[key] for key in row.entries}
+    return _launch_groups(rows, staging)
 
 
 def make_state(
@@ -293,7 +188,7 @@ def make_state(
     arena: Arena,
     state: State,
 ) -> None:
-    """Give every parameter that requires gradients its state, of no step.
+    """Give every parameter that requires gradients its state, with no step counted.
 
     Args as for `build`. Raises ValueError if the state that is there cannot be used, before any is
     made.
@@ -302,9 +197,10 @@ def make_state(
     wanted: dict[Tensor, Entries] = {}
     for index, (param, group) in enumerate(zip(params, groups, strict=True)):
         if param.requires_grad:
-            part, chosen = local(param), options[group]
-            entries = chosen.recipe.state(part.dtype, part.shape, chosen.amsgrad)
-            _check_state(arena, state, param, f"parameter {index} (group {group})", entries)
+            entries = options[group].entries(local(param))
+            param_state = arena.param_states.get(param)
+            name = f"parameter {index} (group {group})"
+            check_entry(param, name, state.get(param, {}), entries, param_state)
             wanted[param] = entries
     for param, group in zip(params, groups, strict=True):
         if param in wanted:
@@ -312,104 +208,110 @@ def make_state(
     arena.adopt(state, wanted)
 
 
-def same_order(p: Tensor, grad: Tensor) -> bool:
-    """Whether a parameter and its gradient are dense, and their elements follow each other alike in
-    memory.
-    """
-    g = real(grad)
-    alike = g.stride() == p.stride() or (g.is_contiguous() and p.is_contiguous())
-    return alike and is_dense(p) and not is_lazy(grad)
-
-
-def _place(
-    row: Row, param: Tensor, grad: Tensor, buffers: FlatBuffers | None, staging: Staging
-) -> None:
-    """Say where the row's parameter and gradient lie, or that copies are to be stepped."""
-    p, numel = row.param, row.param.numel()
-    place = buffers.place(param, grad) if buffers else None
-    if place:
-        row.slots = {"param": place.param, "grad": place.grad}
+def _place(row: Row, grad: Tensor, buffers: FlatBuffers | None, staging: Staging) -> None:
+    """Say where the row's parameter and gradient lie, or that the step works on copies."""
+    flat_param = buffers.find(row.user_param, grad) if buffers else None
+    if flat_param:
+        row.slots = {"param": flat_param.param, "grad": flat_param.grad}
         return
-    # Under a recipe every parameter has random bits of its own: stepping several as one would gain
-    # nothing.
-    together = numel <= staging.small and row.options.recipe.weights is None
-    row.staged = together or not same_order(p, grad)
+    numel = row.param.numel()
+    # Under a recipe every parameter has random bits of its own, so rows are never updated as one:
+    # copying small ones next to each other would gain nothing.
+    small = numel <= staging.small and row.options.recipe.weights is None
+    row.staged = small or not same_order(row.param, grad)
     if not row.staged:
-        row.slots = {"param": Slot(flat(p), 0, numel), "grad": None}
+        row.slots = {"param": Slot(as_flat(row.param), 0, numel), "grad": None}
 
 
-def _stage(launch: Launch, staging: Staging, device: torch.device) -> None:
-    """Give staged rows places in scratch buffers, page by page, and put them first, to be updated
-    as one.
+def _launch_groups(rows: Sequence[Row], staging: dict[torch.device, Staging]) -> list[LaunchGroup]:
+    """The rows by device and dtypes, in the order in which they have to run."""
+    _mark_overlaps(rows)
+    groups = grouped(rows, lambda row: (row.overlap_order, row.param.device, row.compute))
+    return [
+        LaunchGroup(
+            device,
+            compute,
+            members,
+            [_launch(part, staging[device]) for part in grouped(members, _mix).values()],
+        )
+        for (_, device, compute), members in sorted(groups.items(), key=lambda item: item[0][0])
+    ]
+
+
+def _mix(row: Row) -> tuple[torch.dtype, torch.dtype, Recipe, bool]:
+    """What is compiled into a kernel, so what the rows of one launch have in common."""
+    return row.param.dtype, row.grad_dtype, row.options.recipe, row.options.amsgrad
+
+
+def _mark_overlaps(rows: Sequence[Row]) -> None:
+    """Find rows that share memory, and number them in the order in which they are stepped.
+
+    torch.optim updates parameters one after the other, so one that shares memory starts from what
+    those before it have written. Rows of one number share nothing and may run together.
     """
-    launch.rows.sort(key=lambda row: not row.staged)
-    pages: list[list[Row]] = []
-    room = 0
-    for row in launch.rows:
-        if row.staged:
-            need = padded(row.param.numel())
-            if not pages or need > room:
-                pages.append([])
-                room = max(staging.page, need)
-            pages[-1].append(row)
-            room -= need
-    if not pages:
-        return
-    sizes = [sum(padded(row.param.numel()) for row in page) for page in pages]
-    total = max(sizes) if staging.shared else sum(sizes)
-    memory = {
-        "param": torch.zeros(total, dtype=launch.param, device=device),
-        "grad": torch.zeros(total, dtype=launch.grad, device=device),
-    }
-    start = 0
-    for page, size in zip(pages, sizes, strict=True):
-        # One tensor object per page: only rows of one page count as neighbours.
-        scratch = {key: tensor[start : start + size] for key, tensor in memory.items()}
-        offset = 0
-        for row in page:
-            numel = row.param.numel()
-            row.slots |= {key: Slot(tensor, offset, numel) for key, tensor in scratch.items()}
-            # In the order of the state, which is the parameter's own where that is dense.
-            layout = dense_layout(row.param)
-            p, g = (
-                scratch[key][offset : offset + numel].as_strided(*layout)
-                for key in ("param", "grad")
-            )
-            row.stage = (p, g)
-            offset += padded(numel)
-        if not staging.shared:
-            start += size
+    extents = []  # first byte, byte after the last, row
+    for i, row in enumerate(rows):
+        p = row.param
+        if p.numel():
+            steps = zip(p.shape, p.stride(), strict=True)
+            reach = 1 + sum((size - 1) * stride for size, stride in steps)
+            extents.append((p.data_ptr(), p.data_ptr() + reach * p.element_size(), i))
+    # From the lowest address up: a row either begins within the memory of those before it, or
+    # behind all of it.
+    clusters: list[list[int]] = []
+    cluster_end = 0
+    for start, end, i in sorted(extents):
+        if start >= cluster_end:
+            clusters.append([])
+        clusters[-1].append(i)
+        cluster_end = max(cluster_end, end)
+    # An empty parameter has no memory to share, but one that is listed twice counts two steps.
+    empty = [i for i, row in enumerate(rows) if not row.param.numel()]
+    clusters += grouped(empty, lambda i: id(rows[i].param_state)).values()
+    for cluster in clusters:
+        if len(cluster) > 1:
+            for order, i in enumerate(sorted(cluster)):
+                rows[i].overlap_order, rows[i].overlaps = order, True
 
 
-def _spans(rows: Iterable[Row]) -> Iterable[CoalescedRows]:
-    """Join neighbours: rows that step together and follow each other in every buffer."""
-    span: CoalescedRows | None = None
+def _launch(rows: Sequence[Row], staging: Staging) -> Launch:
+    """The launch of these rows, all of one mix, with scratch memory for those that are staged."""
+    staged = [row for row in rows if row.staged]
+    scratch = allocate([row.param for row in staged], rows[0].grad_dtype, staging)
+    for row, copies in zip(staged, scratch, strict=True):
+        row.scratch = copies
+        row.slots |= copies.slots
+    # The staged rows first: next to each other, they can be updated as one.
+    return Launch(*_mix(rows[0]), _coalesce([*staged, *(row for row in rows if not row.staged)]))
+
+
+def _coalesce(rows: Iterable[Row]) -> list[CoalescedRows]:
+    """Join neighbours. Empty rows have nothing to update."""
+    spans: list[CoalescedRows] = []
     for row in rows:
-        if row.param.numel() == 0:
+        if not row.param.numel():
             continue
-        if span and _follows(span, row) and row.home.age == span.first.home.age:
-            span.numel = padded(span.numel) + row.param.numel()
-            span.rows.append(row)
+        if spans and _continues(spans[-1], row):
+            spans[-1].rows.append(row)
+            spans[-1].numel = align(spans[-1].numel) + row.param.numel()
         else:
-            if span:
-                yield span
-            span = CoalescedRows([row], row.param.numel())
-    if span:
-        yield span
+            spans.append(CoalescedRows([row], row.param.numel()))
+    return spans
 
 
-def _follows(span: CoalescedRows, row: Row) -> bool:
-    if (
-        row.group != span.first.group
-        or row.overlaps
-        or span.first.overlaps
-        or row.options.recipe.weights
-    ):
+def _continues(span: CoalescedRows, row: Row) -> bool:
+    """Whether the row can be updated as one with the span: same scalars, next in every buffer."""
+    first = span.first
+    if row.group != first.group or row.param_state.step_key != first.param_state.step_key:
+        return False
+    # Rows that overlap others run in an order of their own. Under a recipe each row has random
+    # bits of its own.
+    if row.overlaps or first.overlaps or row.options.recipe.weights:
         return False
     for key, slot in row.slots.items():
-        before = span.first.slots[key]
+        before = first.slots[key]
         if slot is None or before is None or slot.segment is not before.segment:
             return False
-        if slot.start != before.start + padded(span.numel):
+        if slot.start != before.start + align(span.numel):
             return False
     return True

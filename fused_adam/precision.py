@@ -1,5 +1,6 @@
-"""Precision recipes: names -> how weights and moments are stored, for which parameters, at what
-cost. No arithmetic.
+"""Precision recipes: what is stored for a parameter, in which dtypes, and at what cost.
+
+A recipe's name is "<weights>-<states>", such as "split32-bf16". No arithmetic here.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ import contextlib
 import difflib
 import operator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -18,13 +19,20 @@ _BF16 = (torch.bfloat16,)
 _HALF = (torch.float16, torch.bfloat16)
 _ANY = (torch.float32, torch.bfloat16, torch.float16)
 
-# Weights -> the parameters they serve, and what is stored beside the parameter: its name and dtype.
-WEIGHTS: dict[str, tuple[tuple[torch.dtype, ...], dict[str, torch.dtype]]] = {
-    "native": (_ANY, {}),
-    "master32": (_HALF, {"master_weight": torch.float32}),
-    "split32": (_BF16, {"remainder": torch.int16}),
-    "split24": (_BF16, {"remainder": torch.int8}),
-    "sr": (_BF16, {}),
+
+class Weights(NamedTuple):
+    """How weights are stored."""
+
+    params: tuple[torch.dtype, ...]  # dtypes of the parameters that this is for
+    entries: dict[str, torch.dtype]  # what is stored next to the parameter
+
+
+WEIGHTS: dict[str, Weights] = {
+    "native": Weights(_ANY, {}),
+    "master32": Weights(_HALF, {"master_weight": torch.float32}),
+    "split32": Weights(_BF16, {"remainder": torch.int16}),
+    "split24": Weights(_BF16, {"remainder": torch.int8}),
+    "sr": Weights(_BF16, {}),
 }
 # States -> what is stored per element of the parameter, and per group of 32.
 # Codes are not called exp_avg: torch.optim would load them as if they were moments.
@@ -48,16 +56,22 @@ ENTRIES = (
 NAMES = tuple(f"{weights}-{states}" for weights in WEIGHTS for states in STATES)
 
 
+class EntrySpec(NamedTuple):
+    """What one state entry of a parameter is stored as."""
+
+    dtype: torch.dtype
+    shape: torch.Size
+
+
 @dataclass(frozen=True, slots=True)
 class Recipe:
     """How weights and moments are stored; made by `parse`.
 
-    `weights` is a key of WEIGHTS and `states` of STATES, or both are None: torch's semantics,
-    everything in the parameter's dtype.
+    Both names are None for torch's semantics: everything has the parameter's dtype.
     """
 
-    weights: str | None
-    states: str | None
+    weights: str | None  # a key of WEIGHTS
+    states: str | None  # a key of STATES
 
     @property
     def name(self) -> str | None:
@@ -66,35 +80,38 @@ class Recipe:
 
     @property
     def random(self) -> bool:
-        """Whether a step takes random bits."""
+        """Whether a step needs random bits."""
         return self.weights in ("split24", "sr") or self.states in ("bf16", "int8")
 
     def check(self, dtype: torch.dtype, name: str = "") -> None:
-        """Raises ValueError if parameters of this dtype cannot be stored so, and says what to do.
+        """Raise ValueError if the recipe is not for parameters of this dtype.
 
         Args:
-            dtype: of the parameter.
-            name: what the text calls the parameter, if anything.
+            dtype: the parameter's.
+            name: what the error calls the parameter, if anything.
         """
         if self.weights is None:
             return
-        allowed = WEIGHTS[self.weights][0]
+        allowed = WEIGHTS[self.weights].params
         if dtype not in allowed:
             names = " or ".join(str(d).removeprefix("torch.") for d in allowed)
-            got = str(dtype).removeprefix("torch.") + (f" ({name})" if name else "")
+            got = str(dtype).removeprefix("torch.")
             raise ValueError(
-                f"precision={self.name!r} is for {names} parameters, and got one of {got}: give each dtype param "
-                "groups of its own, as param_groups(model, weight_decay, split_dtypes=True) does, and those of "
-                f"{str(dtype).removeprefix('torch.')} another 'precision', None for torch's semantics"
+                f"precision={self.name!r} is for {names} parameters, and got one of {got}"
+                + (f" ({name})" if name else "")
+                + ": give each dtype param groups of its own, as param_groups(model, weight_decay, "
+                f"split_dtypes=True) does, and those of {got} another 'precision', None for "
+                "torch's semantics"
             )
 
-    def state(
-        self, dtype: torch.dtype, shape: torch.Size, amsgrad: bool
-    ) -> dict[str, tuple[torch.dtype, torch.Size]]:
-        """State entry -> dtype and shape, for a parameter of this dtype and shape; the step counter
-        is not among them.
+    def state(self, dtype: torch.dtype, shape: torch.Size, amsgrad: bool) -> dict[str, EntrySpec]:
+        """What is stored for a parameter of this dtype and shape, besides the step counter.
 
         Raises ValueError as `check` does.
+
+        Example:
+            >>> parse("sr-bf16").state(torch.bfloat16, torch.Size([3]), amsgrad=False)["exp_avg"]
+            EntrySpec(dtype=torch.bfloat16, shape=torch.Size([3]))
         """
         self.check(dtype)
         if self.weights is None or self.states is None:
@@ -102,42 +119,48 @@ class Recipe:
             per_group: dict[str, torch.dtype] = {}
         else:
             per_element, per_group = STATES[self.states]
-            per_element = {**WEIGHTS[self.weights][1], **per_element}
+            per_element = {**WEIGHTS[self.weights].entries, **per_element}
             maximum = MAXIMUM[self.states]
         groups = torch.Size([-(-shape.numel() // GROUP)])
         return {
-            **{name: (kind, shape) for name, kind in per_element.items()},
-            **{name: (kind, groups) for name, kind in per_group.items()},
-            **({"max_exp_avg_sq": (maximum, shape)} if amsgrad else {}),  # last, as in torch
+            **{name: EntrySpec(kind, shape) for name, kind in per_element.items()},
+            **{name: EntrySpec(kind, groups) for name, kind in per_group.items()},
+            # Last, as in torch.
+            **({"max_exp_avg_sq": EntrySpec(maximum, shape)} if amsgrad else {}),
         }
 
     def held_bytes(self, dtype: torch.dtype, amsgrad: bool = False) -> float:
-        """State in memory per parameter element, beside the parameter and its gradient; padding
-        apart.
+        """Bytes of state per parameter element, without padding and step counters.
+
+        Example:
+            >>> parse("master32").held_bytes(torch.bfloat16)  # three float32: weight and moments
+            12.0
         """
-        shape = torch.Size([GROUP])
-        return (
-            sum(
-                kind.itemsize * size.numel()
-                for kind, size in self.state(dtype, shape, amsgrad).values()
-            )
-            / GROUP
-        )
+        entries = self.state(dtype, torch.Size([GROUP]), amsgrad).values()
+        return sum(entry.dtype.itemsize * entry.shape.numel() for entry in entries) / GROUP
 
     def moved_bytes(self, dtype: torch.dtype, grad: torch.dtype, amsgrad: bool = False) -> float:
-        """Bytes that a step reads and writes per parameter element: a gradient is read, all else
-        read and written.
+        """Bytes that a step reads and writes per parameter element.
+
+        moved = 2 * parameter + gradient + 2 * state, as gradients are only read.
         """
         return 2 * dtype.itemsize + grad.itemsize + 2 * self.held_bytes(dtype, amsgrad)
 
 
 def parse(precision: str | None) -> Recipe:
-    """`"<weights>-<states>"`, `"<weights>"` for fp32 states, or None for torch's semantics.
+    """The recipe of a name: the only place that takes names apart.
+
+    Args:
+        precision: "<weights>-<states>", "<weights>" for fp32 states, or None for torch's semantics.
 
     Raises:
         TypeError: `precision` is neither a string nor None.
-        ValueError: there is no such recipe; the text says what is allowed, and names one that is
+        ValueError: there is no such recipe. The text says what is allowed, and names one that is
             close.
+
+    Example:
+        >>> parse("split32-bf16")
+        Recipe(weights='split32', states='bf16')
     """
     if precision is None:
         return Recipe(None, None)
@@ -149,8 +172,9 @@ def parse(precision: str | None) -> Recipe:
     if weights in WEIGHTS and (states in STATES or precision == weights):
         return Recipe(weights, states or "fp32")
     raise ValueError(
-        f"precision={precision!r} is no recipe{_suggestion(precision)} A name is '<weights>-<states>', with weights of "
-        f"{', '.join(WEIGHTS)} and states of {', '.join(STATES)}; None stores everything as torch does"
+        f"precision={precision!r} is no recipe{_suggestion(precision)} A name is "
+        f"'<weights>-<states>', with weights of {', '.join(WEIGHTS)} and states of "
+        f"{', '.join(STATES)}; None stores everything as torch does"
     )
 
 
@@ -166,9 +190,9 @@ def _suggestion(precision: str) -> str:
 
 
 def as_seed(seed: Any) -> int:
-    """The seed as a Python int. Raises ValueError unless it is a whole number that 63 bits hold."""
+    """The seed as a Python int. Raises ValueError unless 0 <= seed < 2**63 and it is whole."""
     number = -1
-    # A whole number of numpy's is one; a bool is none, whoever made it, and neither is 3.0.
+    # numpy's integers are seeds, too. A bool is not, whoever made it, and neither is 3.0.
     if not isinstance(seed, bool) and "bool" not in str(getattr(seed, "dtype", "")):
         with contextlib.suppress(TypeError):
             number = operator.index(seed)

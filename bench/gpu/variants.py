@@ -85,10 +85,10 @@ class Variant:
     programs_per_sm: int = 0
 
 
-ENTRY = """    row = tl.load(blocks_ptr + 2 * pid).to(tl.int64)
-    start = tl.load(blocks_ptr + 2 * pid + 1).to(tl.int64) * BLOCK
+ENTRY = """    row = tl.load(blocks_ptr + 2 * program).to(tl.int64)
+    start = tl.load(blocks_ptr + 2 * program + 1).to(tl.int64) * BLOCK
 """
-BODY = "    update_span(\n        aligned(p_addr"
+BODY = "    update_block(body, s, key, start, body_end,"
 
 
 def several_chunks(number: int) -> Variant:
@@ -98,17 +98,15 @@ def several_chunks(number: int) -> Variant:
         edits=(
             (
                 "adam.py",
-                "2 * pid + 1).to(tl.int64) * BLOCK",
-                f"2 * pid + 1).to(tl.int64) * ({span})",
+                "2 * program + 1).to(tl.int64) * BLOCK",
+                f"2 * program + 1).to(tl.int64) * ({span})",
             ),
-            # What is between parentheses keeps its indentation.
             (
                 "adam.py",
                 BODY,
                 f"    for first in range(start, tl.minimum(start + {span}, body_end), BLOCK):\n"
-                f"    {BODY}",
+                f"    {BODY.replace('start', 'first')}",
             ),
-            ("adam.py", "v_scale_ptr, start, body_end", "v_scale_ptr, first, body_end"),
             ("adam.py", "tl.minimum(start + BLOCK, n)", f"tl.minimum(start + {span}, n)"),
         ),
         chunks=number,
@@ -126,12 +124,12 @@ def adam_kernel(rows_ptr, blocks_ptr, scalars_ptr, num_blocks, {declared}):
         following = tl.minimum(block + tl.num_programs(0), num_blocks - 1)
         next_row = tl.load(blocks_ptr + 2 * following).to(tl.int64)
         next_chunk = tl.load(blocks_ptr + 2 * following + 1).to(tl.int64)
-        update_block(rows_ptr, row, chunk * BLOCK, scalars_ptr, {names})
+        update_chunk(rows_ptr, row, chunk * BLOCK, scalars_ptr, {names})
         row = next_row
         chunk = next_chunk
 
 
-def hints("""
+class StorageTypes("""
 
 
 def staying_programs() -> Variant:
@@ -144,16 +142,16 @@ def staying_programs() -> Variant:
     declared = ", ".join(f"{name}: tl.constexpr" for name in names)
     return Variant(
         edits=(
-            ("adam.py", "def adam_kernel(", "def update_block("),
+            ("adam.py", "def adam_kernel(", "def update_chunk("),
             (
                 "adam.py",
-                "    blocks_ptr,  # *i32 [B, 2]       which row, which BLOCK of it\n",
+                "    blocks_ptr,  # *i32 [B, 2]  per program: which row, which BLOCK of it\n",
                 "    row,\n    start,\n",
             ),
-            ("adam.py", "    pid = tl.program_id(0).to(tl.int64)\n" + ENTRY, ""),
+            ("adam.py", "    program = tl.program_id(0).to(tl.int64)\n" + ENTRY, ""),
             (
                 "adam.py",
-                "\n\ndef hints(",
+                "\n\nclass StorageTypes(",
                 STAYING.format(declared=declared, names=", ".join(names)),
             ),
         ),
@@ -163,14 +161,14 @@ def staying_programs() -> Variant:
 
 STREAMING = Variant(
     edits=(
-        ("adam.py", "tl.load(g_ptr + offs, mask=ok, other=0.0)",
-         'tl.load(g_ptr + offs, mask=ok, other=0.0, eviction_policy="evict_first")'),
-        ("adam.py", "tl.store(p_ptr + offs, visible, mask=ok)",
-         'tl.store(p_ptr + offs, visible, mask=ok, cache_modifier=".cs")'),
-        ("adam.py", "tl.store(m_ptr + offs, m, mask=ok)",
-         'tl.store(m_ptr + offs, m, mask=ok, cache_modifier=".cs")'),
-        ("adam.py", "tl.store(v_ptr + offs, v, mask=ok)",
-         'tl.store(v_ptr + offs, v, mask=ok, cache_modifier=".cs")'),
+        ("adam.py", "tl.load(ptrs.g + offs, mask=mask, other=0.0)",
+         'tl.load(ptrs.g + offs, mask=mask, other=0.0, eviction_policy="evict_first")'),
+        ("adam.py", "tl.store(ptrs.p + offs, new_p, mask=mask)",
+         'tl.store(ptrs.p + offs, new_p, mask=mask, cache_modifier=".cs")'),
+        ("adam.py", "tl.store(ptrs.m + offs, m, mask=mask)",
+         'tl.store(ptrs.m + offs, m, mask=mask, cache_modifier=".cs")'),
+        ("adam.py", "tl.store(ptrs.v + offs, v, mask=mask)",
+         'tl.store(ptrs.v + offs, v, mask=mask, cache_modifier=".cs")'),
     )
 )  # fmt: skip
 # 16 columns of 8 bytes are a cache line; both halves of an entry come in one load.
@@ -181,7 +179,7 @@ WIDE_ROWS = Variant(
         (
             "adam.py",
             ENTRY,
-            "    entry = tl.load(blocks_ptr.to(tl.pointer_type(tl.int64)) + pid)\n"
+            "    entry = tl.load(blocks_ptr.to(tl.pointer_type(tl.int64)) + program)\n"
             "    row = entry & 0xFFFFFFFF\n"
             "    start = (entry >> 32) * BLOCK\n",
         ),

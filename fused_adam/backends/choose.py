@@ -1,5 +1,6 @@
-"""Who runs a section: triton, reference or compiled. Runs nothing itself; imports triton only when
-asked for.
+"""Which backend runs a launch group: triton, reference or compiled.
+
+Runs nothing itself. Triton is imported only when it is asked for.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from torch import Tensor
 
 from ..numerics.formula import CHUNK
 from ..numerics.scalars import GradTransform, Hyper
-from ..plan import LaunchGroup, Staging
+from ..plan import LaunchGroup
+from ..state.staging import Staging
 from .reference import ReferenceRunner
 
 BACKENDS = ("auto", "triton", "reference", "compiled")
@@ -32,21 +34,31 @@ def is_capturing() -> bool:
 
 
 class Runner(Protocol):
-    """Runs one section's launches, step after step."""
+    """Runs one launch group, step after step: `begin`, `square_sum` if there is a norm, `run`."""
 
     def begin(self, grads: Sequence[Tensor], addresses: Sequence[int], capturing: bool) -> None:
-        """Take this step's gradients, of all parameters that have one, and where they are.
+        """Take this step's gradients.
 
-        Raises RuntimeError if the step is being captured in a CUDA graph and this runner cannot be.
+        Args:
+            grads: what is here of the gradients, of every parameter that has one, in order.
+            addresses: where they are. The same list as in the last step if none has moved.
+            capturing: whether the stream is being captured in a CUDA graph.
+
+        Raises RuntimeError if it is, and this runner cannot be captured.
         """
         ...
 
     def square_sum(self) -> Tensor:
-        """The sum of squares of this section's gradients: float64, one element, on its device."""
+        """The sum of squares of this group's gradients: float64, one element, on its device."""
         ...
 
-    def run(self, hyper: Hyper, guard: GradTransform) -> None:
-        """Update every row, or none, and let the gradients go. `hyper`: per group."""
+    def run(self, hyper: Hyper, transform: GradTransform) -> None:
+        """Update every row, or none if the step is skipped, and let go of the gradients.
+
+        Args:
+            hyper: per param group, the values of `table.py`'s hyper columns.
+            transform: what the gradients go through on their way into the update.
+        """
         ...
 
 
@@ -65,16 +77,17 @@ def choose(backend: str, device: torch.device) -> str:
     """
     if device.type == "meta":
         raise RuntimeError(
-            f"backend={backend!r} cannot run on meta: parameters there have no values; give them some before a step, "
-            "as by to_empty(), or make the model under FakeTensorMode to step on shapes alone"
+            f"backend={backend!r} cannot run on meta: parameters there have no values; give them "
+            "some before a step, as by to_empty(), or make the model under FakeTensorMode to step "
+            "on shapes alone"
         )
     if backend == "auto":
         backend = "reference" if device.type == "cpu" else "triton"
-    reason = (
-        {"triton": _no_triton, "compiled": _no_compiled}[backend](device)
-        if backend != "reference"
-        else None
-    )
+    reason = None
+    if backend == "triton":
+        reason = _no_triton(device)
+    elif backend == "compiled":
+        reason = _no_compiled(device)
     if reason:
         raise RuntimeError(f"backend={backend!r} cannot run on {device}: {reason}")
     return backend
@@ -85,41 +98,54 @@ def _interpreting() -> bool:
 
 
 def _no_triton(device: torch.device) -> str | None:
+    """Why the kernels cannot run there, and what to do; None if they can."""
     if device.type not in (*TRITON_DEVICES, "cpu"):
         return f"fused-adam runs on cpu, {' and '.join(TRITON_DEVICES)} devices"
     if importlib.util.find_spec("triton") is None:
-        return "triton is not installed; install triton>=3.6, or pass backend='reference' for a slow but equal step"
+        return (
+            "triton is not installed; install triton>=3.6, or pass backend='reference' "
+            "for a slow but equal step"
+        )
     if device.type == "cpu" and not _interpreting():
-        return "a CPU runs Triton kernels only with TRITON_INTERPRET=1 set before triton is imported; use 'reference'"
+        return (
+            "a CPU runs Triton kernels only with TRITON_INTERPRET=1 set before triton is "
+            "imported; use 'reference'"
+        )
     return None
 
 
 def _no_compiled(device: torch.device) -> str | None:
+    """Why compiled code cannot run there, and what to do; None if it can."""
     if device.type != "cpu":
         return "it promises its bits on CPU only; use 'triton'"
     if not shutil.which(os.environ.get("CXX", "g++")) and not shutil.which("clang++"):
-        return "torch.compile needs a C++ compiler (g++ or clang++, or CXX); install one, or use 'reference'"
+        return (
+            "torch.compile needs a C++ compiler (g++ or clang++, or CXX); install one, "
+            "or use 'reference'"
+        )
     return None
 
 
 def staging(backend: str) -> Staging:
-    """What plans must copy for this backend: on the host, many small tensors would cost a dozen
-    calls each.
+    """What is copied into scratch memory for this backend, besides what has to be.
+
+    A kernel updates any number of tensors in one launch. Elsewhere each tensor costs a dozen calls,
+    so small ones are updated together.
     """
     if backend == "triton":
         return Staging()
     return Staging(small=CHUNK // 8, page=2 * CHUNK, shared=True)
 
 
-def bind(backend: str, section: LaunchGroup, takes_norm: bool) -> Runner:
-    """The runner of one section.
+def bind(backend: str, group: LaunchGroup, needs_norm: bool) -> Runner:
+    """The runner of one launch group.
 
     Args:
         backend: a name that `choose` returned.
-        takes_norm: whether `square_sum` will be asked for.
+        needs_norm: whether `square_sum` will be asked for.
     """
     if backend != "triton":
-        return ReferenceRunner(section, backend)
+        return ReferenceRunner(group, backend)
     from .triton import TritonRunner  # imports triton
 
-    return TritonRunner(section, takes_norm)
+    return TritonRunner(group, needs_norm)

@@ -1,5 +1,7 @@
-"""Runs sections on the host: plain torch a chunk at a time, or the same function through
-torch.compile.
+"""Runs launch groups in plain torch, a chunk at a time, or through torch.compile.
+
+Everything happens on the host, in order. On a GPU each operation is a launch of torch's own: equal
+bits, slowly.
 """
 
 from __future__ import annotations
@@ -7,7 +9,7 @@ from __future__ import annotations
 import functools
 import types
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,19 +21,15 @@ from ..numerics.codecs import random_words
 from ..numerics.formula import CHUNK, adam_step, exact_sqrt, recipe_step
 from ..numerics.norm import square_sum
 from ..numerics.scalars import LAST_STEP, GradTransform, Hyper, scalars
-from ..plan import CoalescedRows, Launch, LaunchGroup, Row, same_order
+from ..plan import CoalescedRows, Launch, LaunchGroup, Row, grouped
 from ..precision import GROUP, GROUPED
-from ..state.arena import SLOT, Slot, flat, padded, real
+from ..state.memory import SLOT_ALIGN, Slot, align, as_flat, as_real
+from ..state.staging import PackedCopies, StagedCopies, same_order
 
 Step = Callable[..., None]
-OPERANDS = (
-    "param",
-    "grad",
-    "exp_avg",
-    "exp_avg_sq",
-    "max_exp_avg_sq",
-)  # of `adam_step`, in its order
-_flatten_dense_tensors: Callable[[Sequence[Tensor]], Tensor] = torch._utils._flatten_dense_tensors
+Operands = dict[str, Tensor]
+# The operands of `adam_step`, in its order.
+OPERANDS = ("param", "grad", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
 
 @functools.cache
@@ -39,9 +37,9 @@ def compiled_adam_step(*variant: object) -> Step:
     """`adam_step` on whole slots through torch.compile, once per variant (dtypes and flags).
 
     Inductor's square root is correctly rounded, and its C++ is compiled without fused
-    multiply-adds. Each variant has a code object of its own, because dynamo compiles one object
-    eight times at most.
+    multiply-adds.
     """
+    # dynamo compiles one code object eight times at most, so each variant has its own.
     code = _step_slots.__code__.replace(co_name=f"adam_step_{abs(hash(variant))}")
     function = types.FunctionType(code, _step_slots.__globals__)
     return torch.compile(function, fullgraph=True, dynamic=True)
@@ -49,50 +47,47 @@ def compiled_adam_step(*variant: object) -> Step:
 
 def _step_slots(p: Tensor, *rest: Any) -> None:
     # Else the compiler asks in every iteration whether it is the last: a fifth of the time.
-    torch._check(p.numel() % SLOT == 0)  # type: ignore[no-untyped-call]
+    torch._check(p.numel() % SLOT_ALIGN == 0)  # type: ignore[no-untyped-call]
     adam_step(p, *rest)
 
 
-class ReferenceRunner:
-    """One section on the backends "reference" and "compiled". All of it happens on the host, in
-    order.
-    """
+class Flags(NamedTuple):
+    """What a step leaves out; in the order of `adam_step`'s arguments."""
 
-    def __init__(self, section: LaunchGroup, backend: str) -> None:
-        self.backend, self.compiled = backend, backend == "compiled"
-        self.compute, self.device = section.compute, section.device
-        self.rows = section.rows
+    has_l2: bool
+    has_lr_wd: bool
+    store_param: bool
+
+    @staticmethod
+    def of(scalars: Tensor) -> Flags:
+        """From scalars that are rounded to the arithmetic's dtype, as the kernel sees them."""
+        numbers = scalars.tolist()
+        has_l2, has_lr_wd = numbers[table.L2] != 0, numbers[table.LR_WD] != 0
+        return Flags(has_l2, has_lr_wd, numbers[table.STEP_SIZE] != 0 or has_lr_wd)
+
+
+class StepValues(NamedTuple):
+    """What all rows of one param group and step count are updated with."""
+
+    step: float  # counts from 1
+    scalars: Tensor  # shape (SCALARS,), of the arithmetic's dtype, on the host
+    flags: Flags
+
+
+class ReferenceRunner:
+    """Runs one launch group on the backend "reference" or "compiled"."""
+
+    def __init__(self, group: LaunchGroup, backend: str) -> None:
+        self.backend, self.device, self.compute = backend, group.device, group.compute
+        self.rows = group.rows
         self.grads: Sequence[Tensor] = ()
+        self.counters = StepCounters(group.rows, group.device)
         self.spans = [
-            ReferenceRows(launch, span) for launch in section.launches for span in launch.spans
+            ReferenceRows(launch, span, backend == "compiled")
+            for launch in group.launches
+            for span in launch.spans
         ]
-        # A GPU has no cache worth staying in.
-        self.chunk = CHUNK if section.device.type == "cpu" else 1 << 62  # multiples of SLOT
-        owners: dict[int, list[Row]] = {}
-        for row in section.rows:
-            owners.setdefault(id(row.home.counters), []).append(row)
-        shared = [rows for rows in owners.values() if len(rows) > 1]
-        # Counters of one buffer are advanced together, and so are those that are alone in theirs.
-        self.counters = [
-            (
-                rows[0].home.counters.steps,
-                _indexes([row.home.counter for row in rows]).to(section.device),
-            )
-            for rows in shared
-            if rows[0].home.counters
-        ]
-        alone = [rows[0] for rows in owners.values() if len(rows) == 1]
-        self.lone_counters = [
-            row.home.counters.steps[row.home.counter] for row in alone if row.home.counters
-        ]
-        # Where each span's step count stands among them: which buffer, which of the rows that share
-        # it.
-        places = {
-            row.index: (i, j)
-            for i, rows in enumerate([*shared, alone])
-            for j, row in enumerate(rows)
-        }
-        self.places = [places[span.row.index] for span in self.spans]
+        self.count_indexes = [self.counters.index[span.row.grad_index] for span in self.spans]
 
     def begin(self, grads: Sequence[Tensor], addresses: Sequence[int], capturing: bool) -> None:
         if capturing:
@@ -102,232 +97,211 @@ class ReferenceRunner:
         self.grads = grads
 
     def square_sum(self) -> Tensor:
-        counted = [self._flat_grad(row) for row in self.rows if row.counted]
-        return (
-            square_sum(counted)
-            if counted
-            else torch.zeros((), dtype=torch.float64, device=self.device)
-        )
+        grads = [self._flat_grad(row) for row in self.rows if row.in_norm]
+        if not grads:
+            return torch.zeros((), dtype=torch.float64, device=self.device)
+        return square_sum(grads)
 
     def _flat_grad(self, row: Row) -> Tensor:
-        grad = self.grads[row.index]
+        """The gradient's elements in the order in which the kernel reads them: the state's."""
+        grad = self.grads[row.grad_index]
         if same_order(row.param, grad):
-            return flat(real(grad))
-        # In the order that the kernel reads: that of the state.
-        return flat(torch.empty_like(row.param, dtype=real(grad).dtype).copy_(real(grad)))
+            return as_flat(as_real(grad))
+        return as_flat(torch.empty_like(row.param, dtype=row.grad_dtype).copy_(as_real(grad)))
 
-    def run(self, hyper: Hyper, guard: GradTransform) -> None:
+    def run(self, hyper: Hyper, transform: GradTransform) -> None:
+        # Let go of the gradients: `zero_grad()` should free their memory, not the next step.
         grads, self.grads = self.grads, ()
-        *_, max_norm, skip_nonfinite = hyper[0]
-        seen = guard.read(float(max_norm), bool(skip_nonfinite))
-        if guard.stats is not None:
-            guard.stats[table.GRAD_NORM] = seen.grad_norm
-            guard.stats[table.SKIPPED_STEPS] += seen.skip
-        if seen.skip:
+        # The same for every param group.
+        numbers = transform.read(hyper[0].max_grad_norm, bool(hyper[0].skip_nonfinite))
+        if transform.stats is not None:
+            transform.stats[table.GRAD_NORM] = numbers.grad_norm
+            transform.stats[table.SKIPPED_STEPS] += numbers.skip
+        if numbers.skip:
             return
-        steps = self._advance()
-        known: dict[tuple[int, float], tuple[Tensor, tuple[bool, bool, bool]]] = {}
-        for span, (i, j) in zip(self.spans, self.places, strict=True):
-            group, step = key = (span.row.group, steps[i][j])
-            if key not in known:
+        counts = self.counters.advance()
+        # Most rows share a param group and a step count, so they share their scalars, too.
+        shared: dict[tuple[int, float], StepValues] = {}
+        for span, index in zip(self.spans, self.count_indexes, strict=True):
+            group, step = key = (span.row.group, counts[index])
+            if key not in shared:
                 values = torch.tensor(
-                    scalars(step, hyper[group], seen), dtype=self.compute, device="cpu"
+                    scalars(step, hyper[group], numbers), dtype=self.compute, device="cpu"
                 )
-                known[key] = (values, flags(values.tolist()))
-            span.update(*known[key], grads, self.chunk, self.compiled, step)
+                shared[key] = StepValues(step, values, Flags.of(values))
+            span.update(shared[key], grads)
 
-    def _advance(self) -> list[list[float]]:
-        """Count the step; returns the new counts."""
-        counts: list[list[float]] = []
-        for steps, index in self.counters:
-            values = steps[index] + 1
-            steps[index] = values
-            counts.append(values.tolist())
-        if self.lone_counters:
-            torch._foreach_add_(self.lone_counters, 1)
-            counts.append(torch.stack(self.lone_counters).tolist())
+
+class StepCounters:
+    """The step counters of one launch group, advanced with as few calls as possible.
+
+    Counters of one buffer are advanced together, and so are those that are alone in theirs.
+    """
+
+    def __init__(self, rows: Sequence[Row], device: torch.device) -> None:
+        by_buffer = grouped(rows, lambda row: id(row.param_state.counters)).values()
+        shared = [members for members in by_buffer if len(members) > 1]
+        alone = [members[0] for members in by_buffer if len(members) == 1]
+        self.buffers: list[tuple[Tensor, Tensor]] = []  # counters, and indexes of ours among them
+        for members in shared:
+            indexes = [row.param_state.counter for row in members]
+            # On the host first, whatever the user's default device.
+            on_host = torch.tensor(indexes, dtype=torch.int64, device="cpu")
+            self.buffers.append((_steps(members[0]), on_host.to(device)))
+        self.alone = [_steps(row)[row.param_state.counter] for row in alone]
+        in_order = [row for members in [*shared, alone] for row in members]
+        # grad_index of a row -> where its count is in what `advance` returns.
+        self.index = {row.grad_index: i for i, row in enumerate(in_order)}
+
+    def advance(self) -> list[float]:
+        """Add one to each counter, and return the new counts."""
+        counts: list[float] = []
+        for steps, indexes in self.buffers:
+            values = steps[indexes] + 1
+            steps[indexes] = values
+            counts += values.tolist()
+        if self.alone:
+            torch._foreach_add_(self.alone, 1)
+            counts += torch.stack(self.alone).tolist()
         return counts
 
 
-def _indexes(numbers: Sequence[int]) -> Tensor:
-    """int64, on the host whatever the user's default device."""
-    return torch.tensor(numbers, dtype=torch.int64, device="cpu")
-
-
-def flags(numbers: Sequence[float]) -> tuple[bool, bool, bool]:
-    """coupled_decay, decoupled_decay, store_param: from scalars as rounded to their type, as the
-    kernel sees them.
-    """
-    coupled, decay = numbers[table.COUPLED] != 0, numbers[table.DECAY] != 0
-    return coupled, decay, numbers[table.STEP_SIZE] != 0 or decay
+def _steps(row: Row) -> Tensor:
+    counters = row.param_state.counters
+    assert counters is not None  # every row has state
+    return counters.steps
 
 
 class ReferenceRows:
-    """One span as flat tensors."""
+    """Coalesced rows as flat tensors, ready to be updated."""
 
-    def __init__(self, launch: Launch, span: CoalescedRows) -> None:
-        self.row = span.first
-        self.numel = span.numel
-        self.launch = launch
+    def __init__(self, launch: Launch, span: CoalescedRows, compiled: bool) -> None:
+        self.row, self.numel = span.first, span.numel
+        self.launch, self.compiled = launch, compiled
         # Storages of their own: compiled code must not take two slices of one segment for aliases.
         self.operands = {
             key: Slot(slot.segment, slot.start, self._length(key, slot)).flat()
             for key, slot in self.row.slots.items()
             if slot
         }
-        self.stage = Stage(span.rows, self.operands) if self.row.stage else None
+        self.staged = _staged_copies(span, self.operands)
+        # Temporaries of a chunk stay in the CPU's cache. A GPU has none worth staying in.
+        chunk = CHUNK if self.row.param.device.type == "cpu" else self.numel
+        starts = range(0, self.numel, chunk)
+        self.chunks = [(start, min(start + chunk, self.numel)) for start in starts]
 
     def _length(self, key: str, slot: Slot) -> int:
-        """Elements to view: whole slots, so that groups and vectors are full, but of the user's
-        memory what is his.
+        """Elements to view: whole slots, so that groups and vectors are full.
+
+        A user's own tensor ends where it ends.
         """
-        whole = padded(self.numel) // (GROUP if key in GROUPED else 1)
+        whole = align(self.numel) // (GROUP if key in GROUPED else 1)
         return min(whole, slot.segment.numel() - slot.start)
 
-    def update(
-        self,
-        scalars: Tensor,
-        flags: tuple[bool, bool, bool],
-        grads: Sequence[Tensor],
-        chunk: int,
-        compiled: bool,
-        step: float,
-    ) -> None:
-        """Step the whole span with these scalars, copying in and out what is staged."""
+    def update(self, values: StepValues, grads: Sequence[Tensor]) -> None:
+        """Step all rows. `grads`: of every parameter that has one, in order."""
         operands = self.operands
-        if self.stage:
-            self.stage.copy_in(grads)
+        if self.staged:
+            self.staged.load_params()
+            self.staged.load_grads(grads)
         elif "grad" not in operands:
-            operands = operands | {"grad": flat(real(grads[self.row.index]))}
-        if compiled:
-            self._compiled(operands, scalars, flags)
+            operands = operands | {"grad": as_flat(as_real(grads[self.row.grad_index]))}
+        if self.compiled:
+            self._compiled(operands, values)
+        elif self.launch.recipe.weights is None:
+            self._plain(operands, values)
         else:
-            for start in range(0, self.numel, chunk):
-                end = min(start + chunk, self.numel)
-                if self.launch.recipe.weights is None:
-                    part = {key: tensor[start:end] for key, tensor in operands.items()}
-                    plain: Step = adam_step
-                    plain(*map(part.get, OPERANDS), scalars, *flags, exact_sqrt)
-                else:
-                    self._by_recipe(operands, start, end - start, scalars, flags, step)
-        if self.stage:
-            self.stage.copy_out()
+            self._by_recipe(operands, values)
+        if self.staged:
+            self.staged.store_params()
 
-    def _compiled(
-        self, operands: dict[str, Tensor], scalars: Tensor, flags: tuple[bool, bool, bool]
-    ) -> None:
+    def _plain(self, operands: Operands, values: StepValues) -> None:
+        for start, end in self.chunks:
+            part = {key: tensor[start:end] for key, tensor in operands.items()}
+            step: Step = adam_step
+            step(*map(part.get, OPERANDS), values.scalars, *values.flags, exact_sqrt)
+
+    def _compiled(self, operands: Operands, values: StepValues) -> None:
         launch = self.launch
-        run = compiled_adam_step((launch.param, launch.grad, launch.amsgrad), flags)
-        end, body = padded(self.numel), self.numel // SLOT * SLOT
+        step = compiled_adam_step((launch.param, launch.grad, launch.amsgrad), values.flags)
+
+        def run(part: Operands) -> None:
+            step(*map(part.get, OPERANDS), values.scalars, *values.flags, torch.sqrt)
+
+        end, body = align(self.numel), self.numel // SLOT_ALIGN * SLOT_ALIGN
         if all(x.numel() == end for x in operands.values()):
-            run(*map(operands.get, OPERANDS), scalars, *flags, torch.sqrt)
+            run(operands)
             return
+        # Compiled code takes whole slots alone. Where a user's memory ends within one, the last
+        # slot is stepped on a padded copy.
         if body:
-            part = {key: x[:body] for key, x in operands.items()}
-            run(*map(part.get, OPERANDS), scalars, *flags, torch.sqrt)
-        part, copies = _to_whole_slots({key: x[body:] for key, x in operands.items()}, end - body)
-        run(*map(part.get, OPERANDS), scalars, *flags, torch.sqrt)
+            run({key: x[:body] for key, x in operands.items()})
+        tail, copies = _to_whole_slots({key: x[body:] for key, x in operands.items()}, end - body)
+        run(tail)
         _copy_back(copies)
 
-    def _by_recipe(
-        self,
-        operands: dict[str, Tensor],
-        start: int,
-        numel: int,
-        scalars: Tensor,
-        flags: tuple[bool, bool, bool],
-        step: float,
-    ) -> None:
-        end, whole = start + numel, start + padded(numel)
-        memory = {key: tensor[start:whole] for key, tensor in operands.items()}
-        # Behind its end the last group is zeros. The memory there may hold what a NaN left.
-        for key in memory:
+    def _by_recipe(self, operands: Operands, values: StepValues) -> None:
+        row, seed, recipe = self.row, self.row.options.seed, self.row.options.recipe
+        step, device = int(min(values.step, LAST_STEP)), row.param.device
+        for start, end in self.chunks:
+            whole = align(end - start)
+            memory = self._recipe_memory(operands, start, end)
+            memory, copies = _to_whole_slots(memory, whole)
+            # One word per element, keyed by what never changes: the seed, the step, and the
+            # element's place in the full parameter.
+            count = whole if recipe.random else 0
+            words = random_words(
+                seed, start, step, row.param_index, count, device, row.global_offset
+            )
+            recipe_step(recipe, memory, values.scalars, *values.flags, words)
+            _copy_back(copies)
+
+    @staticmethod
+    def _recipe_memory(operands: Operands, start: int, end: int) -> Operands:
+        """The operands of one chunk, with whole groups of what the recipe stores."""
+        whole = start + align(end - start)
+        memory = {}
+        for key, tensor in operands.items():
             if key in GROUPED:
-                memory[key] = operands[key][start // GROUP : whole // GROUP]
+                memory[key] = tensor[start // GROUP : whole // GROUP]
             elif key in ("param", "grad"):
-                memory[key] = operands[key][start:end]
+                memory[key] = tensor[start:end]
             else:
-                memory[key][numel:] = 0
-        memory, copies = _to_whole_slots(memory, padded(numel))
-        options = self.row.options
-        count = padded(numel) if options.recipe.random else 0
-        number = int(min(step, LAST_STEP))
-        device = memory["param"].device  # the scalars are on the host
-        words = random_words(
-            options.seed, start, number, self.row.ordinal, count, device, self.row.origin
-        )
-        recipe_step(options.recipe, memory, scalars, *flags, words)
-        _copy_back(copies)
+                memory[key] = tensor[start:whole]
+                # A group's scale depends on all of its elements. Those behind the end count as
+                # zeros, whatever a NaN has left there.
+                memory[key][end - start :] = 0
+        return memory
 
 
-def _to_whole_slots(
-    operands: dict[str, Tensor], numel: int
-) -> tuple[dict[str, Tensor], list[tuple[Tensor, Tensor]]]:
-    """The operands with zeros behind the end of those that are shorter: the user's memory ends
-    within a slot.
+def _staged_copies(span: CoalescedRows, operands: Operands) -> StagedCopies | None:
+    """How staged rows get into their scratch memory; None if the rows are updated in place."""
+    scratch = [row.scratch for row in span.rows if row.scratch]
+    if not scratch:
+        return None
+    params = [row.param for row in span.rows]
+    grad_indexes = [row.grad_index for row in span.rows]
+    is_real = not any(row.user_param.is_complex() for row in span.rows)
+    if is_real and PackedCopies.suits(params):
+        pages = (operands["param"], operands["grad"])
+        return PackedCopies(params, scratch, grad_indexes, pages)
+    return StagedCopies(params, scratch, grad_indexes)
 
-    Returns what to step, and pairs of user's memory and its copy, for `_copy_back`.
+
+def _to_whole_slots(operands: Operands, numel: int) -> tuple[Operands, list[tuple[Tensor, Tensor]]]:
+    """Pad operands to `numel` elements with zeros, where a user's memory ends within a slot.
+
+    Returns what to step, and for `_copy_back` the pairs of a user's memory and its padded copy.
     """
-    padded_operands, copies = {}, []
+    padded, copies = {}, []
     for key, x in operands.items():
         missing = 0 if key in GROUPED else numel - x.numel()
-        padded_operands[key] = pad(x, (0, missing)) if missing else x
+        padded[key] = pad(x, (0, missing)) if missing else x
         if missing and key != "grad":
-            copies.append((x, padded_operands[key]))
-    return padded_operands, copies
+            copies.append((x, padded[key]))
+    return padded, copies
 
 
 def _copy_back(copies: Sequence[tuple[Tensor, Tensor]]) -> None:
     for memory, copy in copies:
         memory.copy_(copy[: len(memory)])
-
-
-class Stage:
-    """Copies of a span's parameters and gradients, neighbours in scratch memory.
-
-    A copy per tensor costs 0.7 us; small contiguous ones are concatenated (0.1 us) and spread over
-    their slots instead.
-    """
-
-    SMALL = (
-        512  # elements per tensor on average, where spreading costs as much as a copy per tensor
-    )
-
-    def __init__(self, rows: Sequence[Row], operands: dict[str, Tensor]) -> None:
-        self.indexes = [row.index for row in rows]
-        self.params = [row.param for row in rows]
-        self.copies = [row.stage for row in rows if row.stage]
-        self.views = [copy[0] for copy in self.copies]
-        self.scratch = (operands["param"], operands["grad"])
-        numels = [row.param.numel() for row in rows]
-        self.positions: Tensor | None = None
-        plain = all(
-            param.is_contiguous() and not row.complex
-            for row, param in zip(rows, self.params, strict=True)
-        )
-        if plain and sum(numels) <= self.SMALL * len(rows):
-            self.flat_params = [flat(param) for param in self.params]
-            self.one_dimensional = all(param.ndim == 1 for param in self.params)
-            start = self.views[0].storage_offset()
-            starts = _indexes([int(view.storage_offset() - start) for view in self.views])
-            lengths = _indexes(numels)
-            first = lengths.cumsum(0) - lengths
-            positions = torch.arange(sum(numels), device="cpu") + torch.repeat_interleave(
-                starts - first, lengths
-            )
-            self.positions = positions.to(self.params[0].device)
-
-    def copy_in(self, grads: Sequence[Tensor]) -> None:
-        chosen = [grads[i] for i in self.indexes]
-        if self.positions is None:
-            torch._foreach_copy_(self.views, self.params)
-            torch._foreach_copy_([copy[1] for copy in self.copies], [real(grad) for grad in chosen])
-        else:
-            param, grad = self.scratch
-            param.index_copy_(0, self.positions, torch.cat(self.flat_params))
-            # Flattening them first costs four times as much as joining them.
-            packed = torch.cat(chosen) if self.one_dimensional else _flatten_dense_tensors(chosen)
-            grad.index_copy_(0, self.positions, packed)
-
-    def copy_out(self) -> None:
-        torch._foreach_copy_(self.params, self.views)

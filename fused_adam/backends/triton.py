@@ -1,7 +1,7 @@
-"""Runs sections with the Triton kernels, on a GPU or in the interpreter: tables, uploads, launches.
-No arithmetic here.
+"""Runs launch groups with the Triton kernels, on a GPU or in the interpreter.
 
-Nothing here waits for the device, and all of it may be captured in a CUDA graph.
+Tables, uploads and launches are here; the arithmetic is in the kernels. Nothing here waits for the
+device, and all of it may be captured in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 from array import array
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,9 +18,8 @@ from fused_adam_kernels import adam, norm, scalars, table
 
 from ..numerics.scalars import GradTransform, Hyper
 from ..plan import CoalescedRows, Launch, LaunchGroup, Row
-from ..state.arena import real
+from ..state import staging
 
-copy_all = torch._foreach_copy_
 # Name of an operand -> its column among a row's addresses.
 COLUMNS = {
     "param": table.PARAM,
@@ -38,13 +37,14 @@ COLUMNS = {
 
 
 def on_host(values: Sequence[Any], dtype: torch.dtype) -> Tensor:
-    """Numbers as a tensor there, whatever the user's default device and dtype."""
+    """Numbers as a tensor on the host, whatever the user's default device and dtype."""
     return torch.tensor(values, dtype=dtype, device="cpu")
 
 
 def send(host: Tensor, device: torch.device) -> Tensor:
-    """The same values on the device, copied in the order of the current stream. `host` is pinned if
-    it is a GPU.
+    """The same values on the device, copied in the order of the current stream.
+
+    `host` is pinned if the device is a GPU: other memory would be waited for.
     """
     return host.to(device, non_blocking=True)
 
@@ -54,29 +54,31 @@ def upload(values: Tensor, device: torch.device) -> Tensor:
     return values if device.type == "cpu" else send(values.pin_memory(), device)
 
 
-class Upload:
-    """Numbers that the host decides, on the device: made anew when they change, never rewritten.
+class DeviceTable:
+    """A device's copy of numbers that the host decides, made anew whenever they change.
 
-    So no copy can overtake the step before it, and a captured graph keeps what it was captured
-    with. Pinned memory comes from torch's allocator, which hands a block out again only when the
-    copy from it is done.
+    The copy is never rewritten. So no upload can overtake the step before it, and a captured graph
+    keeps what it was captured with.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.key: object = None
         self.tensor = torch.empty(0, device=device)
-        self.spare: Tensor | None = None
+        self.spare: Tensor | None = None  # pinned memory for an upload within a capture
         self.captured: list[Tensor] = []  # what graphs read, for as long as this lives
 
     def get(self, key: object, make: Callable[[], Tensor], capturing: bool) -> Tensor:
-        """The tensor on the device for `key`, a value to be compared; `make` gives its numbers on
-        the host.
+        """The tensor on the device.
+
+        Args:
+            key: a value that is equal as long as the numbers are.
+            make: gives the numbers on the host; called when the key changes.
+            capturing: whether the stream is being captured in a CUDA graph.
         """
         if key != self.key:
-            with torch.inference_mode(
-                False
-            ):  # it outlives the user's mode, and is written to outside of it
+            # The table outlives the user's inference mode, and is written to outside of it.
+            with torch.inference_mode(False):
                 host = self._pinned(make(), capturing)
                 self.tensor = send(host, self.device)
             # A captured copy happens at replay, not now: the next eager step needs one of its own.
@@ -88,6 +90,11 @@ class Upload:
         return self.tensor
 
     def _pinned(self, values: Tensor, capturing: bool) -> Tensor:
+        """The values in pinned memory, where the device is a GPU.
+
+        It comes from torch's allocator, which gives a block out again only when the copy from it is
+        done.
+        """
         if self.device.type == "cpu":
             return values
         if capturing and self.spare is not None and self.spare.shape == values.shape:
@@ -99,79 +106,59 @@ class Upload:
         return values.pin_memory()
 
 
-class TritonRunner:
-    """One prologue and one update launch per dtype mix, over tables that live on the device.
+class Update(NamedTuple):
+    """One launch of the update: the kernel, and which row and chunk each program takes."""
 
-    Keeps addresses, and no tensor behind them but what is staged: state and parameters that users
-    move away are free.
+    launch: Callable[..., None]
+    blocks: Tensor  # int32, shape (B, 2), see `table.py`
+
+
+class TritonRunner:
+    """Runs one launch group: one prologue, and one update per dtype mix.
+
+    It keeps addresses, and no tensor behind them but what is staged: state and parameters that
+    users move away are free.
     """
 
-    def __init__(self, section: LaunchGroup, takes_norm: bool) -> None:
-        rows = section.rows
-        self.device, self.num_rows = section.device, len(rows)
-        leaders = {span.first.index: span for launch in section.launches for span in launch.spans}
+    def __init__(self, group: LaunchGroup, needs_norm: bool) -> None:
+        rows = group.rows
+        self.device, self.num_rows = group.device, len(rows)
+        position = {row.grad_index: i for i, row in enumerate(rows)}
+        leaders = {
+            span.first.grad_index: span for launch in group.launches for span in launch.spans
+        }
         self.host_rows = on_host(
-            [self._row(row, leaders.get(row.index)) for row in rows], torch.int64
+            [_table_row(row, leaders.get(row.grad_index)) for row in rows], torch.int64
         )
-        # Gradients that are used where they are: their rows, and their places among all gradients.
-        moving = [(i, row.index) for i, row in enumerate(rows) if row.slots.get("grad", 0) is None]
-        self.moving_rows = on_host([i for i, _ in moving], torch.int64)
-        self.moving_grads = on_host([index for _, index in moving], torch.int64)
-        self.row_table, self.hyper_table = Upload(self.device), Upload(self.device)
-        self.scalars = torch.empty(
-            len(rows), table.SCALARS, dtype=section.compute, device=self.device
-        )
+        # Backward may put a gradient elsewhere at every step, unless it is staged or in a flat
+        # buffer: these rows get new addresses.
+        moving = [row for row in rows if row.slots["grad"] is None]
+        self.moving_rows = on_host([position[row.grad_index] for row in moving], torch.int64)
+        self.moving_grads = on_host([row.grad_index for row in moving], torch.int64)
+        self.row_table, self.hyper_table = DeviceTable(self.device), DeviceTable(self.device)
+        shape = (len(rows), table.SCALARS)
+        self.scalars = torch.empty(shape, dtype=group.compute, device=self.device)
         self.prologue, self.programs = scalars.prologue(), scalars.programs(len(rows))
-        position = {row.index: i for i, row in enumerate(rows)}
         self.updates = [
-            (adam.adam_step(*self._mix(launch), launch.amsgrad), self._blocks(launch, position))
-            for launch in section.launches
+            Update(adam.adam_step(*_mix(launch), launch.amsgrad), self._blocks(launch, position))
+            for launch in group.launches
             if launch.spans
         ]
-        self.norm = Norm(section) if takes_norm else None
-        # What a step does without: no overflow, a scale of one, no norm, nowhere to count.
-        self.zero, self.one = (
-            torch.full((1,), x, dtype=torch.float32, device=self.device) for x in (0.0, 1.0)
-        )
+        self.norm = Norm(group) if needs_norm else None
+        # What the prologue reads in a step without them: no overflow, a scale of one, no norm,
+        # nowhere to count.
+        self.no_overflow = torch.zeros(1, dtype=torch.float32, device=self.device)
+        self.no_scale = torch.ones(1, dtype=torch.float32, device=self.device)
         self.no_sum = torch.zeros(1, dtype=torch.float64, device=self.device)
         self.no_stats = torch.zeros(table.STATS, dtype=torch.float64, device=self.device)
-        staged = [row for row in rows if row.stage and row.param.numel()]
-        self.staged = (
-            [row.param for row in staged],
-            [row.stage[0] for row in staged if row.stage],
-            [row.index for row in staged],
-            [row.stage[1] for row in staged if row.stage],
-        )
-
-    @staticmethod
-    def _mix(launch: Launch) -> tuple[torch.dtype, torch.dtype, str, str]:
-        """Element types and recipe, as the kernels name them."""
-        return (
-            launch.param,
-            launch.grad,
-            launch.recipe.weights or "native",
-            launch.recipe.states or "native",
-        )
-
-    @staticmethod
-    def _row(row: Row, span: CoalescedRows | None) -> list[int]:
-        columns = [0] * table.ROW
-        for key, slot in row.slots.items():
-            columns[COLUMNS[key]] = slot.address if slot else 0
-        columns[table.STEP] = row.home.step_address
-        columns[table.GROUP] = row.group
-        # A row that another one's span covers has no elements of its own to update.
-        columns[table.NUMEL] = span.numel if span else 0
-        columns[table.GRAD_NUMEL] = row.param.numel()
-        columns[table.SEED], columns[table.ORDINAL] = row.options.seed, row.ordinal
-        columns[table.ORIGIN] = row.origin if row.options.recipe.random else 0
-        return columns
+        self.staged = _staged_copies(rows)
 
     def _blocks(self, launch: Launch, position: dict[int, int]) -> Tensor:
-        block = adam.launch_config(*self._mix(launch)).block
+        """The launch's work, a block each: leading row and number of the chunk; int32, (B, 2)."""
+        block = adam.launch_config(*_mix(launch)).block
         counts = [-(-span.numel // block) for span in launch.spans]
         chunks, total = on_host(counts, torch.int64), sum(counts)
-        leaders = on_host([position[span.first.index] for span in launch.spans], torch.int64)
+        leaders = on_host([position[span.first.grad_index] for span in launch.spans], torch.int64)
         row = torch.repeat_interleave(leaders, chunks, output_size=total)
         first = torch.repeat_interleave(chunks.cumsum(0) - chunks, chunks, output_size=total)
         chunk = torch.arange(total, device="cpu") - first
@@ -180,22 +167,22 @@ class TritonRunner:
     def begin(self, grads: Sequence[Tensor], addresses: Sequence[int], capturing: bool) -> None:
         self.capturing = capturing
         with self._on_device():
-            # Compared whole: one list comparison costs less than picking out the gradients of this
-            # section.
+            # All gradients' addresses are the key: one list comparison costs less than picking out
+            # those of this group.
             key = addresses if len(self.moving_rows) else ()
             self.device_rows = self.row_table.get(
                 key, lambda: self._with_grads(addresses), capturing
             )
-            *_, grad_indexes, stage_grads = self.staged
-            if stage_grads:
-                copy_all(stage_grads, [real(grads[i]) for i in grad_indexes])
+            if self.staged:
+                self.staged.load_grads(grads)
 
     def _with_grads(self, addresses: Sequence[int]) -> Tensor:
+        """The row table with the gradients' addresses of this step."""
         rows = self.host_rows.clone()
         if len(self.moving_rows):
             # An array takes Python's numbers four times as fast as a tensor does.
-            everywhere = torch.frombuffer(array("q", addresses), dtype=torch.int64)
-            rows[self.moving_rows, table.GRAD] = everywhere[self.moving_grads]
+            all_addresses = torch.frombuffer(array("q", addresses), dtype=torch.int64)
+            rows[self.moving_rows, table.GRAD] = all_addresses[self.moving_grads]
         return rows
 
     def square_sum(self) -> Tensor:
@@ -203,88 +190,141 @@ class TritonRunner:
         with self._on_device():
             return self.norm.square_sum(self.device_rows)
 
-    def run(self, hyper: Hyper, guard: GradTransform) -> None:
+    def run(self, hyper: Hyper, transform: GradTransform) -> None:
         with self._on_device():
-            found_inf, grad_scale = (
-                self._float(guard.found_inf, self.zero),
-                self._float(guard.grad_scale, self.one),
-            )
-            params, stage_params, *_ = self.staged
-            if params:  # not in `begin`: a section before this one may write the same memory
-                copy_all(stage_params, params)
+            # Here, not in `begin`: a group that ran before this one may have written to the same
+            # parameters.
+            if self.staged:
+                self.staged.load_params()
             square_sum = self.no_sum
-            if guard.square_sum is not None:
-                square_sum = guard.square_sum.to(self.device, non_blocking=True)
-            stats = self.no_stats if guard.stats is None else guard.stats
+            if transform.square_sum is not None:
+                square_sum = transform.square_sum.to(self.device, non_blocking=True)
             self.prologue(
                 self.programs,
-                *(self.device_rows, self._hyper(hyper), self.scalars),
-                *(found_inf, grad_scale, square_sum, stats, self.num_rows),
+                self.device_rows,
+                self._hyper(hyper),
+                self.scalars,
+                self._float(transform.found_inf, self.no_overflow),
+                self._float(transform.grad_scale, self.no_scale),
+                square_sum,
+                self.no_stats if transform.stats is None else transform.stats,
+                self.num_rows,
             )
-            for update, blocks in self.updates:
-                update(len(blocks), self.device_rows, blocks, self.scalars)
-            if params:
-                copy_all(params, stage_params)
+            for launch, blocks in self.updates:
+                launch(len(blocks), self.device_rows, blocks, self.scalars)
+            if self.staged:
+                self.staged.store_params()
 
     def _float(self, value: Tensor | None, default: Tensor) -> Tensor:
+        """A value of the user's as the kernel reads it."""
         return default if value is None else value.to(self.device, torch.float32, non_blocking=True)
 
     def _hyper(self, hyper: Hyper) -> Tensor:
-        """The groups' values on the device; those that are tensors there are copied there, unread."""
-        key = [[x if x.__class__ is float else self._number(x) for x in values] for values in hyper]
-        known = self.hyper_table.get(
-            key,
-            lambda: on_host([[0.0 if x is None else x for x in row] for row in key], torch.float64),
+        """The param groups' values on the device: float64, shape (G, HYPER).
+
+        Numbers are uploaded when one of them changes. Tensors on the device, whose values the host
+        cannot know, are copied there at every step.
+        """
+        known = [
+            [x if x.__class__ is float else self._number(x) for x in values] for values in hyper
+        ]
+        values = self.hyper_table.get(
+            known,
+            lambda: on_host(
+                [[0.0 if x is None else x for x in row] for row in known], torch.float64
+            ),
             self.capturing,
         )
-        unread = [
+        unknown = [
             (i, j, x)
             for i, row in enumerate(hyper)
             for j, x in enumerate(row)
-            if key[i][j] is None and isinstance(x, Tensor)
+            if known[i][j] is None and isinstance(x, Tensor)
         ]
-        if unread:
-            copy_all([known[i, j] for i, j, _ in unread], [x.reshape(()) for *_, x in unread])
-        return known
+        if unknown:
+            targets = [values[i, j] for i, j, _ in unknown]
+            staging.copy_all(targets, [x.reshape(()) for _, _, x in unknown])
+        return values
 
     def _number(self, value: float | Tensor) -> float | None:
-        """A value as a number, or None if it is left on its device, where reading it would wait."""
-        stays = isinstance(value, Tensor) and (
+        """A value as a number, or None if it is copied as a tensor: reading one would wait."""
+        # Launches on the CPU copy every tensor, as those on a GPU copy what lies there.
+        on_device = isinstance(value, Tensor) and (
             value.device.type != "cpu" or self.device.type == "cpu"
         )
-        return None if stays else float(value)
+        return None if on_device else float(value)
 
     def _on_device(self) -> Any:
+        """Launches go to the current device: this one, meanwhile."""
         if self.device.type == "cpu":
             return contextlib.nullcontext()
         return torch.get_device_module(self.device).device(self.device)
 
 
+def _mix(launch: Launch) -> tuple[torch.dtype, torch.dtype, str, str]:
+    """Element types and recipe, as the kernels name them."""
+    weights, states = launch.recipe.weights or "native", launch.recipe.states or "native"
+    return launch.param, launch.grad, weights, states
+
+
+def _table_row(row: Row, span: CoalescedRows | None) -> list[int]:
+    """One row of the row table.
+
+    Args:
+        row: gradients that move have address 0 for now.
+        span: what is updated with the row's scalars, if it is the first of coalesced rows. The
+            others have no elements of their own to update.
+    """
+    columns = [0] * table.ROW
+    for key, slot in row.slots.items():
+        columns[COLUMNS[key]] = slot.address if slot else 0
+    columns[table.STEP] = row.param_state.step_address
+    columns[table.GROUP] = row.group
+    columns[table.NUMEL] = span.numel if span else 0
+    columns[table.GRAD_NUMEL] = row.param.numel()
+    columns[table.SEED], columns[table.PARAM_INDEX] = row.options.seed, row.param_index
+    columns[table.GLOBAL_OFFSET] = row.global_offset if row.options.recipe.random else 0
+    return columns
+
+
+def _staged_copies(rows: Sequence[Row]) -> staging.StagedCopies | None:
+    """What moves staged rows into scratch memory and back; None if no row is staged."""
+    staged = [(row, row.scratch) for row in rows if row.scratch and row.param.numel()]
+    if not staged:
+        return None
+    return staging.StagedCopies(
+        [row.param for row, _ in staged],
+        [scratch for _, scratch in staged],
+        [row.grad_index for row, _ in staged],
+    )
+
+
 class Norm:
-    """The sum of squares of one section's gradients: a launch per gradient dtype, and one that adds
-    up.
+    """The sum of squares of one launch group's gradients.
+
+    One launch per gradient dtype squares and adds within chunks; one more adds up the chunks.
     """
 
-    def __init__(self, section: LaunchGroup) -> None:
+    def __init__(self, group: LaunchGroup) -> None:
+        # Per dtype: row, chunk within it, and the chunk's place among all. Places follow the order
+        # of the parameters, so the order of the sum does not depend on dtypes.
         blocks: dict[torch.dtype, list[tuple[int, int, int]]] = {}
-        dtype_of = {row.index: launch.grad for launch in section.launches for row in launch.rows}
-        self.places = 0  # one for every chunk, in the order of the parameters
-        for i, row in enumerate(section.rows):
-            for chunk in range(-(-row.param.numel() // table.NORM_CHUNK) if row.counted else 0):
-                blocks.setdefault(dtype_of[row.index], []).append((i, chunk, self.places))
-                self.places += 1
-        device = section.device
+        self.num_chunks = 0
+        for i, row in enumerate(group.rows):
+            for chunk in range(-(-row.param.numel() // table.NORM_CHUNK) if row.in_norm else 0):
+                blocks.setdefault(row.grad_dtype, []).append((i, chunk, self.num_chunks))
+                self.num_chunks += 1
         self.launches = [
-            (norm.square_sum(dtype), upload(on_host(b, torch.int32), device))
+            (norm.square_sum(dtype), upload(on_host(b, torch.int32), group.device))
             for dtype, b in blocks.items()
         ]
         self.add_up = norm.total()
-        self.partials = torch.empty(self.places, dtype=torch.float64, device=device)
-        self.total = torch.zeros(1, dtype=torch.float64, device=device)
+        self.partials = torch.empty(self.num_chunks, dtype=torch.float64, device=group.device)
+        self.total = torch.zeros(1, dtype=torch.float64, device=group.device)
 
     def square_sum(self, rows: Tensor) -> Tensor:
-        """float64, shape (1,), the same tensor every time. `rows` is the section's table."""
+        """float64, shape (1,), the same tensor every time. `rows` is the group's table."""
         for launch, blocks in self.launches:
             launch(len(blocks), rows, blocks, self.partials)
-        self.add_up(1, self.partials, self.total, self.places)
+        self.add_up(1, self.partials, self.total, self.num_chunks)
         return self.total

@@ -159,7 +159,7 @@ def decode_m(code: Tensor, scale: Tensor) -> Tensor:
 
 
 def encode_m(m: Tensor) -> tuple[Tensor, Tensor]:
-    """float32, shape (N,) with N a multiple of 32 -> int8 codes, to nearest, and bfloat16 scales."""
+    """float32, shape (N,), N a multiple of 32 -> int8 codes to nearest, and bfloat16 scales."""
     magnitude = m.abs()
     scale = group_scale(magnitude)
     # A number divided by a tensor would be a reciprocal, rounded twice.

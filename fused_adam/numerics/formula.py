@@ -1,12 +1,12 @@
-"""The formula in plain torch: the specification, the oracle of the kernel's bits, and the CPU path.
+"""The Adam formula in plain torch: specification, oracle of the kernel's bits, and CPU path.
 
-The Triton twin is `fused_adam_kernels/formula.py`: same names, same order, every operation rounds
-once.
+The Triton twin `fused_adam_kernels/formula.py` has the same names in the same order.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,17 +14,37 @@ from torch import Tensor
 from ..precision import Recipe
 from . import codecs
 
-# Elements per pass: temporaries stay in the cache, and are too small for malloc to give back after
-# each operation. Measured on 2 cores: half as many take 1.5 times as long (threads wait for each
-# other), twice as many up to 3.7 times (7 page faults per Ki of elements).
+# Elements per pass. Temporaries of this size stay in the cache, and are too small for malloc to
+# return them to the system after each operation. Measured on 2 cores: half as many elements take
+# 1.5 times as long (threads wait for each other), twice as many up to 3.7 times (7 page faults per
+# Ki of elements).
 CHUNK = 1 << 17
 
 
-def exact_sqrt(x: Tensor) -> Tensor:
-    """Correctly rounded square root: `torch.sqrt` on CPU is off by an ulp on 17 % of float32
-    inputs.
+class Scalars(NamedTuple):
+    """One parameter's scalars for this step, computed by `scalars.py`; each has shape ()."""
 
-    float64 has no wider type to go through: there the result is within an ulp.
+    step_size: Tensor  # lr / (1 - beta1^t)
+    rsqrt_bc2: Tensor  # 1 / sqrt(1 - beta2^t)
+    one_minus_beta1: Tensor
+    one_minus_beta2: Tensor
+    beta2: Tensor
+    eps: Tensor
+    l2: Tensor  # coupled weight decay, added to the gradient (Adam); 0 if there is none
+    lr_wd: Tensor  # decoupled weight decay, lr * weight_decay (AdamW); 0 if there is none
+    grad_multiplier: Tensor  # clip coefficient / loss scale; negative if maximizing
+
+
+def load_scalars(scalars: Tensor) -> Scalars:
+    """One row of the table of scalars, shape (SCALARS,), by name. SKIP and STEP_NUMBER stay out."""
+    return Scalars(*scalars.unbind()[: len(Scalars._fields)])
+
+
+def exact_sqrt(x: Tensor) -> Tensor:
+    """Correctly rounded square root of float32; within an ulp for float64.
+
+    `torch.sqrt` on CPU is off by an ulp on 17 % of float32 inputs. The detour through float64
+    rounds correctly; float64 itself has no wider type to go through.
     """
     # In place: a second float64 temporary takes a whole step from 1.5 to 2.8 ms per 256Ki elements
     # (page faults).
@@ -37,40 +57,48 @@ def adam_update(
     m: Tensor,
     v: Tensor,
     v_max: Tensor | None,
-    scalars: Tensor,
-    coupled_decay: bool,
-    decoupled_decay: bool,
+    s: Scalars,
+    has_l2: bool,
+    has_lr_wd: bool,
     sqrt: Callable[[Tensor], Tensor],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """One step of Adam on values of one float type (Kingma & Ba 2015, algorithm 1; Loshchilov &
-    Hutter 2019).
+    """Return the new (p, m, v, v_max). Kingma & Ba 2015, algorithm 1; Loshchilov & Hutter 2019.
+
+    g     = grad_multiplier * g + l2 * p
+    m     = m + (1 - beta1) * (g - m)
+    v     = beta2 * v + (1 - beta2) * g^2
+    v_max = max(v_max, v)                             (AMSGrad only; otherwise p is updated with v)
+    p     = p - (lr_wd * p + step_size * m / (sqrt(v_max) * rsqrt_bc2 + eps))
+
+    Every operation rounds once, in the order written below, so CPU and GPU agree bit for bit.
 
     Args:
-        p, g, m, v, v_max: parameter, gradient, moments, AMSGrad's maximum or None; one shape and
-            dtype.
-        scalars: shape (SCALARS,), same dtype: this step's values in the order of `table.py`.
-        coupled_decay, decoupled_decay: whether the scalars `coupled` and `decay` are not zero.
+        p, g, m, v, v_max: parameter, gradient, moments, and AMSGrad's maximum or None; one shape
+            and float type. Not changed.
+        s: Scalars of the same type.
+        has_l2, has_lr_wd: whether `s.l2` and `s.lr_wd` are not zero. As Python values they cost
+            nothing to test, and torch.compile needs no branch.
         sqrt: a correctly rounded square root.
-
-    Returns the new p, m, v, v_max; changes nothing.
     """
-    step_size, rbc2, w1, w2, b2, eps, coupled, decay, grad_multiplier, *_ = scalars.unbind()
-    # In place where it is ours: a temporary that stays in the cache is worth more than one that is
-    # new.
-    g = g * grad_multiplier
-    # A decay of zero is absent, not multiplied: 0 * inf would turn an infinite p into NaN.
-    if coupled_decay:
-        g.add_(coupled * p)
-    m = (g - m).mul_(w1).add_(m)
-    v = (w2 * g).mul_(g).add_(b2 * v)
+    # Below, every tensor of this function's own is reused in place: a temporary that stays in the
+    # cache is worth more than a new one.
+    g = g * s.grad_multiplier
+
+    # A weight decay of 0 must be absent, not multiplied: 0 * inf would turn an infinite p into NaN.
+    if has_l2:
+        g.add_(s.l2 * p)
+
+    m = (g - m).mul_(s.one_minus_beta1).add_(m)
+    v = (s.one_minus_beta2 * g).mul_(g).add_(s.beta2 * v)
     if v_max is not None:
         v_max = torch.maximum(v_max, v)
-    x = v if v_max is None else v_max
-    u = (step_size * m).div_(sqrt(x).mul_(rbc2).add_(eps))
-    # p rounds once for decay and update together: a tiny decay is not lost.
-    if decoupled_decay:
-        u.add_(decay * p)
-    return p - u, m, v, v_max
+    second_moment = v if v_max is None else v_max
+    update = (s.step_size * m).div_(sqrt(second_moment).mul_(s.rsqrt_bc2).add_(s.eps))
+
+    # Decay and update are subtracted together, so p rounds once and a tiny decay is not lost.
+    if has_lr_wd:
+        update.add_(s.lr_wd * p)
+    return p - update, m, v, v_max
 
 
 def adam_step(
@@ -80,27 +108,31 @@ def adam_step(
     v: Tensor,
     v_max: Tensor | None,
     scalars: Tensor,
-    coupled_decay: bool,
-    decoupled_decay: bool,
+    has_l2: bool,
+    has_lr_wd: bool,
     store_param: bool,
     sqrt: Callable[[Tensor], Tensor],
 ) -> None:
-    """Load, update and store: p, m, v, v_max in place, each rounded once to its own dtype; g is
-    only read.
+    """Load, update and store: p, m, v and v_max in place, each rounded once to its own dtype.
 
-    `store_param` is False for a step of size zero, which leaves parameters as they are: p - 0 would
-    turn -0.0 into 0.0.
+    Args:
+        p, g, m, v, v_max: flat tensors of one size, of any float dtypes. g is only read.
+        scalars: shape (SCALARS,), in the order of `table.py` and the type of the arithmetic.
+        has_l2, has_lr_wd: whether these scalars are not zero.
+        store_param: False for a step of size zero, which leaves parameters as they are: p - 0 would
+            turn -0.0 into 0.0.
+        sqrt: a correctly rounded square root.
     """
-    dtype = scalars.dtype
+    compute = scalars.dtype
     new_p, new_m, new_v, new_v_max = adam_update(
-        p.to(dtype),
-        g.to(dtype),
-        m.to(dtype),
-        v.to(dtype),
-        None if v_max is None else v_max.to(dtype),
-        scalars,
-        coupled_decay,
-        decoupled_decay,
+        p.to(compute),
+        g.to(compute),
+        m.to(compute),
+        v.to(compute),
+        None if v_max is None else v_max.to(compute),
+        load_scalars(scalars),
+        has_l2,
+        has_lr_wd,
         sqrt,
     )
     if store_param:
@@ -115,45 +147,54 @@ def recipe_step(
     recipe: Recipe,
     memory: dict[str, Tensor],
     scalars: Tensor,
-    coupled_decay: bool,
-    decoupled_decay: bool,
+    has_l2: bool,
+    has_lr_wd: bool,
     store_param: bool,
-    words: Tensor,
+    bits: Tensor,
 ) -> None:
-    """`adam_step` on what a recipe stores.
+    """`adam_step` on what a recipe stores. The arithmetic is float32.
 
     Args:
-        memory: name -> flat tensor, all of N elements, a multiple of 32 where there are groups:
-            `param` and `grad`, and the recipe's own entries. Written in place, the gradient
-            excepted.
-        words: int32, shape (N,): random bits, one word per element; none if the recipe takes none.
+        memory: name -> flat tensor: `param`, `grad` and the recipe's own entries, each of N
+            elements (scales: N / 32). N is a multiple of 32 if there are scales. Everything but
+            the gradient is written in place.
+        scalars, has_l2, has_lr_wd, store_param: as for `adam_step`.
+        bits: int32, shape (N,): one word of random bits per element; shape (0,) if the recipe needs
+            no random bits.
     """
-    entries = {name.removesuffix("_code"): memory[name] for name in memory}
-    extra = memory.get("master_weight", memory.get("remainder"))
+    param, grad = memory["param"], memory["grad"]
+    # Moments of 8-bit codes are entries of other names, so that nobody takes codes for values.
+    m_stored = memory["exp_avg_code"] if "exp_avg_code" in memory else memory["exp_avg"]
+    v_stored = memory["exp_avg_sq_code"] if "exp_avg_sq_code" in memory else memory["exp_avg_sq"]
+    m_scale, v_scale = memory.get("exp_avg_scale"), memory.get("exp_avg_sq_scale")
     v_max = memory.get("max_exp_avg_sq")
-    scales = (memory.get("exp_avg_scale"), memory.get("exp_avg_sq_scale"))
-    m, v = codecs.load_moments(entries["exp_avg"], entries["exp_avg_sq"], *scales)
+    extra = memory.get("master_weight", memory.get("remainder"))
+
+    p = codecs.load_weight(recipe.weights, param, extra)
+    m, v = codecs.load_moments(m_stored, v_stored, m_scale, v_scale)
     p, m, v, new_v_max = adam_update(
-        codecs.load_weight(recipe.weights, memory["param"], extra),
-        memory["grad"].float(),
+        p,
+        grad.float(),
         m,
         v,
         None if v_max is None else v_max.float(),
-        scalars,
-        coupled_decay,
-        decoupled_decay,
+        load_scalars(scalars),
+        has_l2,
+        has_lr_wd,
         exact_sqrt,
     )
+
     if store_param:
-        visible, new_extra = codecs.store_weight(recipe.weights, p, words)
-        memory["param"].copy_(visible)
+        new_p, new_extra = codecs.store_weight(recipe.weights, p, bits)
+        param.copy_(new_p)
         if extra is not None and new_extra is not None:
             extra.copy_(new_extra)
-    stored = codecs.store_moments(recipe.states, m, v, words)
-    for name, value in zip(("exp_avg", "exp_avg_sq"), stored[:2], strict=True):
-        entries[name].copy_(value)
-    for name, scale in zip(("exp_avg_scale", "exp_avg_sq_scale"), stored[2:], strict=True):
-        if scale is not None:
-            memory[name].copy_(scale)
+    new_m, new_v, new_m_scale, new_v_scale = codecs.store_moments(recipe.states, m, v, bits)
+    m_stored.copy_(new_m)
+    v_stored.copy_(new_v)
+    if m_scale is not None and new_m_scale is not None:
+        m_scale.copy_(new_m_scale)
+    if v_scale is not None and new_v_scale is not None:
+        v_scale.copy_(new_v_scale)
     if v_max is not None and new_v_max is not None:
         v_max.copy_(new_v_max)

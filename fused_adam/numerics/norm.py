@@ -1,5 +1,7 @@
-"""Sum of squares of gradients in plain torch, with the bits of the Triton twin
-`fused_adam_kernels/norm.py`.
+"""Sum of squares of gradients in plain torch.
+
+The Triton twin `fused_adam_kernels/norm.py` describes the order of the sums. Both give the same
+bits.
 """
 
 from __future__ import annotations
@@ -16,9 +18,8 @@ BATCH = 16 * CHUNK  # elements per pass: 8 MiB as float64
 
 
 def halving_sum(x: Tensor) -> Tensor:
-    """x[..., i] + x[..., i + half] over the last dimension until one is left: sums of two, which
-    have no order.
-    """
+    """Add x[..., i] + x[..., i + half] over the last dimension until one element is left."""
+    # torch.sum adds in an order of its own. A sum of two has only one order.
     while x.shape[-1] > 1:
         half = x.shape[-1] // 2
         x = x[..., :half] + x[..., half:]
@@ -26,7 +27,7 @@ def halving_sum(x: Tensor) -> Tensor:
 
 
 def add_in_order(pieces: Tensor) -> Tensor:
-    """Sum over the dimension before the last, one piece after the other."""
+    """Sum over the dimension before the last, one piece after the other, as a lane does."""
     total = pieces[..., 0, :].clone()
     for k in range(1, pieces.shape[-2]):
         total += pieces[..., k, :]
@@ -34,13 +35,14 @@ def add_in_order(pieces: Tensor) -> Tensor:
 
 
 def square_sums(grads: Sequence[Tensor]) -> list[Tensor]:
-    """One float64 tensor per gradient: the sums of squares of its chunks, shape (ceil(n / CHUNK),).
+    """Sums of squares of the chunks of each gradient: float64, shape (ceil(n / CHUNK),) each.
 
     Args:
-        grads: one-dimensional, any float dtype, any size.
+        grads: flat tensors of any float dtype and any size, on one device.
     """
     sums: list[Tensor] = [grad.new_zeros(0, dtype=torch.float64) for grad in grads]
-    # Gradients of up to one piece are many: added together, a row each.
+    # A model has many small gradients, of up to one piece. They are summed in one go, a row each:
+    # zeros at the end of a row do not change its sum.
     small = [i for i, grad in enumerate(grads) if 0 < grad.numel() <= LANES]
     if small:
         rows = torch.nn.utils.rnn.pad_sequence([grads[i].double() for i in small], batch_first=True)
@@ -51,12 +53,12 @@ def square_sums(grads: Sequence[Tensor]) -> list[Tensor]:
         if grad.numel() > LANES:
             whole = grad.numel() // CHUNK * CHUNK
             parts = [*torch.split(grad[:whole], BATCH), grad[whole:]]
-            sums[i] = torch.cat([_of_chunks(part) for part in parts if part.numel()])
+            sums[i] = torch.cat([_chunk_sums(part) for part in parts if part.numel()])
     return sums
 
 
-def _of_chunks(part: Tensor) -> Tensor:
-    """Of whole chunks, or of one that is not."""
+def _chunk_sums(part: Tensor) -> Tensor:
+    """Sums of squares of several whole chunks, or of one incomplete chunk; one per chunk."""
     squares = part.double().square()
     pieces = torch.nn.functional.pad(squares, (0, -squares.numel() % LANES))
     return halving_sum(add_in_order(pieces.view(-1, min(CHUNK, pieces.numel()) // LANES, LANES)))

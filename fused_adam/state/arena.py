@@ -1,79 +1,22 @@
-"""Flat state: segments, the slots in them, and each parameter's views. No arithmetic on moments
-here.
-"""
+"""Every parameter's state entries, as views of its slots. Neither arithmetic nor checks here."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Collection, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
-from numbers import Real
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..distributed import group_elements, like, local, local_as_stored, part_of
-from ..precision import ENTRIES, GROUP, GROUPED
+from ..distributed import group_elements, local, local_as_stored, to_dtensor, to_local
+from ..precision import GROUP, GROUPED, EntrySpec
+from .memory import Slot, as_flat, as_real, dense_layout, segments
 
-Entries = dict[
-    str, tuple[torch.dtype, torch.Size]
-]  # of one parameter's state, by name: dtype and shape
+Entries = dict[str, EntrySpec]  # what one parameter's state consists of, besides the step counter
 State = MutableMapping[Any, Any]  # `optimizer.state`: parameter -> its entry, a dict
-
-# Slots start on multiples of this many elements: a whole 128-byte line of float32, a whole 32-byte
-# sector of any dtype, and the same distance in elements for all of them, so that neighbours in one
-# buffer are neighbours in every buffer.
-SLOT = 32
-# AMSGrad and precision may be switched on later: the maximum begins at 0, the weight as a copy of
-# its parameter.
-BEGINS_LATER = ("max_exp_avg_sq", "master_weight", "remainder")
-SEGMENT_BYTES = 1 << 30
-
-
-def padded(numel: int) -> int:
-    """Elements from one slot's start to the next one's."""
-    return -(-numel // SLOT) * SLOT
-
-
-def real(tensor: Tensor) -> Tensor:
-    """The tensor itself, or for a complex one its real and imaginary parts as a last dimension of
-    two.
-    """
-    return (
-        torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor.resolve_neg()
-    )
-
-
-def flat(tensor: Tensor) -> Tensor:
-    """The memory of a dense tensor, whatever the order of its dimensions, as one dimension."""
-    return tensor.detach().as_strided((tensor.numel(),), (1,))
-
-
-def with_own_storage(tensor: Tensor) -> Tensor:
-    """The same memory in a storage of its own."""
-    # Through a capsule: `Tensor.__dlpack__` refuses a GPU that is not the current one.
-    return torch.utils.dlpack.from_dlpack(torch._C._to_dlpack(tensor))
-
-
-def dense_layout(tensor: Tensor) -> tuple[torch.Size, tuple[int, ...]]:
-    """Size and strides `torch.zeros_like` would choose: the tensor's own if it is dense, else
-    contiguous.
-    """
-    like = torch.empty_like(tensor, device="meta", memory_format=torch.preserve_format)
-    return like.shape, like.stride()
-
-
-def _copies(value: Tensor, dtype: torch.dtype, param: Tensor) -> bool:
-    """Whether the tensor's values can be copied into state of this dtype: before anything is
-    written.
-    """
-    plain = (
-        value.layout == torch.strided
-        and not value.is_quantized
-        and (param.is_meta or not value.is_meta)
-    )
-    return plain and (dtype.is_complex or not value.is_complex())
 
 
 def reads_cost_nothing(tensor: Tensor) -> bool:
@@ -81,105 +24,39 @@ def reads_cost_nothing(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu"
 
 
-def is_dense(tensor: Tensor) -> bool:
-    """Whether the tensor fills its memory without gaps or overlaps, in any order of dimensions."""
-    return tensor.is_contiguous() or tensor.stride() == dense_layout(tensor)[1]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Slot:
-    """`numel` elements of a flat `segment`, from `start` on."""
-
-    segment: Tensor
-    start: int
-    numel: int
-
-    @property
-    def address(self) -> int:
-        return (
-            self.segment.data_ptr() + self.start * self.segment.element_size() if self.numel else 0
-        )
-
-    def flat(self) -> Tensor:
-        """These elements as one dimension, in a storage of their own over the segment's memory.
-
-        A plain view would make `torch.save` write the whole segment, and safetensors refuse it.
-        """
-        return with_own_storage(self.segment[self.start : self.start + self.numel])
-
-    def view(self, like: Tensor) -> Tensor:
-        """These elements in the shape and layout of `like` (complex if it is), in a storage of
-        their own.
-        """
-        return self._shaped(self.flat(), like)
-
-    def view_within(self, like: Tensor) -> Tensor:
-        """The same as a view of the segment."""
-        return self._shaped(self.segment[self.start : self.start + self.numel], like)
-
-    @staticmethod
-    def _shaped(elements: Tensor, like: Tensor) -> Tensor:
-        if like.is_complex():
-            elements = torch.view_as_complex(elements.view(-1, 2))
-        return elements.as_strided(*dense_layout(like))
-
-
-def segments(
-    numels: Sequence[int], dtype: torch.dtype, device: torch.device, group: int = 1
-) -> Iterator[list[Slot]]:
-    """Zeroed slots for `numels`, in order; each list shares one segment of at most SEGMENT_BYTES.
-
-    A parameter larger than that has a segment of its own. Segments are allocated as the iterator
-    advances. With `group`, a divisor of SLOT, a slot has one element for every `group` of the
-    parameter's.
-    """
-    limit = SEGMENT_BYTES // dtype.itemsize * group
-    starts: list[int] = []
-    end = 0
-    for i, numel in enumerate(numels):
-        starts.append(end)
-        end += padded(numel)
-        if i + 1 == len(numels) or end + padded(numels[i + 1]) > limit:
-            segment = torch.zeros(end // group, dtype=dtype, device=device)
-            batch = numels[i + 1 - len(starts) : i + 1]
-            yield [
-                Slot(segment, start // group, -(-n // group))
-                for start, n in zip(starts, batch, strict=True)
-            ]
-            starts, end = [], 0
-
-
 class StateRef(weakref.ref[Tensor]):
-    """A tensor that stands in `optimizer.state`, not kept alive: when its last holder lets go of
-    it, so does its slot.
+    """A weak reference to a tensor in `optimizer.state`; frees the slot when the tensor dies.
 
     Frameworks move state to the host by replacing entry after entry (`entry[key] =
-    entry[key].to("cpu")`). The memory it leaves has to be free at once, not at the next step.
+    entry[key].to("cpu")`). The memory that the old tensor leaves must be free at once, not at the
+    next step.
     """
 
-    __slots__ = ("home", "key")
+    __slots__ = ("key", "param_state")
 
-    def __new__(cls, tensor: Tensor, home: ParamState, key: str) -> StateRef:
-        return super().__new__(cls, tensor, _let_slot_go)
+    def __new__(cls, tensor: Tensor, param_state: ParamState, key: str) -> StateRef:
+        return super().__new__(cls, tensor, _free_slot)
 
-    def __init__(self, tensor: Tensor, home: ParamState, key: str) -> None:
-        super().__init__(tensor, _let_slot_go)  # type: ignore[call-arg]
-        self.home, self.key = weakref.ref(home), key
+    def __init__(self, tensor: Tensor, param_state: ParamState, key: str) -> None:
+        super().__init__(tensor, _free_slot)  # type: ignore[call-arg]
+        self.param_state, self.key = weakref.ref(param_state), key
 
 
-def _let_slot_go(ref: Any) -> None:
-    home = ref.home()
-    if home is not None and home.refs.get(ref.key) is ref:
-        del home.refs[ref.key]
-        home.slots.pop(ref.key, None)
+def _free_slot(ref: Any) -> None:
+    param_state = ref.param_state()
+    # Another tensor may have taken its place since: then the slot is that one's.
+    if param_state is not None and param_state.refs.get(ref.key) is ref:
+        del param_state.refs[ref.key]
+        param_state.slots.pop(ref.key, None)
 
 
 @dataclass(slots=True, eq=False)
 class Counters:
-    """Step counters of one device: float32, shape (C,).
+    """Step counters on one device: float32, shape (C,).
 
-    Ours are one buffer for many parameters: entries of `state` are views, so they share its
-    version. A counter that the user put into `state` is a buffer of one.
+    Ours are one buffer for many parameters, so one launch can advance all of them. Entries of
+    `state` are views of it and share its version. A counter that the user put into `state` is a
+    buffer of one.
     """
 
     steps: Tensor
@@ -188,11 +65,9 @@ class Counters:
     values: Tensor | None = None  # on the CPU, what our own last write left there
 
     def unchanged(self) -> bool:
-        """Whether nobody else has written to them since `note`, as far as one can tell without
-        waiting.
-        """
-        # `step.data` and arrays over the memory count no version. On the CPU the values tell, in 2
-        # us.
+        """Whether only we have written since `note`, as far as one can tell without waiting."""
+        # Writes to `step.data` and to arrays over the memory do not change the version. On the CPU
+        # comparing values notices them, in 2 us.
         return self.steps._version == self.version and (
             self.values is None or torch.equal(self.steps, self.values)
         )
@@ -208,54 +83,54 @@ class Counters:
 
 @dataclass(slots=True, eq=False, weakref_slot=True)
 class ParamState:
-    """Where one parameter's state lives: its slots, the tensors that stand in `state`, its step
-    counter.
+    """Where one parameter's state is: its slots, the tensors in `state`, its step counter.
 
-    A slot is in an arena's segment, or is a whole tensor that the user put into `state`.
+    A slot is part of one of our segments, or a whole tensor that the user put into `state`.
     """
 
     slots: dict[str, Slot] = field(default_factory=dict)
     refs: dict[str, StateRef] = field(default_factory=dict)
     counters: Counters | None = None
-    counter: int = 0
-    stored: Collection[str] = ()  # the names of what the last step stored, besides the step counter
-    layout: object = None  # the device that the slots are on, and the order of elements they are in
-    # Counters of equal age have equal values: the value itself, or a token given to those that
-    # moved on together.
-    age: object = 0.0
+    counter: int = 0  # this parameter's index in `counters`
+    stored: Collection[str] = ()  # names of what the last step stored, besides the step counter
+    layout: object = None  # the device of the slots, and the order of their elements
+    # Parameters with equal keys have equal step counts. Reading the counts would wait for the
+    # device, so this is the count itself only where it is known. After a step, the parameters that
+    # had a common key and took part get a new common key.
+    step_key: object = 0.0
 
     def view(self, key: str) -> Tensor | None:
-        """The tensor that was put into `state`, if anybody still has it."""
+        """The tensor that we put into `state`, or None if nobody has it any more."""
         ref = self.refs.get(key)
         return None if ref is None else ref()
 
     def put(self, key: str, view: Tensor) -> None:
+        """Remember the tensor that stands in `state`, without keeping it alive."""
         self.refs[key] = StateRef(view, self, key)
 
     def holds(self, key: str, value: Any, dtype: torch.dtype) -> bool:
-        """Whether `value` is the tensor that we step on, still over the same memory and of the
-        dtype wanted.
-        """
+        """Whether `value` is the tensor that we step on, at its old address and of this dtype."""
         view = self.view(key)
         if view is None or value is not view or view.dtype != dtype:
             return False
         return local(view).data_ptr() == self.slots[key].address
 
-    def fill(self, key: str, value: Tensor) -> None:
-        """Copy what is here of a value into the entry's memory."""
-        view = self.view(key)
-        assert view is not None
-        part = local(view)
-        if key in GROUPED:
-            part = part.view(-1)[: len(value)]
-        part.copy_(value)
-
     def holds_step(self, value: Any, device: torch.device) -> bool:
-        """The same for the step counter."""
+        """Whether `value` is the step counter that we advance, at its old address on `device`."""
         view = self.view("step")
         if self.counters is None or view is None or value is not view:
             return False
         return view.device == device and view.data_ptr() == self.step_address
+
+    def fill(self, key: str, value: Tensor) -> None:
+        """Copy this rank's part of a value into the entry's memory."""
+        view = self.view(key)
+        assert view is not None
+        part = local(view)
+        if key in GROUPED:
+            # A smaller shard than the largest has scales left over at the end.
+            part = part.view(-1)[: len(value)]
+        part.copy_(value)
 
     @property
     def step_address(self) -> int:
@@ -263,10 +138,237 @@ class ParamState:
         return self.counters.steps.data_ptr() + 4 * self.counter
 
 
-def _lies_as_stored(param: Tensor, key: str, value: Any, dtype: torch.dtype) -> Tensor | None:
-    """What is here of a state tensor, if it can be stepped on where it is: dtype, device and layout
-    as we make them.
+class _MemoryRange(NamedTuple):
+    """Addresses of one tensor's memory; `owner` is None where the memory is ours already."""
+
+    start: int
+    end: int
+    owner: tuple[Tensor, str] | None
+
+
+class Arena:
+    """The flat state of one optimizer.
+
+    The arena gives parameters memory and remembers which tensor of `state` lies where. Segments
+    live as long as an entry of `state` uses them. A tensor that the user put into `state` is
+    stepped on where it is, if we would have stored it alike; else its values are copied into memory
+    of ours.
     """
+
+    def __init__(self) -> None:
+        self.param_states: dict[Tensor, ParamState] = {}
+        self.counters: list[Counters] = []  # ours
+        # How often state has moved after it was first stored: older plans have stale addresses.
+        self.state_moves = 0
+        # Whether the entries of `state` were just unpickled. Nobody holds such tensors, so they are
+        # copied into segments instead of being stepped on one by one.
+        self.unpickled = False
+
+    def keep(self, params: Sequence[Tensor]) -> None:
+        """Forget parameters that the optimizer no longer has."""
+        known = set(map(id, params))
+        self.param_states = {
+            param: param_state
+            for param, param_state in self.param_states.items()
+            if id(param) in known
+        }
+
+    def adopt(self, state: State, wanted: Mapping[Tensor, Entries], in_place: bool = True) -> None:
+        """Give every parameter its state.
+
+        What stands in `state` is used or copied. What is missing begins as zeros, a master weight
+        as a copy of its parameter.
+
+        Args:
+            state: the optimizer's state; entries are created, or get our views in place of what
+                cannot be used.
+            wanted: parameters of any device and dtype, and what each one stores.
+            in_place: whether tensors that stand in `state` may be used where they are.
+
+        Call `validate.check_entry` first, so that only memory can run out here. If it does, entries
+        that were empty are empty again, and others are whole.
+        """
+        empty = [param for param in wanted if not state.get(param)]
+        try:
+            self._adopt(state, wanted, in_place)
+        except BaseException:
+            for param in empty:
+                state.pop(param, None)
+            raise
+
+    def _adopt(self, state: State, wanted: Mapping[Tensor, Entries], in_place: bool) -> None:
+        usable = self._usable(state, wanted) if in_place else {}
+        missing: dict[tuple[str, torch.dtype, torch.device], list[Tensor]] = defaultdict(list)
+        steps: dict[torch.device, list[Tensor]] = defaultdict(list)
+        state_moved = False
+        dicts: set[int] = set()
+        for param, entries in wanted.items():
+            entry = state.setdefault(param, {})
+            # One dict for several parameters, as `dict.fromkeys(params, {})` makes: part them.
+            if id(entry) in dicts:
+                entry = state[param] = {**entry}
+            dicts.add(id(entry))
+            param_state = self.param_states.setdefault(param, ParamState())
+            param_state.stored = entries.keys()
+            self._note_layout(param, param_state)
+            device = local(param).device
+            had_state = param_state.counters is not None
+            for key, spec in entries.items():
+                if param_state.holds(key, entry.get(key), spec.dtype):
+                    continue
+                state_moved = state_moved or had_state
+                part = usable.get((param, key))
+                if part is None:
+                    missing[key, spec.dtype, device].append(param)
+                else:
+                    flat = as_flat(as_real(part))
+                    param_state.slots[key] = Slot(flat, 0, flat.numel())
+                    param_state.put(key, entry[key])
+            if not param_state.holds_step(entry.get("step"), device):
+                state_moved = state_moved or had_state
+                counter = usable.get((param, "step"))
+                if counter is None:
+                    steps[device].append(param)
+                else:
+                    param_state.counters = Counters(as_flat(counter), ours=False)
+                    # Others may write to it unseen, so no other parameter has an equal key.
+                    param_state.counter, param_state.step_key = 0, object()
+                    param_state.put("step", entry["step"])
+        self.state_moves += state_moved
+        for device, params in steps.items():
+            self._make_counters(state, params, device)
+        for (key, dtype, device), params in missing.items():
+            self._make_slots(state, params, key, dtype, device)
+        for param in {param for params in [*missing.values(), *steps.values()] for param in params}:
+            _put_in_order(state[param], wanted[param])
+        used = {id(param_state.counters) for param_state in self.param_states.values()}
+        self.counters = [c for c in self.counters if id(c) in used]
+        self.unpickled = False
+
+    @staticmethod
+    def _note_layout(param: Tensor, param_state: ParamState) -> None:
+        """Forget the slots of a parameter that was moved, or got another memory format.
+
+        Its entries are then copied by value into other slots. Step counters have no layout.
+        """
+        layout = (local(param).device, dense_layout(local(param))[1])
+        if param_state.layout != layout:
+            param_state.layout = layout
+            param_state.refs = {key: ref for key, ref in param_state.refs.items() if key == "step"}
+
+    def _usable(
+        self, state: State, wanted: Mapping[Tensor, Entries]
+    ) -> dict[tuple[Tensor, str], Tensor]:
+        """Local tensors that the user put into `state` and that can be stepped on in place."""
+        candidates: dict[tuple[Tensor, str], Tensor] = {}
+        ranges: list[_MemoryRange] = []
+        for param, entries in wanted.items():
+            entry, param_state = state.get(param, {}), self.param_states.get(param, ParamState())
+            dtypes = {"step": torch.float32} | {key: spec.dtype for key, spec in entries.items()}
+            for key, dtype in dtypes.items():
+                value = entry.get(key)
+                if not isinstance(value, Tensor):
+                    continue
+                if key == "step":
+                    is_ours = param_state.holds_step(value, value.device)
+                else:
+                    is_ours = param_state.holds(key, value, dtype)
+                # Of unpickled tensors, only those in shared memory have another holder.
+                if is_ours:
+                    part: Tensor | None = local(value)
+                elif self.unpickled and not local(value).is_shared():  # type: ignore[no-untyped-call]
+                    part = None
+                else:
+                    part = _usable_in_place(param, key, value, dtype)
+                if part is not None:
+                    owner = None if is_ours else (param, key)
+                    if owner:
+                        candidates[owner] = part
+                    start = part.data_ptr()
+                    ranges.append(_MemoryRange(start, start + part.numel() * part.itemsize, owner))
+        if candidates:
+            for owner in _overlapping(ranges):
+                del candidates[owner]
+        return candidates
+
+    def _make_counters(self, state: State, params: Sequence[Tensor], device: torch.device) -> None:
+        """One buffer of step counters for these parameters, with the counts of their entries."""
+        entries = [state[param] for param in params]
+        # Reading a counter waits for its device. It happens once, and only for counters that were
+        # loaded or set by the user.
+        counts = [float(entry.get("step", 0)) for entry in entries]
+        counters = Counters(torch.zeros(len(counts), dtype=torch.float32, device=device))
+        if any(counts):
+            counters.steps.copy_(torch.tensor(counts, dtype=torch.float32, device="cpu"))
+        self.counters.append(counters)
+        for i, (param, entry, count) in enumerate(zip(params, entries, counts, strict=True)):
+            view, param_state = counters.steps[i], self.param_states[param]
+            param_state.counters, param_state.counter, param_state.step_key = counters, i, count
+            param_state.put("step", view)
+            entry["step"] = view
+        counters.note()
+
+    def _make_slots(
+        self,
+        state: State,
+        params: Sequence[Tensor],
+        key: str,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        """Slots for one entry of these parameters, with the values of that entry."""
+        # Scales have one element for every GROUP of the parameter.
+        grouped = key in GROUPED
+        numels = [
+            group_elements(param) if grouped else as_real(local(param)).numel() for param in params
+        ]
+        owners = iter(params)
+        for slots in segments(numels, dtype.to_real(), device, GROUP if grouped else 1):
+            for slot in slots:
+                self._move_in(state, next(owners), key, slot)
+
+    def _move_in(self, state: State, param: Tensor, key: str, slot: Slot) -> None:
+        param_state, part, entry = self.param_states[param], local(param).detach(), state[param]
+        view = to_dtensor(param, key, slot.flat() if key in GROUPED else slot.view(part))
+        param_state.slots[key] = slot
+        param_state.put(key, view)
+        if entry.get(key) is not None:
+            param_state.fill(key, to_local(param, key, entry[key]))
+        elif key == "master_weight":
+            param_state.fill(key, part)
+        entry[key] = view
+
+    def counters_unchanged(self) -> bool:
+        """Whether nobody but us has written to a step counter since the last step."""
+        return all(c.unchanged() for c in self.counters)
+
+    def read_counters(self) -> None:
+        """Learn the values of counters that somebody else wrote to. Waits for their device."""
+        values = {id(c): c.steps.tolist() for c in self.counters if not c.unchanged()}
+        for param_state in self.param_states.values():
+            if id(param_state.counters) in values:
+                param_state.step_key = values[id(param_state.counters)][param_state.counter]
+        self.note_counters()
+
+    def note_counters(self) -> None:
+        """Take the counters as they are now for our own work."""
+        for c in self.counters:
+            c.note()
+
+
+def advance_step_keys(param_states: Iterable[ParamState]) -> None:
+    """Give parameters that stepped together new keys: equal ones stay equal to each other.
+
+    The new keys are tokens, not counts: with `skip_nonfinite`, only the device knows whether the
+    step took place.
+    """
+    tokens: dict[object, object] = {}
+    for param_state in param_states:
+        param_state.step_key = tokens.setdefault(param_state.step_key, object())
+
+
+def _usable_in_place(param: Tensor, key: str, value: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """This rank's part of a state entry if its dtype, device and layout are as ours; else None."""
     part = local_as_stored(param, key, value)
     mine = local(param)
     if part is None or not _is_writable(part) or part.dtype != dtype or part.device != mine.device:
@@ -280,13 +382,28 @@ def _lies_as_stored(param: Tensor, key: str, value: Any, dtype: torch.dtype) -> 
     return part if fits else None
 
 
-def _is_writable(value: object) -> bool:
+def _is_writable(value: Tensor) -> bool:
     """Whether kernels and plain torch may write to the tensor's memory in place."""
     return (
         type(value) in (Tensor, torch.nn.Parameter)
-        and value.layout == torch.strided  # type: ignore[attr-defined]
-        and not (value.is_conj() or value.is_neg() or value.is_inference())  # type: ignore[attr-defined]
+        and value.layout == torch.strided
+        and not (value.is_conj() or value.is_neg() or value.is_inference())
     )
+
+
+def _overlapping(ranges: Iterable[_MemoryRange]) -> Iterable[tuple[Tensor, str]]:
+    """Owners whose memory overlaps another entry's: both would race if stepped on in place.
+
+    What is ours stays, else the first of them.
+    """
+    end, holder = 0, None
+    for memory in sorted(ranges, key=lambda memory: (memory.start, memory.end)):
+        if memory.start < end and memory.owner:
+            yield memory.owner
+            continue
+        if memory.start < end and holder:
+            yield holder
+        end, holder = memory.end, memory.owner
 
 
 def _put_in_order(entry: dict[str, Any], wanted: Entries) -> None:
@@ -296,301 +413,3 @@ def _put_in_order(entry: dict[str, Any], wanted: Entries) -> None:
         others = {key: value for key, value in entry.items() if key not in first}
         entry.clear()
         entry.update(first | others)
-
-
-class Arena:
-    """The flat state of one optimizer.
-
-    Holds the memory that it made, as long as an entry of `state` uses it. What the user put into
-    `state` is stepped on where it is, if that is how we would have stored it; anything else is
-    copied into memory of ours.
-    """
-
-    def __init__(self) -> None:
-        self.homes: dict[Tensor, ParamState] = {}
-        self.counters: list[Counters] = []  # ours
-        self.moves = 0  # how often state that was here has moved: tables made before are stale
-        # Whether what stands in `state` was just unpickled: nobody put it there, so it moves into
-        # segments.
-        self.unpickled = False
-
-    def keep(self, params: Sequence[Tensor]) -> None:
-        """Let go of parameters that the optimizer no longer has."""
-        known = set(map(id, params))
-        self.homes = {param: home for param, home in self.homes.items() if id(param) in known}
-
-    def check(
-        self,
-        param: Tensor,
-        name: str,
-        entry: Mapping[str, Any],
-        wanted: Entries,
-        stored: Collection[str] = (),
-    ) -> None:
-        """Raise ValueError if the entry is not the whole state of this parameter, stored as
-        `wanted`.
-
-        What can begin later may be missing, if it is not among the names that are `stored` already.
-        """
-        if not entry:
-            return  # made at the first step
-        foreign = [
-            key for key in ENTRIES if key in entry and key not in wanted and key != "max_exp_avg_sq"
-        ]
-        if foreign:
-            raise ValueError(
-                f"state of {name} has {foreign[0]!r}, which its precision does not store: a recipe is chosen before "
-                "training; to change it, load the state_dict into an optimizer that has the other one"
-            )
-        lacks = [
-            key
-            for key in ("step", *wanted)
-            if entry.get(key) is None and (key in stored or key not in BEGINS_LATER)
-        ]
-        if lacks:
-            raise ValueError(
-                f"state of {name} has {', '.join(map(repr, entry))}, but lacks {', '.join(map(repr, lacks))}: it is "
-                "not the whole state of an Adam; an entry that is deleted or empty starts anew"
-            )
-        for key, (dtype, shape) in wanted.items():
-            value = entry.get(key)
-            if isinstance(value, Tensor):
-                value = part_of(param, key, value)
-            if value is not None and (not isinstance(value, Tensor) or value.shape != shape):
-                got = (
-                    f"shape {tuple(value.shape)}"
-                    if isinstance(value, Tensor)
-                    else f"{type(value).__name__}"
-                )
-                raise ValueError(
-                    f"state {key!r} of {name} has {got}, but must be a tensor of shape {tuple(shape)}"
-                )
-            if value is not None and not _copies(value, dtype, param):
-                got = f"a {value.layout} tensor of {value.dtype} on {value.device}"
-                raise ValueError(
-                    f"state {key!r} of {name} is {got}, but must be a dense tensor with values of {dtype}"
-                )
-            if (
-                value is not None
-                and value.dtype != dtype
-                and not (dtype.is_floating_point or dtype.is_complex)
-            ):
-                # Codes and remainders are bits, which no conversion keeps.
-                raise ValueError(
-                    f"state {key!r} of {name} has dtype {value.dtype}, but its precision stores {dtype}"
-                )
-        step = entry["step"]
-        if isinstance(step, Tensor):
-            number = step.numel() == 1 and _copies(step, torch.float32, param)
-        else:
-            number = isinstance(step, Real)
-        if not number:
-            raise ValueError(
-                f"state 'step' of {name} is {step!r}, but must be one real number, as a tensor or plain"
-            )
-        home = self.homes.get(param)
-        if home and home.holds_step(step, local(param).device):
-            step = (
-                home.age if isinstance(home.age, float) else 0
-            )  # ours: read when somebody else has written to it
-        # Reading a counter of another device would wait for it.
-        if not (isinstance(step, Tensor) and step.device.type != "cpu") and not 0 <= float(
-            step
-        ) < float("inf"):
-            raise ValueError(
-                f"state 'step' of {name} is {float(step)}, but must be a finite number >= 0"
-            )
-
-    def adopt(self, state: State, wanted: Mapping[Tensor, Entries], in_place: bool = True) -> None:
-        """Give every parameter its state: zeros where there is none; what stands there is used or
-        copied.
-
-        A master weight begins as a copy of its parameter.
-
-        Args:
-            state: the optimizer's state; entries are created, or get our views in place of what
-                cannot be used.
-            wanted: parameters of any device and dtype; for each the names of its entries, besides
-                `step`.
-            in_place: whether what stands there may be used where it is.
-
-        Call `check` first. Only memory may run out then: entries that were empty are so again, and
-        others whole.
-        """
-        empty = [param for param in wanted if not state.get(param)]
-        try:
-            self._adopt(state, wanted, in_place)
-        except BaseException:
-            for param in empty:
-                state.pop(param, None)
-            raise
-
-    def _adopt(self, state: State, wanted: Mapping[Tensor, Entries], in_place: bool) -> None:
-        missing: dict[tuple[str, torch.dtype, torch.device], list[Tensor]] = {}
-        steps: dict[torch.device, list[Tensor]] = {}
-        usable = self._usable(state, wanted) if in_place else {}
-        moved = False
-        dicts: set[int] = set()
-        for param, entries in wanted.items():
-            entry = state.setdefault(param, {})
-            if (
-                id(entry) in dicts
-            ):  # one dict for several parameters, as `dict.fromkeys(params, {})` makes
-                entry = state[param] = {**entry}
-            dicts.add(id(entry))
-            home = self.homes.setdefault(param, ParamState())
-            home.stored = entries.keys()
-            device = local(param).device
-            layout = (device, dense_layout(local(param))[1])
-            if (
-                home.layout != layout
-            ):  # the parameter moved, or has another memory format: by value into other slots
-                home.layout = layout
-                home.refs = {key: ref for key, ref in home.refs.items() if key == "step"}
-            for key, (dtype, _) in entries.items():
-                if home.holds(key, entry.get(key), dtype):
-                    continue
-                moved = moved or home.counters is not None
-                part = usable.get((param, key))
-                if part is None:
-                    missing.setdefault((key, dtype, device), []).append(param)
-                else:
-                    home.slots[key] = Slot(
-                        flat(real(part)), 0, part.numel() * (2 if part.is_complex() else 1)
-                    )
-                    home.put(key, entry[key])
-            if not home.holds_step(entry.get("step"), device):
-                moved = moved or home.counters is not None
-                counter = usable.get((param, "step"))
-                if counter is None:
-                    steps.setdefault(device, []).append(param)
-                else:
-                    # Others may write to it, unseen: so no other parameter is known to have the
-                    # same count.
-                    home.counters, home.counter, home.age = (
-                        Counters(flat(counter), ours=False),
-                        0,
-                        object(),
-                    )
-                    home.put("step", entry["step"])
-        self.moves += moved
-        for device, owners in steps.items():
-            self._make_counters(state, owners, device)
-        for (key, dtype, device), owners in missing.items():
-            numels = [
-                group_elements(param) if key in GROUPED else real(local(param)).numel()
-                for param in owners
-            ]
-            group = GROUP if key in GROUPED else 1
-            slots = (
-                slot
-                for segment in segments(numels, dtype.to_real(), device, group)
-                for slot in segment
-            )
-            for param, slot in zip(owners, slots, strict=True):
-                self._move_in(state[param], param, key, slot)
-        for param in {param for owners in [*missing.values(), *steps.values()] for param in owners}:
-            _put_in_order(state[param], wanted[param])
-        used = {id(home.counters) for home in self.homes.values()}
-        self.counters = [c for c in self.counters if id(c) in used]
-        self.unpickled = False
-
-    def _usable(
-        self, state: State, wanted: Mapping[Tensor, Entries]
-    ) -> dict[tuple[Tensor, str], Tensor]:
-        """What the user put into `state` and can be stepped on where it is: what is here of it."""
-        candidates: dict[tuple[Tensor, str], Tensor] = {}
-        ranges: list[
-            tuple[int, int, tuple[Tensor, str] | None]
-        ] = []  # of addresses; of what is ours, without a name
-        for param, entries in wanted.items():
-            entry, home = state.get(param, {}), self.homes.get(param, ParamState())
-            for key, dtype in [
-                ("step", torch.float32),
-                *((key, dtype) for key, (dtype, _) in entries.items()),
-            ]:
-                value = entry.get(key)
-                if not isinstance(value, Tensor):
-                    continue
-                name = None
-                if (
-                    home.holds_step(value, value.device)
-                    if key == "step"
-                    else home.holds(key, value, dtype)
-                ):
-                    part: Tensor | None = local(value)
-                elif self.unpickled and not local(value).is_shared():  # type: ignore[no-untyped-call]
-                    part = None
-                else:
-                    part, name = _lies_as_stored(param, key, value, dtype), (param, key)
-                if part is None:
-                    continue
-                if name:
-                    candidates[name] = part
-                ranges.append(
-                    (part.data_ptr(), part.data_ptr() + part.numel() * part.itemsize, name)
-                )
-        # Two entries over the same memory would race: what is ours stays, else the first, and
-        # others are copied.
-        end, holder = 0, None
-        for first, last, name in sorted(ranges, key=lambda span: span[:2]) if candidates else ():
-            if first < end and name:
-                del candidates[name]
-                continue
-            if first < end and holder:
-                del candidates[holder]
-            end, holder = last, name
-        return candidates
-
-    def _make_counters(self, state: State, params: Sequence[Tensor], device: torch.device) -> None:
-        entries = [state[param] for param in params]
-        # Reading a counter waits for its device: so only those that were loaded or set by the user,
-        # once.
-        ages = [float(entry.get("step", 0)) for entry in entries]
-        counters = Counters(torch.zeros(len(ages), dtype=torch.float32, device=device))
-        if any(ages):
-            counters.steps.copy_(torch.tensor(ages, dtype=torch.float32, device="cpu"))
-        self.counters.append(counters)
-        for i, (param, entry, age) in enumerate(zip(params, entries, ages, strict=True)):
-            view, home = counters.steps[i], self.homes[param]
-            home.counters, home.counter, home.age = counters, i, age
-            home.put("step", view)
-            entry["step"] = view
-        counters.note()
-
-    def _move_in(self, entry: dict[str, Any], param: Tensor, key: str, slot: Slot) -> None:
-        home, part = self.homes[param], local(param).detach()
-        view = like(param, key, slot.flat() if key in GROUPED else slot.view(part))
-        home.slots[key] = slot
-        home.put(key, view)
-        if entry.get(key) is not None:
-            home.fill(key, part_of(param, key, entry[key]))
-        elif key == "master_weight":
-            home.fill(key, part)
-        entry[key] = view
-
-    def counters_unchanged(self) -> bool:
-        """Whether nobody but us has written to a step counter since the last step."""
-        return all(c.unchanged() for c in self.counters)
-
-    def read_counters(self) -> None:
-        """Learn the values of counters that somebody else has written to. Waits for their device."""
-        values = {id(c): c.steps.tolist() for c in self.counters if not c.unchanged()}
-        for home in self.homes.values():
-            if id(home.counters) in values:
-                home.age = values[id(home.counters)][home.counter]
-        self.note_counters()
-
-    def note_counters(self) -> None:
-        """Take the counters as they are now for our own work."""
-        for c in self.counters:
-            c.note()
-
-
-def advance_step_keys(homes: Iterable[ParamState]) -> None:
-    """Note that the counters of these parameters moved on together, by a number of steps only the
-    device may know.
-    """
-    tokens: dict[object, object] = {}
-    for home in homes:
-        home.age = tokens.setdefault(home.age, object())

@@ -1,4 +1,4 @@
-"""One parameter's state entry, from one precision to another. No optimizer and no state_dict here."""
+"""One parameter's state entry, from one precision to another. Knows no optimizer."""
 
 from __future__ import annotations
 
@@ -7,24 +7,31 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from ..distributed import local, part_of
+from ..distributed import local, to_local
 from ..numerics import codecs
 from ..precision import ENTRIES, GROUP, Recipe
-from .arena import dense_layout, is_dense, padded
+from .memory import align, as_flat, dense_layout, is_dense
+
+# In place of 32 random bits: half of the high 16, which round second moments, and half of the low
+# 8, which round weights. Stochastic rounding with half of its range rounds to nearest.
+HALF = 0x80000080 - (1 << 32)
 
 
 def parts_of_entry(entry: Mapping[str, Any], param: Tensor) -> dict[str, Any]:
-    """The entry with what is here of its tensors, where the parameter is a DTensor."""
+    """The entry with this rank's part of each tensor, if the parameter is a DTensor."""
     return {
-        key: part_of(param, key, value) if key in ENTRIES and isinstance(value, Tensor) else value
+        key: to_local(param, key, value) if key in ENTRIES and isinstance(value, Tensor) else value
         for key, value in entry.items()
     }
 
 
 def same_storage(source: Recipe, target: Recipe, param: Tensor, entry: Mapping[str, Any]) -> bool:
-    """Whether what was saved can be copied as it is: also the order of its elements, where groups
-    rest on it.
+    """Whether what was saved can be copied as it is.
+
+    The 32 elements that share a scale are neighbours in memory. So codes can be copied only if
+    their elements have the order of the parameter's.
     """
     code = entry.get("exp_avg_code")
     return source == target and (code is None or code.stride() == dense_layout(param)[1])
@@ -32,77 +39,69 @@ def same_storage(source: Recipe, target: Recipe, param: Tensor, entry: Mapping[s
 
 def reorder(entry: dict[str, Any], param: Tensor, recipe: Recipe) -> None:
     """Encode 8-bit moments anew if the parameter's elements lie in another order than they do."""
+    if "exp_avg_code" not in entry:
+        return
     part = local(param).detach()
-    if "exp_avg_code" in entry and not same_storage(
-        recipe, recipe, part, parts_of_entry(entry, param)
-    ):
+    if not same_storage(recipe, recipe, part, parts_of_entry(entry, param)):
         moments = {key: value for key, value in entry.items() if key.endswith(("_code", "_scale"))}
         entry.update(convert(parts_of_entry(moments, param), part, recipe))
 
 
-def _flat(value: Tensor, param: Tensor) -> Tensor:
-    """The elements in the order in which the parameter's state holds them."""
-    return (
-        torch.empty(dense_layout(param)[0], dtype=value.dtype, device=value.device)
-        .as_strided(*dense_layout(param))
-        .copy_(value)
-        .as_strided((value.numel(),), (1,))
-    )
-
-
 def widened(tensor: Tensor) -> Tensor:
+    """The values as float32, or as complex64 if they are complex."""
     return tensor.to(torch.complex64 if tensor.is_complex() else torch.float32)
 
 
 def decode(entry: Mapping[str, Any], param: Tensor) -> dict[str, Tensor]:
-    """The float32 (or complex64) moments of an entry in any precision, and its master weight if it
-    has one.
+    """The values of an entry in any precision, under torch's names.
+
+    Returns:
+        float32 (or complex64) moments, and `master_weight` if the entry has one or a remainder, all
+        of the parameter's shape.
     """
-    found = {key: widened(entry[key]) for key in ("exp_avg", "exp_avg_sq") if key in entry}
+    values = {key: widened(entry[key]) for key in ("exp_avg", "exp_avg_sq") if key in entry}
     for key, decoder in (("exp_avg", codecs.decode_m), ("exp_avg_sq", codecs.decode_v)):
         if f"{key}_code" in entry:
             code = entry[f"{key}_code"]
-            flat = code.as_strided((code.numel(),), (1,)) if is_dense(code) else code.reshape(-1)
-            whole = torch.nn.functional.pad(flat, (0, -code.numel() % GROUP))
-            values = decoder(whole, entry[f"{key}_scale"])[: code.numel()]
-            found[key] = (
-                values.as_strided(code.shape, code.stride())
-                if is_dense(code)
-                else values.view(code.shape)
-            )
+            code = code if is_dense(code) else code.contiguous()
+            whole_groups = pad(as_flat(code), (0, -code.numel() % GROUP))
+            flat = decoder(whole_groups, entry[f"{key}_scale"])[: code.numel()]
+            values[key] = flat.as_strided(code.shape, code.stride())
     if "max_exp_avg_sq" in entry:  # last, as in torch
-        found["max_exp_avg_sq"] = widened(entry["max_exp_avg_sq"])
+        values["max_exp_avg_sq"] = widened(entry["max_exp_avg_sq"])
     if "master_weight" in entry:
-        found["master_weight"] = entry["master_weight"].float()
+        values["master_weight"] = entry["master_weight"].float()
     elif "remainder" in entry:
-        visible, remainder = param.detach(), entry["remainder"].to(param.device)
+        high, remainder = param.detach(), entry["remainder"].to(param.device)
         weights = "split32" if remainder.dtype == torch.int16 else "split24"
-        found["master_weight"] = codecs.load_weight(
-            weights, visible.contiguous(), remainder.contiguous()
+        values["master_weight"] = codecs.load_weight(
+            weights, high.contiguous(), remainder.contiguous()
         )
-    return found
+    return values
 
 
 def convert(entry: Mapping[str, Any], param: Tensor, target: Recipe) -> dict[str, Any]:
-    """What was saved in one precision as it is stored in another, rounded to nearest.
+    """The entry as `target` stores it, every value rounded to nearest.
 
-    Remainders are of the weights as they are in the model: load those first.
+    Args:
+        entry: in any precision, this rank's part. Entries that are not state are kept as they are.
+        param: this rank's part. Remainders complete the weights that are in it, so load those
+            before the state.
+        target: the recipe to store it in.
     """
     if not any(key in entry for key in ENTRIES):
         return dict(entry)
     values = decode(entry, param)
     out = {key: value for key, value in entry.items() if key not in ENTRIES}
-    # Half of what is rounded away: 16 bits of a second moment's chance, 8 of a weight.
-    half = torch.full(
-        (padded(param.numel()),), 0x80000080 - (1 << 32), dtype=torch.int32, device="cpu"
-    )
+    half = torch.full((align(param.numel()),), HALF, dtype=torch.int32, device="cpu")
     for key in ("exp_avg", "exp_avg_sq"):
         if key in values and target.states == "int8":
-            flat = torch.nn.functional.pad(_flat(values[key], param), (0, -param.numel() % GROUP))
-            noise = codecs.state_noise(half[: flat.numel()]).to(flat.device)
-            code, scale = (
-                codecs.encode_m(flat) if key == "exp_avg" else codecs.encode_v(flat, noise)
-            )
+            flat = pad(_in_order_of(param, values[key]), (0, -param.numel() % GROUP))
+            if key == "exp_avg":
+                code, scale = codecs.encode_m(flat)
+            else:
+                noise = codecs.state_noise(half[: flat.numel()]).to(flat.device)
+                code, scale = codecs.encode_v(flat, noise)
             out[f"{key}_code"] = code[: param.numel()].as_strided(*dense_layout(param))
             out[f"{key}_scale"] = scale
         elif key in values:
@@ -113,6 +112,14 @@ def convert(entry: Mapping[str, Any], param: Tensor, target: Recipe) -> dict[str
     if weight is not None and target.weights == "master32":
         out["master_weight"] = weight
     elif weight is not None and target.weights in ("split32", "split24"):
-        words = half[: param.numel()].view(param.shape).to(weight.device)
-        out["remainder"] = codecs.store_weight(target.weights, weight, words)[1]
+        bits = half[: param.numel()].view(param.shape).to(weight.device)
+        out["remainder"] = codecs.store_weight(target.weights, weight, bits)[1]
     return out
+
+
+def _in_order_of(param: Tensor, value: Tensor) -> Tensor:
+    """The elements as one dimension, in the order in which the parameter's state holds them."""
+    size, stride = dense_layout(param)
+    return as_flat(
+        torch.empty_strided(size, stride, dtype=value.dtype, device=value.device).copy_(value)
+    )

@@ -1,6 +1,4 @@
-"""Moves users' parameters and gradients into flat buffers, where that can be proven safe. No
-optimizer state here.
-"""
+"""flatten=True: users' parameters and gradients in flat buffers. No optimizer state here."""
 
 from __future__ import annotations
 
@@ -13,41 +11,38 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .arena import Slot, segments
+from .memory import Slot, segments
 
-# Of parameters that we have moved: an optimizer that is made later may move them again.
+# Storages of parameters that we have moved: a later optimizer may move them again.
 _our_storages: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
 
 
 def owns_its_storage(param: Tensor) -> bool:
-    """Whether nobody else can see this parameter's memory, so that moving it moves it for
-    everybody.
+    """Whether nobody else can see this tensor's memory, so that moving it is safe.
 
-    The storage has two holders when the parameter is alone: the parameter and the handle we ask
-    through. Whether another process has it, too, only storages on the CPU know: those on a GPU
-    always answer that they are shared. Memory that torch did not allocate (`from_numpy`,
-    `frombuffer`, `from_dlpack`, a mapped file) cannot be resized: its owner sees it in ways that no
-    count of holders tells.
+    A storage that belongs to one tensor has two holders: the tensor, and the handle we ask through.
     """
     storage = param.untyped_storage()
     on_host = param.device.type == "cpu"
     return (
         storage.nbytes() == param.numel() * param.element_size()
         and torch._C._storage_Use_Count(storage._cdata) == 2
+        # Memory that torch did not allocate (`from_numpy`, `from_dlpack`, a mapped file) has an
+        # owner that no count of holders shows. It cannot be resized.
         and (storage.resizable() or storage in _our_storages)
+        # Another process may have it. Storages on a GPU always say so, hence they are not asked.
         and not (on_host and storage.is_shared())
-        # Pinned memory was asked for, and buffers are not.
+        # The user asked for pinned memory, and flat buffers are not pinned.
         and not (on_host and torch.cuda.is_initialized() and param.is_pinned())  # type: ignore[no-untyped-call]
     )
 
 
 def is_eligible(param: Tensor) -> bool:
-    """Trained, dense, contiguous, floating point, a plain leaf tensor, and the only owner of its
-    whole storage.
-    """
+    """Whether the parameter can be moved: dense, plain, trained, and alone in its storage."""
     return (
         type(param) in (Tensor, torch.nn.Parameter)
-        and param.requires_grad  # a frozen model under adapters would be copied, and given gradients it never has
+        # A frozen model under adapters would be copied, and get memory for gradients it never has.
+        and param.requires_grad
         and param.layout == torch.strided
         and param.is_floating_point()
         and param.is_contiguous()
@@ -59,8 +54,8 @@ def is_eligible(param: Tensor) -> bool:
     )
 
 
-def _let_go_of_grad(param: Tensor) -> bool:
-    """Take away the parameter's gradient, unless somebody else holds it, and may write to it."""
+def _drop_grad(param: Tensor) -> bool:
+    """Set the gradient to None, unless somebody else holds it and may write to it."""
     grad = param.grad
     if grad is None:
         return True
@@ -79,7 +74,8 @@ class FlatParam:
     param: Slot
     grad: Slot
     grad_view: Tensor
-    zeroed: int  # the view's version when `zero_grad()` zeroed it: what has another one now was written to
+    # Version of `grad_view` after `zero_grad()`: any other version means that it was written to.
+    zeroed: int
     had_gradient: bool = False  # one that the view can hold
 
     def holds(self, param: Tensor) -> bool:
@@ -87,28 +83,26 @@ class FlatParam:
         return param.data_ptr() == self.param.address and param.dtype == self.param.segment.dtype
 
     def takes(self, param: Tensor) -> bool:
-        """Whether the parameter's next gradient can be added up in the view.
+        """Whether the parameter's next gradient can be accumulated in the view.
 
-        It has to be like the one that is there, or was. In a view a sparse gradient would become a
-        dense one, which nothing refuses, and one of another dtype cannot lie there. A gradient that
-        is part of another buffer stays
-        there: DDP with gradient_as_bucket_view puts a view of its bucket wherever it finds a
-        gradient, also for unused parameters. A parameter that never had a gradient gets no view, so
-        that functions which go over all gradients do not give it one.
+        A parameter that never had a gradient gets no view, so that functions which go over all
+        gradients do not give it one.
         """
         grad = param.grad
         if grad is not None and grad is not self.grad_view:
-            alike = grad.layout == torch.strided and grad.dtype == param.dtype
-            self.had_gradient = alike and owns_its_storage(grad)
-        alike = self.had_gradient and param.grad_dtype in (None, param.dtype)
-        return alike and param.requires_grad and self.holds(param)
+            # The next gradient will be like this one. In a view a sparse gradient would silently
+            # become dense, and one of another dtype does not fit. One that is part of another
+            # buffer stays there: DDP with gradient_as_bucket_view puts a view of its bucket
+            # wherever it finds a gradient, also for unused parameters.
+            fits = grad.layout == torch.strided and grad.dtype == param.dtype
+            self.had_gradient = fits and owns_its_storage(grad)
+        fits = self.had_gradient and param.grad_dtype in (None, param.dtype)
+        return fits and param.requires_grad and self.holds(param)
 
     def is_zeroed(self) -> bool:
-        """Whether nothing has written to the view since it was zeroed, as far as one can tell
-        without waiting.
-        """
-        # Collectives, `grad.data` and arrays over its memory count no version. On the CPU the
-        # values tell.
+        """Whether the view is unwritten since it was zeroed, as far as one can tell cheaply."""
+        # Collectives, `grad.data` and arrays over the memory do not change the version. On the CPU
+        # the values tell; on a GPU reading them would wait.
         view = self.grad_view
         return view._version == self.zeroed and not (
             view.device.type == "cpu" and bool(view.count_nonzero())
@@ -121,28 +115,28 @@ def read_grad(params: Sequence[Tensor]) -> list[Tensor | None]:
 
 
 class FlatBuffers:
-    """Parameters and gradients of one optimizer in flat segments per (device, dtype).
+    """Parameters and gradients of one optimizer in flat segments per device and dtype.
 
-    `zero_grad()` gives every parameter that ever had a gradient a view of its slot for the next
-    one. A view that nothing has written to since it was zeroed is no gradient: torch would have
-    None there. The view's version counter tells. Where that cannot, views count as gradients, see
-    `always`.
+    `zero_grad()` gives every parameter that ever had a gradient a view of its slot, to accumulate
+    the next one in. A view that nothing has written to since is no gradient: torch would have None
+    there. The view's version tells; where it cannot, all views count as gradients, see `always`.
+
+    Peak extra memory: one segment for parameters as they move, and the gradients' buffers, which
+    stay.
 
     Args:
-        params: all parameters. Those not eligible stay where they are and are used through their
-            addresses.
-
-    Peak extra memory: one segment and the gradients' buffers, which are here to stay.
+        params: all parameters. Those that are not eligible stay where they are, and are stepped on
+            there.
     """
 
     def __init__(self, params: Sequence[Tensor]) -> None:
-        self.places: dict[Tensor, FlatParam] = {}
+        self.flat_params: dict[Tensor, FlatParam] = {}
         self.grad_addresses: dict[Tensor, int] = {}
         self.grad_segments: list[Tensor] = []
         self.params = list(params)
-        self.uncounted = (
-            False  # whether gradients are written or zeroed in ways that no version counts
-        )
+        # Whether gradients are written or zeroed in ways that change no version, such as replays of
+        # a CUDA graph.
+        self.uncounted = False
         self.always = False  # whether every view counts as a gradient, written to or not
         kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
         for param in params:
@@ -161,7 +155,7 @@ class FlatBuffers:
     def _move(self, param: Tensor, slot: Slot, grad_slot: Slot) -> None:
         param.data = slot.view(param).copy_(param.detach())
         view = grad_slot.view(param)
-        self.places[param] = FlatParam(slot, grad_slot, view, view._version)
+        self.flat_params[param] = FlatParam(slot, grad_slot, view, view._version)
         self.grad_addresses[param] = grad_slot.address
         _our_storages.add(param.untyped_storage())
 
@@ -176,73 +170,65 @@ class FlatBuffers:
         ]
 
     def _is_zeroed(self, param: Tensor, grad: Tensor) -> bool:
-        place = self.places.get(param)
-        return place is not None and grad is place.grad_view and place.is_zeroed()
+        flat_param = self.flat_params.get(param)
+        return flat_param is not None and grad is flat_param.grad_view and flat_param.is_zeroed()
 
     def in_buffers(
         self, params: Sequence[Tensor], grads: Sequence[Tensor | None]
     ) -> tuple[int, ...]:
         """The positions of gradients that are views of ours."""
-        places = map(self.places.get, params)
+        flat_params = map(self.flat_params.get, params)
         return tuple(
             i
-            for i, (place, grad) in enumerate(zip(places, grads, strict=True))
-            if place and grad is place.grad_view
+            for i, (flat_param, grad) in enumerate(zip(flat_params, grads, strict=True))
+            if flat_param and grad is flat_param.grad_view
         )
 
-    def all_written(self, places: Sequence[FlatParam]) -> bool:
-        """Whether the view of each place is a gradient."""
-        if self.always or False not in [
-            place.grad_view._version != place.zeroed for place in places
-        ]:
+    def all_written(self, flat_params: Sequence[FlatParam]) -> bool:
+        """Whether the view of each of these is a gradient."""
+        # In an ordinary step the versions alone answer, without a look at any values.
+        if self.always or all(x.grad_view._version != x.zeroed for x in flat_params):
             return True
-        return not any(place.is_zeroed() for place in places)
+        return not any(flat_param.is_zeroed() for flat_param in flat_params)
 
     def look_for_uncounted(self) -> None:
-        """Let all views count from now on if one is not zero that nothing is known to have written
-        to.
+        """Find gradients that were written without a new version; then all views count from now on.
 
-        A CUDA graph of a backward pass does that, or a collective over all gradients. Waits for the
-        device.
+        A CUDA graph of a backward pass writes such gradients, or a collective over all of them.
+        Waits for the device.
         """
         zeroed = [
             param.grad
-            for param in self.places
+            for param in self.flat_params
             if param.grad is not None and self._is_zeroed(param, param.grad)
         ]
         if any(bool(view.count_nonzero()) for view in zeroed):
             self.uncounted = self.always = True
 
-    def place(self, param: Tensor, grad: Tensor) -> FlatParam | None:
-        """Where parameter and gradient lie, if both still are in their slots."""
-        place = self.places.get(param)
-        if place is None or not place.holds(param):
+    def find(self, param: Tensor, grad: Tensor) -> FlatParam | None:
+        """The slots of parameter and gradient, if both still are in them."""
+        flat_param = self.flat_params.get(param)
+        if flat_param is None or not flat_param.holds(param):
             return None
-        if (
-            grad.data_ptr() != place.grad.address
-            or grad.dtype != param.dtype
-            or grad.stride() != param.stride()
-        ):
-            return None
-        return place
+        in_slot = grad.data_ptr() == flat_param.grad.address
+        # Someone may have put another view of our memory there.
+        in_slot = in_slot and grad.dtype == param.dtype and grad.stride() == param.stride()
+        return flat_param if in_slot else None
 
     def keep(self, params: Sequence[Tensor]) -> None:
-        """Let go of parameters that the optimizer no longer has, and of gradient buffers that
-        nothing lies in.
-        """
+        """Forget parameters that the optimizer no longer has, and gradient buffers left empty."""
         if len(params) == len(self.params) and all(map(operator.is_, params, self.params)):
             return
         self.params = list(params)
         known = set(map(id, params))
-        for param in [param for param in self.places if id(param) not in known]:
-            place = self.places.pop(param)
+        for param in [param for param in self.flat_params if id(param) not in known]:
+            flat_param = self.flat_params.pop(param)
             del self.grad_addresses[param]
-            # Its gradient is somebody else's now: out of the memory that we zero.
-            if param.grad is place.grad_view:
-                param.grad = (
-                    None if place.is_zeroed() and not self.always else place.grad_view.clone()
-                )
-        used = {id(place.grad.segment) for place in self.places.values()}
+            # Its gradient is somebody else's now, so it leaves the memory that we zero.
+            if param.grad is flat_param.grad_view:
+                is_none = flat_param.is_zeroed() and not self.always
+                param.grad = None if is_none else flat_param.grad_view.clone()
+        used = {id(flat_param.grad.segment) for flat_param in self.flat_params.values()}
         self.grad_segments = [segment for segment in self.grad_segments if id(segment) in used]
 
     def zero_grad(self, set_to_none: bool) -> list[Tensor]:
@@ -256,19 +242,23 @@ class FlatBuffers:
             torch._foreach_zero_(self.grad_segments)
         others = []
         for param in self.params:
-            place, grad = self.places.get(param), param.grad
-            if place is None or not place.takes(param) or (grad is None and not set_to_none):
+            flat_param, grad = self.flat_params.get(param), param.grad
+            if (
+                flat_param is None
+                or not flat_param.takes(param)
+                or (grad is None and not set_to_none)
+            ):
                 others.append(param)
                 continue
-            attached = grad is place.grad_view
-            del grad
+            attached = grad is flat_param.grad_view
+            del grad  # or `_drop_grad` would find us holding it
             if not attached:
-                if not set_to_none and not _let_go_of_grad(param):
+                if not set_to_none and not _drop_grad(param):
                     others.append(param)
                     continue
-                param.grad = place.grad_view
+                param.grad = flat_param.grad_view
             if set_to_none:
-                place.zeroed = place.grad_view._version
+                flat_param.zeroed = flat_param.grad_view._version
             elif not attached:
-                place.zeroed = -1  # a gradient, as the one that it replaces
+                flat_param.zeroed = -1  # a gradient of zeros, like the one that it replaces
         return others

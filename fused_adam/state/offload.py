@@ -1,59 +1,70 @@
-"""Optimizer state to host memory and back, segment by segment. Not when that is allowed; no
-arithmetic, no kernels.
+"""Optimizer state to host memory and back, one copy per segment. No arithmetic, no kernels.
+
+When that is allowed is for the optimizer to decide.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..distributed import like, local
+from ..distributed import local, to_dtensor
 from ..precision import ENTRIES
-from .arena import Arena, ParamState, Slot, State
+from .arena import Arena, ParamState, State
+from .memory import Slot
 
-Origins = dict[
-    Tensor, torch.device
-]  # segments that are on the host now -> the devices they came from
+# Segments that are on the host now -> the devices they came from.
+Origins = dict[Tensor, torch.device]
+
+
+class _HostCopy(NamedTuple):
+    """A state tensor that is not ours, and its copy on the host."""
+
+    entry: dict[str, Any]
+    key: str
+    copy: Tensor
 
 
 def host_memory(tensor: Tensor) -> Tensor | None:
-    """Pinned memory for the tensor's values; None where they are on the host already, and stay."""
+    """Pinned memory for the tensor's values; None if they are on the host already, and stay."""
     if tensor.device.type == "cpu":
         return None
     return torch.empty_like(tensor, device="cpu", pin_memory=True)
 
 
 def to_host(arena: Arena, state: State, origins: Origins) -> None:
-    """Move all state but the step counters to the host, with one copy per segment, and wait for it.
+    """Move all state but the step counters to the host, and wait for it.
 
     Args:
-        arena, state: the optimizer's. Views that stand in `state` are replaced; tensors of others,
-            which the next step would copy into the arena, are replaced one by one, and that step
-            takes them from the host.
-        origins: what was moved before, not moved again; what is moved now is added.
+        arena, state: the optimizer's. Views that stand in `state` are replaced. Tensors of others
+            are replaced one by one; the next step on the device copies them into the arena.
+        origins: segments that are on the host already, and are not moved again; those moved now are
+            added.
 
     Nothing is changed if memory runs out.
     """
-    copies = {segment: _copied(segment) for segment in _segments(arena) if segment not in origins}
-    moved = {segment: copy for segment, copy in copies.items() if copy is not None}
-    strangers = [(entry, key, _copied(entry[key])) for entry, key in _strangers(arena, state)]
-    origins |= {copy: segment.device for segment, copy in moved.items()}
-    _replace(arena, state, moved)
-    for entry, key, copy in strangers:
-        if copy is not None:
-            entry[key] = copy
+    copies = {
+        segment: copy
+        for segment in _segments(arena)
+        if segment not in origins and (copy := _host_copy(segment)) is not None
+    }
+    foreign = list(_foreign_copies(arena, state))
+    # Everything is copied: from here on, nothing can run out of memory.
+    origins |= {copy: segment.device for segment, copy in copies.items()}
+    _replace(arena, state, copies)
+    for entry, key, copy in foreign:
+        entry[key] = copy
 
 
 def to_devices(arena: Arena, state: State, origins: Origins) -> None:
-    """Move state back to where it came from, with one copy per segment, in the order of the current
-    stream.
+    """Move state back to where it came from, in the order of the current stream.
 
     Nothing is changed if memory runs out.
     """
-    moved = {
+    copies = {
         # Does not wait: torch's allocator keeps pinned memory until the copy from it is done.
         segment: torch.empty_like(segment, device=origins[segment]).copy_(
             segment, non_blocking=True
@@ -61,49 +72,57 @@ def to_devices(arena: Arena, state: State, origins: Origins) -> None:
         for segment in _segments(arena)
         if segment in origins
     }
-    _replace(arena, state, moved)
+    _replace(arena, state, copies)
 
 
-def _copied(tensor: Tensor) -> Tensor | None:
+def _host_copy(tensor: Tensor) -> Tensor | None:
     memory = host_memory(tensor)
     return None if memory is None else memory.copy_(tensor)
 
 
 def _segments(arena: Arena) -> list[Tensor]:
     """Each segment once."""
-    return list(
-        dict.fromkeys(slot.segment for home in arena.homes.values() for slot in home.slots.values())
-    )
+    param_states = arena.param_states.values()
+    return list(dict.fromkeys(slot.segment for s in param_states for slot in s.slots.values()))
 
 
-def _strangers(arena: Arena, state: State) -> Iterator[tuple[dict[str, Any], str]]:
-    """Entries and names of tensors that are state but not ours: set by the user, or just unpickled."""
+def _foreign_copies(arena: Arena, state: State) -> Iterator[_HostCopy]:
+    """Copies of state tensors that are not ours: set by the user, or just unpickled."""
     for param, entry in state.items():
-        home = arena.homes.get(param, ParamState()) if isinstance(param, Tensor) else ParamState()
-        for key, value in entry.items() if isinstance(entry, dict) else ():
-            if key in ENTRIES and isinstance(value, Tensor) and value is not home.view(key):
-                yield entry, key
+        if not isinstance(entry, dict):
+            continue
+        # `state` may have keys that are no parameters: a user's own, or those of a checkpoint.
+        known = arena.param_states.get(param) if isinstance(param, Tensor) else None
+        param_state = known or ParamState()
+        for key, value in entry.items():
+            if key in ENTRIES and isinstance(value, Tensor) and value is not param_state.view(key):
+                copy = _host_copy(value)
+                if copy is not None:
+                    yield _HostCopy(entry, key, copy)
 
 
-def _replace(arena: Arena, state: State, moved: dict[Tensor, Tensor]) -> None:
-    """Let every slot of these segments be the same one of the segment's copy."""
-    for param, home in arena.homes.items():
+def _replace(arena: Arena, state: State, copies: dict[Tensor, Tensor]) -> None:
+    """Let every slot of these segments be the same slot of the segment's copy."""
+    for param, param_state in arena.param_states.items():
         entry = state.get(param, {})
-        for key, slot in list(home.slots.items()):
-            if slot.segment in moved:
-                _put(param, entry, home, key, Slot(moved[slot.segment], slot.start, slot.numel))
-    arena.moves += bool(moved)
+        for key, slot in list(param_state.slots.items()):
+            if slot.segment in copies:
+                copy = Slot(copies[slot.segment], slot.start, slot.numel)
+                _put(param, entry, param_state, key, copy)
+    arena.state_moves += bool(copies)
 
 
-def _put(param: Tensor, entry: dict[str, Any], home: ParamState, key: str, slot: Slot) -> None:
-    """Give the parameter this slot; what somebody else has put into its entry stays."""
-    before = home.view(key)
+def _put(
+    param: Tensor, entry: dict[str, Any], param_state: ParamState, key: str, slot: Slot
+) -> None:
+    """Give the parameter this slot, unless somebody else has put another tensor into its entry."""
+    before = param_state.view(key)
     if before is None:
         return
     # Shaped as before, not as the parameter is now: whether its layout has changed is for the next
     # step to see.
-    view = like(param, key, slot.view(local(before)))
+    view = to_dtensor(param, key, slot.view(local(before)))
     if entry.get(key) is before:
-        home.slots[key] = slot
-        home.put(key, view)
+        param_state.slots[key] = slot
+        param_state.put(key, view)
         entry[key] = view

@@ -1,8 +1,9 @@
-"""The update kernel's addresses, masks, loads and stores, and its launcher. The arithmetic is in
-`math.py`.
+"""The update kernel: addresses, masks, loads, stores, and its launcher.
+
+The arithmetic is in `formula.py`, the roundings are in `codecs.py`.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -26,7 +27,7 @@ from .codecs import (
     to_storage,
 )
 from .config import launch_config
-from .formula import adam_update
+from .formula import Scalars, adam_update
 from .launch import Launcher
 
 TYPES = {
@@ -40,112 +41,148 @@ TYPES = {
 }
 
 
+class Pointers(NamedTuple):
+    """Where the operands of one parameter are. What a recipe does not store is never loaded."""
+
+    p: tl.tensor
+    g: tl.tensor
+    m: tl.tensor
+    v: tl.tensor
+    v_max: tl.tensor
+    extra: tl.tensor  # master weight or remainder
+    m_scale: tl.tensor
+    v_scale: tl.tensor
+
+
+class RandomKey(NamedTuple):
+    """What keys the random bits of one parameter at one step; see `codecs.draw`."""
+
+    seed: tl.tensor  # i64
+    param_index: tl.tensor  # i32: position of the parameter in the optimizer
+    global_offset: tl.tensor  # i64: where the local shard begins in the full parameter
+    step: tl.tensor  # i32
+
+
 @triton.jit
 def aligned(address, DTYPE: tl.constexpr, HINT: tl.constexpr):
-    """A pointer that promises `HINT` bytes. The promise must follow the cast: before it, it is
-    lost.
-    """
+    """A pointer that promises an alignment of `HINT` bytes."""
+    # The promise must follow the cast: before it, it is lost.
     return tl.multiple_of(address.to(tl.pointer_type(DTYPE)), HINT)
 
 
 @triton.jit
-def update_span(
-    p_ptr, g_ptr, m_ptr, v_ptr, v_max_ptr, extra_ptr, m_scale_ptr, v_scale_ptr, first, limit, seed, step, ordinal,
-    origin, step_size, rbc2, w1, w2, b2, eps, coupled, decay, grad_multiplier,
-    BODY: tl.constexpr, N: tl.constexpr, SPAN: tl.constexpr, COMPUTE: tl.constexpr,
-    WEIGHTS: tl.constexpr, STATES: tl.constexpr, AMSGRAD: tl.constexpr,
-):  # fmt: skip
-    """Load, update and store N elements of one parameter, from `first` to `limit` at most.
+def load_scalars(ptr):
+    """This step's scalars of one row."""
+    return Scalars(
+        step_size=tl.load(ptr + table.STEP_SIZE),
+        rsqrt_bc2=tl.load(ptr + table.RSQRT_BC2),
+        one_minus_beta1=tl.load(ptr + table.ONE_MINUS_BETA1),
+        one_minus_beta2=tl.load(ptr + table.ONE_MINUS_BETA2),
+        beta2=tl.load(ptr + table.BETA2),
+        eps=tl.load(ptr + table.EPS),
+        l2=tl.load(ptr + table.L2),
+        lr_wd=tl.load(ptr + table.LR_WD),
+        grad_multiplier=tl.load(ptr + table.GRAD_MULTIPLIER),
+    )
 
-    In the BODY one random draw serves four elements; the tail has too few per thread, and draws for
-    each: same bits.
-    """
+
+@triton.jit
+def update_block(
+    ptrs,  # Pointers
+    s,  # Scalars
+    key,  # RandomKey
+    first,  # i64: first element of the block
+    limit,  # i64: end of the elements that may be updated
+    QUADS: tl.constexpr,  # draw random bits for four elements at once; else for each: same bits
+    N: tl.constexpr,  # elements per block
+    VEC: tl.constexpr,  # elements per thread and access
+    COMPUTE: tl.constexpr,  # type of the arithmetic
+    WEIGHTS: tl.constexpr,
+    STATES: tl.constexpr,
+    AMSGRAD: tl.constexpr,
+):
+    """Load, update and store elements [first, first + N) of one parameter, up to `limit`."""
+    HAS_EXTRA: tl.constexpr = WEIGHTS == "master32" or WEIGHTS == "split32" or WEIGHTS == "split24"
+    RANDOM_WEIGHTS: tl.constexpr = WEIGHTS == "split24" or WEIGHTS == "sr"
+    RANDOM_STATES: tl.constexpr = STATES == "bf16" or STATES == "int8"
+    # 64 bits: a parameter may have more than 2^31 elements.
     offs = first + tl.arange(0, N).to(tl.int64)
-    ok = offs < limit
-    p = tl.load(p_ptr + offs, mask=ok, other=0.0)
-    g = to_compute(tl.load(g_ptr + offs, mask=ok, other=0.0), COMPUTE)
-    m = tl.load(m_ptr + offs, mask=ok, other=0)
-    v = tl.load(v_ptr + offs, mask=ok, other=0)
-    if WEIGHTS == "master32" or WEIGHTS == "split32" or WEIGHTS == "split24":
-        extra = tl.load(extra_ptr + offs, mask=ok, other=0)
+    mask = offs < limit
+
+    # Load.
+    p = tl.load(ptrs.p + offs, mask=mask, other=0.0)
+    g = to_compute(tl.load(ptrs.g + offs, mask=mask, other=0.0), COMPUTE)
+    m = tl.load(ptrs.m + offs, mask=mask, other=0)
+    v = tl.load(ptrs.v + offs, mask=mask, other=0)
+    if HAS_EXTRA:
+        extra = tl.load(ptrs.extra + offs, mask=mask, other=0)
     else:
         extra = p
     p = load_weight(p, extra, WEIGHTS, COMPUTE)
     if STATES == "int8":
         groups = first // GROUP + tl.arange(0, N // GROUP).to(tl.int64)
-        groups_ok = groups * GROUP < limit
-        m = decode_m(
-            m, to_compute(tl.load(m_scale_ptr + groups, mask=groups_ok, other=0.0), COMPUTE)
-        )
-        v = decode_v(
-            v, to_compute(tl.load(v_scale_ptr + groups, mask=groups_ok, other=0.0), COMPUTE)
-        )
+        groups_mask = groups * GROUP < limit
+        m_scale = tl.load(ptrs.m_scale + groups, mask=groups_mask, other=0.0)
+        v_scale = tl.load(ptrs.v_scale + groups, mask=groups_mask, other=0.0)
+        m = decode_m(m, to_compute(m_scale, COMPUTE))
+        v = decode_v(v, to_compute(v_scale, COMPUTE))
     else:
         m = to_compute(m, COMPUTE)
         v = to_compute(v, COMPUTE)
     if AMSGRAD:
-        v_max = to_compute(tl.load(v_max_ptr + offs, mask=ok, other=0.0), COMPUTE)
+        v_max = to_compute(tl.load(ptrs.v_max + offs, mask=mask, other=0.0), COMPUTE)
     else:
         v_max = v
-    p, m, v, v_max = adam_update(
-        p,
-        g,
-        m,
-        v,
-        v_max,
-        step_size,
-        rbc2,
-        w1,
-        w2,
-        b2,
-        eps,
-        coupled,
-        decay,
-        grad_multiplier,
-        AMSGRAD,
-    )
-    if WEIGHTS == "split24" or WEIGHTS == "sr" or STATES == "bf16" or STATES == "int8":
-        if BODY:
-            words = random_words(seed, first, step, ordinal, origin, N)
+
+    # Update.
+    p, m, v, v_max = adam_update(p, g, m, v, v_max, s, AMSGRAD)
+
+    # Store. One word of random bits per element serves weight and state: 16 bits each.
+    if RANDOM_WEIGHTS or RANDOM_STATES:
+        if QUADS:
+            bits = random_words(key.seed, first, key.step, key.param_index, key.global_offset, N)
         else:
-            words = random_word(seed, offs, step, ordinal, origin)
+            bits = random_word(key.seed, offs, key.step, key.param_index, key.global_offset)
     else:
-        words = 0
+        bits = 0
     # A step of size zero leaves parameters as they are: p - 0 would turn -0.0 into 0.0.
-    if (step_size != 0) | (decay != 0):
-        visible, beside = store_weight(p, words, WEIGHTS, p_ptr.dtype.element_ty)
-        tl.store(p_ptr + offs, visible, mask=ok)
-        if WEIGHTS == "master32" or WEIGHTS == "split32" or WEIGHTS == "split24":
-            tl.store(extra_ptr + offs, beside, mask=ok)
+    if (s.step_size != 0) | (s.lr_wd != 0):
+        new_p, new_extra = store_weight(p, bits, WEIGHTS, ptrs.p.dtype.element_ty)
+        tl.store(ptrs.p + offs, new_p, mask=mask)
+        if HAS_EXTRA:
+            tl.store(ptrs.extra + offs, new_extra, mask=mask)
     if STATES == "int8":
         m, m_scale = encode_m(m)
-        v, v_scale = encode_v(v, state_noise(words))
-        # The thread that has a group's first elements stores its scale.
-        spans = first + SPAN * tl.arange(0, N // SPAN).to(tl.int64)
-        spans_ok = (spans % GROUP == 0) & (spans < limit)
-        m_scale = spread_to_threads(m_scale, N, SPAN)
-        v_scale = spread_to_threads(v_scale, N, SPAN)
-        tl.store(m_scale_ptr + spans // GROUP, to_storage(m_scale, tl.bfloat16), mask=spans_ok)
-        tl.store(v_scale_ptr + spans // GROUP, to_storage(v_scale, tl.bfloat16), mask=spans_ok)
+        v, v_scale = encode_v(v, state_noise(bits))
+        # The thread that holds a group's first elements stores its scale. Stores by group instead
+        # of by vector would move the scales between threads, through shared memory.
+        vectors = first + VEC * tl.arange(0, N // VEC).to(tl.int64)
+        vectors_mask = (vectors % GROUP == 0) & (vectors < limit)
+        m_scale = to_storage(spread_to_threads(m_scale, N, VEC), tl.bfloat16)
+        v_scale = to_storage(spread_to_threads(v_scale, N, VEC), tl.bfloat16)
+        tl.store(ptrs.m_scale + vectors // GROUP, m_scale, mask=vectors_mask)
+        tl.store(ptrs.v_scale + vectors // GROUP, v_scale, mask=vectors_mask)
     elif STATES == "bf16":
+        # Nearest for m: it changes by a tenth of itself per step. v changes by a thousandth, which
+        # rounding to nearest would lose; stochastic rounding keeps it on average.
         m = to_storage(m, tl.bfloat16)
-        v = stochastic_bf16(v, state_noise(words))
+        v = stochastic_bf16(v, state_noise(bits))
     else:
-        m = to_storage(m, m_ptr.dtype.element_ty)
-        v = to_storage(v, v_ptr.dtype.element_ty)
-    tl.store(m_ptr + offs, m, mask=ok)
-    tl.store(v_ptr + offs, v, mask=ok)
+        m = to_storage(m, ptrs.m.dtype.element_ty)
+        v = to_storage(v, ptrs.v.dtype.element_ty)
+    tl.store(ptrs.m + offs, m, mask=mask)
+    tl.store(ptrs.v + offs, v, mask=mask)
     if AMSGRAD:
-        tl.store(v_max_ptr + offs, to_storage(v_max, v_max_ptr.dtype.element_ty), mask=ok)
+        tl.store(ptrs.v_max + offs, to_storage(v_max, ptrs.v_max.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def adam_kernel(
-    rows_ptr,  # *i64 [P, ROW]     addresses of p, g, m, v, ...; numel (columns named in table.py)
-    blocks_ptr,  # *i32 [B, 2]       which row, which BLOCK of it
+    rows_ptr,  # *i64 [P, ROW]  addresses of p, g, m, v, ...; numel (columns: table.py)
+    blocks_ptr,  # *i32 [B, 2]  per program: which row, which BLOCK of it
     scalars_ptr,  # *f32 or *f64 [P, SCALARS]  this step's values, written by the prologue
-    WEIGHTS: tl.constexpr,  # how weights and moments are stored: a recipe's two halves, or "native"
-    STATES: tl.constexpr,
+    WEIGHTS: tl.constexpr,  # "native", "master32", "split32", "split24" or "sr"
+    STATES: tl.constexpr,  # "native", "fp32", "bf16" or "int8"
     PARAM: tl.constexpr,  # element types behind the addresses
     GRAD: tl.constexpr,
     M: tl.constexpr,
@@ -157,146 +194,149 @@ def adam_kernel(
     MOMENT_HINT: tl.constexpr,
     V_MAX_HINT: tl.constexpr,
     EXTRA_HINT: tl.constexpr,
-    SPAN: tl.constexpr,  # elements per thread and access
+    VEC: tl.constexpr,  # elements per thread and access
     AMSGRAD: tl.constexpr,  # keep the running maximum of v
     BLOCK: tl.constexpr,  # elements per program
-    TAIL: tl.constexpr,  # elements per turn of the loop over what vectors cannot take; 0: no loop, for `inspect`
+    TAIL: tl.constexpr,  # elements per turn of the tail loop; 0: no loop, for `inspect.py`
+    LAYOUT: tl.constexpr,  # of the tables, for Triton's cache alone
 ):
-    """One program updates one chunk of one parameter (or of several that lie one behind the other)."""
-    pid = tl.program_id(0).to(tl.int64)
-    row = tl.load(blocks_ptr + 2 * pid).to(tl.int64)
-    start = tl.load(blocks_ptr + 2 * pid + 1).to(tl.int64) * BLOCK
+    """One program updates one block of one parameter, or of several coalesced ones."""
+    program = tl.program_id(0).to(tl.int64)
+    row = tl.load(blocks_ptr + 2 * program).to(tl.int64)
+    start = tl.load(blocks_ptr + 2 * program + 1).to(tl.int64) * BLOCK
     row_ptr = rows_ptr + row * table.ROW
     s_ptr = scalars_ptr + row * table.SCALARS
     # A skipped step has no elements.
     n = tl.where(tl.load(s_ptr + table.SKIP) == 0, tl.load(row_ptr + table.NUMEL), 0)
-    p_addr = tl.load(row_ptr + table.PARAM)
-    g_addr = tl.load(row_ptr + table.GRAD)
-    m_addr = tl.load(row_ptr + table.EXP_AVG)
-    v_addr = tl.load(row_ptr + table.EXP_AVG_SQ)
-    v_max_addr = tl.load(row_ptr + table.MAX_EXP_AVG_SQ)
-    extra_addr = tl.load(row_ptr + table.EXTRA)
-    m_scale_ptr = tl.load(row_ptr + table.EXP_AVG_SCALE).to(tl.pointer_type(tl.bfloat16))
-    v_scale_ptr = tl.load(row_ptr + table.EXP_AVG_SQ_SCALE).to(tl.pointer_type(tl.bfloat16))
-    seed = tl.load(row_ptr + table.SEED)
-    ordinal = tl.load(row_ptr + table.ORDINAL).to(tl.int32)
-    origin = tl.load(row_ptr + table.ORIGIN)
-    step = tl.load(s_ptr + table.STEP_NUMBER).to(tl.int32)
-
-    step_size = tl.load(s_ptr + table.STEP_SIZE)
-    rbc2 = tl.load(s_ptr + table.RBC2)
-    w1 = tl.load(s_ptr + table.W1)
-    w2 = tl.load(s_ptr + table.W2)
-    b2 = tl.load(s_ptr + table.B2)
-    eps = tl.load(s_ptr + table.EPSILON)
-    coupled = tl.load(s_ptr + table.COUPLED)
-    decay = tl.load(s_ptr + table.DECAY)
-    grad_multiplier = tl.load(s_ptr + table.GRAD_MULTIPLIER)
+    p = tl.load(row_ptr + table.PARAM)
+    g = tl.load(row_ptr + table.GRAD)
+    m = tl.load(row_ptr + table.EXP_AVG)
+    v = tl.load(row_ptr + table.EXP_AVG_SQ)
+    v_max = tl.load(row_ptr + table.MAX_EXP_AVG_SQ)
+    extra = tl.load(row_ptr + table.EXTRA)
+    m_scale = tl.load(row_ptr + table.EXP_AVG_SCALE).to(tl.pointer_type(tl.bfloat16))
+    v_scale = tl.load(row_ptr + table.EXP_AVG_SQ_SCALE).to(tl.pointer_type(tl.bfloat16))
+    key = RandomKey(
+        seed=tl.load(row_ptr + table.SEED),
+        param_index=tl.load(row_ptr + table.PARAM_INDEX).to(tl.int32),
+        global_offset=tl.load(row_ptr + table.GLOBAL_OFFSET),
+        step=tl.load(s_ptr + table.STEP_NUMBER).to(tl.int32),
+    )
+    s = load_scalars(s_ptr)
     COMPUTE: tl.constexpr = scalars_ptr.dtype.element_ty
 
-    # Vectors take whole groups of 32 elements of aligned rows: a bound that the compiler sees is a
-    # multiple of 32. (And rows whose random bits come in whole fours.)
-    misaligned = (p_addr | g_addr | m_addr | v_addr | v_max_addr | extra_addr) & 15 | (origin & 3)
+    # The body: vector accesses, for rows whose operands are all aligned to 16 bytes and whose
+    # random bits come in whole fours. The compiler vectorizes a masked access only if it sees that
+    # the bound is a multiple of the vector: hence 32, which is also a group of 8-bit codes.
+    misaligned = (p | g | m | v | v_max | extra) & 15 | (key.global_offset & 3)
     body_end = tl.where(misaligned == 0, n, 0) // 32 * 32
-    update_span(
-        aligned(p_addr, PARAM, PARAM_HINT), aligned(g_addr, GRAD, GRAD_HINT), aligned(m_addr, M, MOMENT_HINT),
-        aligned(v_addr, V, MOMENT_HINT), aligned(v_max_addr, V_MAX, V_MAX_HINT), aligned(extra_addr, EXTRA, EXTRA_HINT),
-        m_scale_ptr, v_scale_ptr, start, body_end, seed, step, ordinal,
-        origin, step_size, rbc2, w1, w2, b2, eps, coupled, decay, grad_multiplier,
-        True, BLOCK, SPAN, COMPUTE, WEIGHTS, STATES, AMSGRAD,
-    )  # fmt: skip
+    body = Pointers(
+        p=aligned(p, PARAM, PARAM_HINT),
+        g=aligned(g, GRAD, GRAD_HINT),
+        m=aligned(m, M, MOMENT_HINT),
+        v=aligned(v, V, MOMENT_HINT),
+        v_max=aligned(v_max, V_MAX, V_MAX_HINT),
+        extra=aligned(extra, EXTRA, EXTRA_HINT),
+        m_scale=m_scale,
+        v_scale=v_scale,
+    )
+    update_block(body, s, key, start, body_end, True, BLOCK, VEC, COMPUTE, WEIGHTS, STATES, AMSGRAD)
 
+    # The tail: what is left, at any alignment. A block of TAIL elements has too few per thread to
+    # draw random bits for four at once.
     if TAIL > 0:
+        tail = Pointers(
+            p=p.to(tl.pointer_type(PARAM)),
+            g=g.to(tl.pointer_type(GRAD)),
+            m=m.to(tl.pointer_type(M)),
+            v=v.to(tl.pointer_type(V)),
+            v_max=v_max.to(tl.pointer_type(V_MAX)),
+            extra=extra.to(tl.pointer_type(EXTRA)),
+            m_scale=m_scale,
+            v_scale=v_scale,
+        )
         end = tl.minimum(start + BLOCK, n)
         for first in range(tl.maximum(start, body_end), end, TAIL):
-            update_span(
-                p_addr.to(tl.pointer_type(PARAM)), g_addr.to(tl.pointer_type(GRAD)), m_addr.to(tl.pointer_type(M)),
-                v_addr.to(tl.pointer_type(V)), v_max_addr.to(tl.pointer_type(V_MAX)),
-                extra_addr.to(tl.pointer_type(EXTRA)), m_scale_ptr, v_scale_ptr, first, end, seed, step, ordinal,
-                origin, step_size, rbc2, w1, w2, b2, eps, coupled, decay, grad_multiplier,
-                False, TAIL, SPAN, COMPUTE, WEIGHTS, STATES, AMSGRAD,
-            )  # fmt: skip
+            update_block(
+                tail, s, key, first, end, False, TAIL, VEC, COMPUTE, WEIGHTS, STATES, AMSGRAD
+            )
 
 
-def hints(*dtypes: torch.dtype) -> list[int]:
-    """Bytes of alignment to promise per dtype, so that every operand takes as many elements per
-    thread.
+class StorageTypes(NamedTuple):
+    """Element types of what is stored for a parameter besides itself."""
 
-    With 16 bytes for all, bf16 beside fp32 would take 8 elements to 4, and meet it through shared
-    memory.
-    """
-    widest = max(dtype.itemsize for dtype in dtypes)
-    return [16 * dtype.itemsize // widest for dtype in dtypes]
+    m: torch.dtype
+    v: torch.dtype
+    v_max: torch.dtype
+    extra: torch.dtype  # master weight or remainder
 
 
-def storage_types(
-    param: torch.dtype, weights: str, states: str
-) -> tuple[torch.dtype, torch.dtype, torch.dtype, torch.dtype]:
-    """Element types of the first and second moment, the maximum of the second, and what is beside
-    the parameter.
-    """
+def storage_types(param: torch.dtype, weights: str, states: str) -> StorageTypes:
+    """What the two halves of a recipe store for parameters of this dtype."""
     m, v, v_max = {
         "native": (param, param, param),
-        "fp32": (torch.float32,) * 3,
-        "bf16": (torch.bfloat16,) * 3,
+        "fp32": (torch.float32, torch.float32, torch.float32),
+        "bf16": (torch.bfloat16, torch.bfloat16, torch.bfloat16),
         "int8": (torch.int8, torch.uint8, torch.bfloat16),
     }[states]
-    # Where nothing is beside the parameter, a type that promises nothing: none is loaded.
-    extra = {"master32": torch.float32, "split32": torch.int16, "split24": torch.int8}.get(
-        weights, param
-    )
-    return m, v, v_max, extra
+    extras = {"master32": torch.float32, "split32": torch.int16, "split24": torch.int8}
+    # Other recipes store and load nothing there. The parameter's type does not narrow its vectors.
+    return StorageTypes(m, v, v_max, extras.get(weights, param))
 
 
 def constants(
     param: torch.dtype, grad: torch.dtype, weights: str, states: str, amsgrad: bool
-) -> dict[str, Any]:  # by name
-    """The update kernel's compile-time arguments, in its order."""
-    m, v, v_max, extra = storage_types(param, weights, states)
-    used = (param, grad, m, v_max if amsgrad else m, extra)
+) -> dict[str, Any]:
+    """The update kernel's compile-time arguments by name, in its order."""
+    stored = storage_types(param, weights, states)
+    # Without AMSGrad v_max is not loaded, so its type does not count.
+    v_max = stored.v_max if amsgrad else stored.m
+    widest = max(dtype.itemsize for dtype in (param, grad, stored.m, v_max, stored.extra))
+    # The promised alignment decides how many elements a thread takes per access, and must give the
+    # same number for every operand. With 16 bytes for all, bf16 would take 8 elements next to the 4
+    # of fp32, and the compiler would reconcile the two through shared memory.
+    vec = 16 // widest
     config = launch_config(param, grad, weights, states)
     return {
         "WEIGHTS": weights,
         "STATES": states,
-        **{
-            name: TYPES[dtype]
-            for name, dtype in zip(
-                ("PARAM", "GRAD", "M", "V", "V_MAX", "EXTRA"),
-                (param, grad, m, v, v_max, extra),
-                strict=True,
-            )
-        },
-        **dict(
-            zip(
-                ("PARAM_HINT", "GRAD_HINT", "MOMENT_HINT", "V_MAX_HINT", "EXTRA_HINT"),
-                hints(*used),
-                strict=True,
-            )
-        ),
-        "SPAN": 16 // max(dtype.itemsize for dtype in used),
+        "PARAM": TYPES[param],
+        "GRAD": TYPES[grad],
+        "M": TYPES[stored.m],
+        "V": TYPES[stored.v],
+        "V_MAX": TYPES[stored.v_max],
+        "EXTRA": TYPES[stored.extra],
+        "PARAM_HINT": vec * param.itemsize,
+        "GRAD_HINT": vec * grad.itemsize,
+        "MOMENT_HINT": vec * stored.m.itemsize,
+        "V_MAX_HINT": vec * v_max.itemsize,
+        "EXTRA_HINT": vec * stored.extra.itemsize,
+        "VEC": vec,
         "AMSGRAD": amsgrad,
         "BLOCK": config.block,
         "TAIL": config.tail,
+        "LAYOUT": table.LAYOUT,
     }
 
 
 def adam_step(
     param: torch.dtype, grad: torch.dtype, weights: str, states: str, amsgrad: bool
 ) -> Launcher:
-    """One Adam step in place, in one launch: call it with the number of blocks, rows, blocks and
-    scalars.
+    """One Adam step in place, in one launch: `launcher(len(blocks), rows, blocks, scalars)`.
+
+    Reads gradients and writes parameters and what is stored for them.
 
     Args:
         param, grad: element types behind the addresses of the rows that `blocks` names.
-        weights, states: how weights and moments are stored there: the two halves of a recipe, or
-            "native" both.
+        weights, states: the two halves of a recipe, or "native" and "native".
         amsgrad: keep the running maximum of the second moment.
 
-    rows: int64, shape (P, ROW): parameters of one device. Rows that no block names are left alone.
-    blocks: int32, shape (B, 2): (row, chunk) pairs; each chunk of `launch_config(...).block`
-        elements once.
-    scalars: float32, or float64 for float64 parameters; shape (P, SCALARS), from `prologue`.
-    Writes parameters and what is stored for them; reads gradients and never writes them.
+    Arguments of the launcher:
+        rows: int64, shape (P, ROW): parameters of one device. Rows that no block names stay as
+            they are.
+        blocks: int32, shape (B, 2): (row, block of the row) pairs. Each block of
+            `launch_config(...).block` elements occurs once.
+        scalars: shape (P, SCALARS), from the prologue: float32, or float64 for float64 parameters.
     """
     config = launch_config(param, grad, weights, states)
     arguments = list(constants(param, grad, weights, states, amsgrad).values())

@@ -195,7 +195,7 @@ def decode_m(code, scale):
 
 @triton.jit
 def encode_m(m):
-    """float32, shape (N,) -> int8 codes to nearest, and float32 scales that bfloat16 holds exactly."""
+    """float32, shape (N,) -> int8 codes to nearest, and float32 scales that bfloat16 holds."""
     magnitude = tl.abs(m)
     scale = group_scale(magnitude)
     x = magnitude * spread(tl.div_rn(SIGNED_STEPS, scale), m.shape[0])

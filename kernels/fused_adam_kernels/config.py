@@ -1,9 +1,7 @@
-"""How the update kernel is launched for each mix of dtypes: the one place where a measured winner
-is entered.
+"""Launch shapes of the update kernel, one per kind of dtype mix. Measured winners are entered here.
 
-No entry changes a bit of any result. What the kernel's own code would have to do (several chunks
-per program, a grid that stays, streaming stores) is no entry here: `bench/gpu/variants.py` has it
-as patches. The width of table rows is in `table.py`, because all kernels share the tables.
+No entry changes a bit of any result. Shapes that need other code in the kernel (several blocks per
+program, a persistent grid, streaming stores) are patches in `bench/gpu/variants.py`.
 """
 
 from typing import NamedTuple
@@ -19,40 +17,40 @@ class Config(NamedTuple):
     Attributes:
         block: elements per program; a power of two, at least 32 * 4 * `num_warps` for the widest
             accesses.
-        tail: elements per turn of a program's loop over what vectors cannot take; a power of two.
+        tail: elements per turn of a program's loop over the elements that vector accesses cannot
+            take; a power of two.
         num_warps: warps per program.
-        max_registers: registers per thread, at most, or None for what the compiler takes. NVIDIA
-            alone obeys.
+        max_registers: registers per thread at most, or None for the compiler's choice. NVIDIA only.
     """
 
-    # Turns of 256 keep 28 kB of misaligned fp32 rows in flight per multiprocessor (sm_90: 7
-    # programs of 72 registers), turns of 128 keep 14; an H200 needs 25 (4.8 TB/s for 0.7 us over
-    # 132).
     block: int = 1024
+    # An H200 needs 25 kB in flight per multiprocessor (4.8 TB/s for 0.7 us over 132 of them).
+    # Misaligned fp32 rows have 28 kB in flight with turns of 256 elements, and 14 kB with turns of
+    # 128 (sm_90: 7 programs of 72 registers).
     tail: int = 256
     num_warps: int = 4
     max_registers: int | None = None
 
 
-# A kind of mix, as `kind_of` names it -> its launch. A measured winner is a change of one line
-# here.
+# Kind of mix, as `kind_of` names it -> its launch.
 CONFIGS = {
     "32-bit": Config(),
     "16-bit": Config(),
     "64-bit": Config(),
     "random": Config(),
 }
-# The interpreter takes 3-7 ms per program whatever its size.
+# The interpreter takes 3 to 7 ms per program, whatever its size.
 INTERPRETED = Config(block=8192, tail=8192)
 
 
 def kind_of(param: torch.dtype, grad: torch.dtype, weights: str, states: str) -> str:
-    """Which entry of CONFIGS a mix has.
+    """Return which entry of CONFIGS serves a mix.
 
     Returns:
-        "random": a recipe that draws random bits, whose registers and instructions limit it, not
-        its bytes. "16-bit": parameters and gradients of 16 bits, so that a block moves half of what
-        it moves in fp32. "32-bit": everything else, but for float64 parameters: "64-bit".
+        "random": a recipe that draws random bits. Registers and instructions limit it, not bytes.
+        "64-bit": float64 parameters.
+        "16-bit": 16-bit parameters and gradients. A block moves half the bytes of one in fp32.
+        "32-bit": everything else.
     """
     if weights in ("split24", "sr") or states in ("bf16", "int8"):
         return "random"
@@ -62,5 +60,5 @@ def kind_of(param: torch.dtype, grad: torch.dtype, weights: str, states: str) ->
 
 
 def launch_config(param: torch.dtype, grad: torch.dtype, weights: str, states: str) -> Config:
-    """The launch of the update for element types and a recipe's two halves (or "native" both)."""
+    """The launch for element types and a recipe's two halves (or "native" and "native")."""
     return INTERPRETED if INTERPRET.value else CONFIGS[kind_of(param, grad, weights, states)]

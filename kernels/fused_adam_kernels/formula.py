@@ -1,16 +1,31 @@
-"""One Adam update on registers. No addresses here; the torch twin is
-`fused_adam/numerics/formula.py`.
+"""The Adam formula on registers, without addresses.
+
+The torch twin `fused_adam/numerics/formula.py` has the same names in the same order.
 """
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
 
 
+class Scalars(NamedTuple):
+    """One parameter's scalars for this step, computed by the prologue (`scalars.py`)."""
+
+    step_size: tl.tensor  # lr / (1 - beta1^t)
+    rsqrt_bc2: tl.tensor  # 1 / sqrt(1 - beta2^t)
+    one_minus_beta1: tl.tensor
+    one_minus_beta2: tl.tensor
+    beta2: tl.tensor
+    eps: tl.tensor
+    l2: tl.tensor  # coupled weight decay, added to the gradient (Adam); 0 if there is none
+    lr_wd: tl.tensor  # decoupled weight decay, lr * weight_decay (AdamW); 0 if there is none
+    grad_multiplier: tl.tensor  # clip coefficient / loss scale; negative if maximizing
+
+
 @triton.jit
 def exact_sqrt(x):
-    """Correctly rounded square root: plain `tl.sqrt` is approximate in float32, and exact in
-    float64.
-    """
+    """Correctly rounded square root: `tl.sqrt` is approximate in float32 and exact in float64."""
     if x.dtype == tl.float64:
         return tl.sqrt(x)
     else:
@@ -19,7 +34,7 @@ def exact_sqrt(x):
 
 @triton.jit
 def exact_div(x, y):
-    """Correctly rounded division: plain `/` is approximate in float32, and exact in float64."""
+    """Correctly rounded division: `/` is approximate in float32 and exact in float64."""
     if x.dtype == tl.float64:
         return x / y
     else:
@@ -27,52 +42,49 @@ def exact_div(x, y):
 
 
 @triton.jit
-def adam_update(
-    p,
-    g,
-    m,
-    v,
-    v_max,
-    step_size,
-    rbc2,
-    w1,
-    w2,
-    b2,
-    eps,
-    coupled,
-    decay,
-    grad_multiplier,
-    AMSGRAD: tl.constexpr,
-):
-    """One step of Adam: every operation rounds once, in this order (Kingma & Ba 2015, algorithm 1).
+def adam_update(p, g, m, v, v_max, s, AMSGRAD: tl.constexpr):
+    """Return the new (p, m, v, v_max). Kingma & Ba 2015, algorithm 1; Loshchilov & Hutter 2019.
 
-    p, g, m, v, v_max: registers of one float type. The rest are this step's scalars of the same
-    type: step_size = lr / (1 - beta1^t), rbc2 = 1 / sqrt(1 - beta2^t), w1 = 1 - beta1, w2 = 1 -
-    beta2, b2 = beta2, coupled = weight decay added to the gradient, decay = lr * weight decay of
-    AdamW (Loshchilov & Hutter 2019).
+    g     = grad_multiplier * g + l2 * p
+    m     = m + (1 - beta1) * (g - m)
+    v     = beta2 * v + (1 - beta2) * g^2
+    v_max = max(v_max, v)                             (AMSGrad only; otherwise p is updated with v)
+    p     = p - (lr_wd * p + step_size * m / (sqrt(v_max) * rsqrt_bc2 + eps))
+
+    Every operation rounds once, in the order written below, so CPU and GPU agree bit for bit.
+
+    Args:
+        p, g, m, v, v_max: parameter, gradient, moments and AMSGrad's maximum; registers of one
+            float type and shape.
+        s: Scalars of the same type.
+        AMSGRAD: keep the running maximum of v. Otherwise v_max comes back unchanged.
     """
-    g = g * grad_multiplier
-    # A decay of zero is absent, not multiplied: 0 * inf would turn an infinite p into NaN. Then
-    # -0.0 is added, which changes nothing (a literal -0.0 becomes 0.0 before Triton 3.9). So a
-    # choice stands between product and sum: else ptxas 12.9 (Triton 3.6) fuses 16 of 63 additions
-    # per thread on Blackwell, whether fusion is on or off (inspect).
-    nothing = tl.zeros_like(p) * -1.0
-    l2 = nothing
-    if coupled != 0:
-        l2 = coupled * p
-    g = g + l2
-    m = m + w1 * (g - m)
-    v = b2 * v + (w2 * g) * g
+    g = g * s.grad_multiplier
+
+    # A weight decay of 0 must be absent, not multiplied: 0 * inf would turn an infinite p into NaN.
+    # Adding -0.0 instead changes no bit. (The literal -0.0 becomes 0.0 before Triton 3.9.)
+    # The branch also separates product and sum. Without it ptxas 12.9 (Triton 3.6) fuses 16 of 63
+    # additions per thread on Blackwell, even with fusion switched off (see `inspect.py`).
+    negative_zero = tl.zeros_like(p) * -1.0
+    l2_term = negative_zero
+    if s.l2 != 0:
+        l2_term = s.l2 * p
+    g = g + l2_term
+
+    m = m + s.one_minus_beta1 * (g - m)
+    v = s.beta2 * v + (s.one_minus_beta2 * g) * g
     if AMSGRAD:
+        # As torch.maximum: a NaN stays, where the default would drop it.
         v_max = tl.maximum(v_max, v, propagate_nan=tl.PropagateNan.ALL)
-        x = v_max
+        second_moment = v_max
     else:
-        x = v
-    u = exact_div(step_size * m, exact_sqrt(x) * rbc2 + eps)
-    # p rounds once for decay and update together: a tiny decay is not lost.
-    decayed = nothing
-    if decay != 0:
-        decayed = decay * p
-    u = decayed + u
-    p = p - u
+        second_moment = v
+    # One division. Bias correction after the root needs only a product.
+    update = exact_div(s.step_size * m, exact_sqrt(second_moment) * s.rsqrt_bc2 + s.eps)
+
+    # Decay and update are subtracted together, so p rounds once and a tiny decay is not lost.
+    decay_term = negative_zero
+    if s.lr_wd != 0:
+        decay_term = s.lr_wd * p
+    p = p - (decay_term + update)
     return p, m, v, v_max

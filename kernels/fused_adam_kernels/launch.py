@@ -1,4 +1,4 @@
-"""Launches kernels through their compiled form. No kernel here."""
+"""Launches kernels through their compiled form."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,8 +7,9 @@ import triton
 
 
 def limits_registers() -> bool:
-    """Whether what compiles here takes a limit of registers: NVIDIA's compiler does, the others
-    refuse the option.
+    """Whether the compiler for this device takes a limit of registers: NVIDIA's alone does.
+
+    The others refuse the option.
     """
     if triton.knobs.runtime.interpret:
         return False
@@ -19,11 +20,19 @@ def limits_registers() -> bool:
 class Launcher:
     """One kernel with its compile-time arguments, on one device.
 
-    The first launch compiles, or finds what is compiled; the later ones go straight to the result,
-    a third of the Python time of `kernel[grid](...)`, which derives types and specialisations from
-    its arguments anew each time. So a launcher's arguments may change in value and size, never in
-    type, and pointers keep the alignment they had: kernels must not specialise on integers that
-    change, nor on the alignment of memory that others allocate.
+    The first launch compiles, or finds the compiled kernel in Triton's cache. Later ones call the
+    result directly. That takes a third of the Python time of `kernel[grid](...)`, which derives
+    types and specialisations from the arguments at every launch.
+
+    So the arguments of a launcher may change in value and size, never in type, and its pointers
+    must keep their alignment. Kernels must not specialise on integers that change, nor on the
+    alignment of memory that the user allocates.
+
+    Args:
+        kernel: a Triton JIT function.
+        constants: its compile-time arguments, which come last in its signature.
+        num_warps: warps per program.
+        max_registers: registers per thread at most, or None for the compiler's choice.
     """
 
     def __init__(
@@ -38,11 +47,14 @@ class Launcher:
         self.compiled: Any = None  # stays None in the interpreter
 
     def __call__(self, programs: int, *args: Any) -> None:
-        """Launch on the current stream. `args` in the kernel's order, compile-time ones left out:
-        they come last.
+        """Launch on the current stream.
+
+        Args:
+            programs: size of the grid.
+            args: the kernel's run-time arguments, in its order.
         """
         if self.compiled is None:
-            # Without fused multiply-adds: every operation rounds once.
+            # Fused multiply-adds would round once where the formula rounds twice.
             options: dict[str, Any] = {"num_warps": self.num_warps, "enable_fp_fusion": False}
             if self.max_registers is not None and limits_registers():
                 options["maxnreg"] = self.max_registers

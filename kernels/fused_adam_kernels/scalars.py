@@ -1,6 +1,6 @@
 """The prologue: step counters and hyper-parameters -> this step's scalars, one row per parameter.
 
-Everything is float64 until the one rounding on the store. The Python twin is
+Everything is float64 until the one rounding on the store. The twin on the host is
 `fused_adam/numerics/scalars.py`.
 """
 
@@ -16,108 +16,115 @@ LAST_STEP = tl.constexpr(2**24)  # a float32 counter stops here: 2^24 + 1 is not
 
 @triton.jit
 def power(b, t):
-    """b^t by squaring, in float64: exp2 and log2 differ between machines, these products do not."""
-    r = b * 0 + 1
+    """b^t in float64, by squaring; t up to 2^25 - 1.
+
+    exp2 and log2 differ between machines. Products do not.
+    """
+    result = b * 0 + 1
     for i in tl.static_range(25):
-        r = tl.where(((t >> i) & 1) == 1, r * b, r)
+        result = tl.where(((t >> i) & 1) == 1, result * b, result)
         b = b * b
-    return r
+    return result
 
 
 @triton.jit
 def clip_coefficient(norm, max_norm):
-    """What gradients of this norm are multiplied by, as in torch's clip_grad_norm_; one if max_norm
-    is negative.
-    """
+    """min(1, max_norm / (norm + 1e-6)), as torch's clip_grad_norm_; 1 if max_norm is negative."""
     clip = max_norm / (norm + 1e-6)
-    clip = tl.where(clip > 1.0, 1.0, clip)  # a NaN stays one
+    clip = tl.where(clip > 1.0, 1.0, clip)  # a NaN stays
     return tl.where(max_norm < 0, 1.0, clip)
 
 
 @triton.jit(
     do_not_specialize=["num_rows"],
-    do_not_specialize_on_alignment=[
-        "found_inf_ptr",
-        "grad_scale_ptr",
-        "square_sum_ptr",
-    ],  # the user's own tensors
+    # The user's own tensors, which may be anywhere in memory.
+    do_not_specialize_on_alignment=["found_inf_ptr", "grad_scale_ptr", "square_sum_ptr"],
 )
 def prologue_kernel(
-    rows_ptr,  # *i64 [P, ROW]      addresses of the step counters, group numbers
-    hyper_ptr,  # *f64 [G, HYPER]    hyper-parameters as the user set them
+    rows_ptr,  # *i64 [P, ROW]  addresses of the step counters, group numbers
+    hyper_ptr,  # *f64 [G, HYPER]  hyper-parameters as the user set them
     scalars_ptr,  # *f32 or *f64 [P, SCALARS]  out: this step's values
-    found_inf_ptr,  # *f32 [1]: not zero means that this step is skipped
-    grad_scale_ptr,  # *f32 [1]: what gradients were multiplied by
-    square_sum_ptr,  # *f64 [1]: of all gradients
+    found_inf_ptr,  # *f32 [1]  not 0: skip this step
+    grad_scale_ptr,  # *f32 [1]  the loss scale: what gradients were multiplied by
+    square_sum_ptr,  # *f64 [1]  sum of squares of all gradients as they are in memory
     stats_ptr,  # *f64 [STATS]  out: the norm before clipping, and the number of skipped steps
     num_rows: tl.int32,  # P
     BLOCK: tl.constexpr,  # rows per program
+    LAYOUT: tl.constexpr,  # of the tables, for Triton's cache alone
 ):
-    """Advance every step counter by one and write its parameter's scalars; on a skipped step
-    advance none.
+    """Advance every step counter by one and write its parameter's scalars.
 
-    What a step does without is there all the same, as 0, 1 and 0: one variant serves them all.
+    A skipped step advances no counter. A step without overflow check, loss scale or clipping gets
+    0, 1 and 0 in their place, so that one variant serves all steps.
     """
     grad_scale = tl.load(grad_scale_ptr).to(tl.float64)
     norm = tl.sqrt(tl.load(square_sum_ptr)) / grad_scale
-    clip = clip_coefficient(norm, tl.load(hyper_ptr + table.MAX_GRAD_NORM))
-    finite = norm < float("inf")
+    clip = clip_coefficient(norm, tl.load(hyper_ptr + table.HYPER_MAX_GRAD_NORM))
+    finite = norm < float("inf")  # false for a NaN too
     skip = (tl.load(found_inf_ptr) != 0) | (
-        (tl.load(hyper_ptr + table.SKIP_NONFINITE) != 0) & (finite == 0)
+        (tl.load(hyper_ptr + table.HYPER_SKIP_NONFINITE) != 0) & (finite == 0)
     )
     if tl.program_id(0) == 0:
         tl.store(stats_ptr + table.GRAD_NORM, norm)
         skipped = tl.load(stats_ptr + table.SKIPPED_STEPS)
         tl.store(stats_ptr + table.SKIPPED_STEPS, tl.where(skip, skipped + 1.0, skipped))
+
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    ok = row < num_rows
+    mask = row < num_rows
     row_ptr = rows_ptr + row * table.ROW
-    step_ptr = tl.load(row_ptr + table.STEP, mask=ok, other=0).to(tl.pointer_type(tl.float32))
-    step = tl.load(step_ptr, mask=ok, other=0.0) + 1.0
+    step_ptr = tl.load(row_ptr + table.STEP, mask=mask, other=0).to(tl.pointer_type(tl.float32))
+    step = tl.load(step_ptr, mask=mask, other=0.0) + 1.0
     if not skip:
-        tl.store(step_ptr, step, mask=ok)
+        tl.store(step_ptr, step, mask=mask)
     t = tl.minimum(step, LAST_STEP).to(tl.int32)
 
-    hyper = hyper_ptr + tl.load(row_ptr + table.GROUP, mask=ok, other=0) * table.HYPER
-    lr = tl.load(hyper + table.LR, mask=ok, other=0.0)
-    beta1 = tl.load(hyper + table.BETA1, mask=ok, other=0.0)
-    beta2 = tl.load(hyper + table.BETA2, mask=ok, other=0.0)
-    eps = tl.load(hyper + table.EPS, mask=ok, other=0.0)
-    wd = tl.load(hyper + table.WEIGHT_DECAY, mask=ok, other=0.0)
-    decoupled = tl.load(hyper + table.DECOUPLED, mask=ok, other=0.0) != 0
-    maximize = tl.load(hyper + table.MAXIMIZE, mask=ok, other=0.0) != 0
+    hyper = hyper_ptr + tl.load(row_ptr + table.GROUP, mask=mask, other=0) * table.HYPER
+    lr = tl.load(hyper + table.HYPER_LR, mask=mask, other=0.0)
+    beta1 = tl.load(hyper + table.HYPER_BETA1, mask=mask, other=0.0)
+    beta2 = tl.load(hyper + table.HYPER_BETA2, mask=mask, other=0.0)
+    eps = tl.load(hyper + table.HYPER_EPS, mask=mask, other=0.0)
+    weight_decay = tl.load(hyper + table.HYPER_WEIGHT_DECAY, mask=mask, other=0.0)
+    decoupled = tl.load(hyper + table.HYPER_DECOUPLED, mask=mask, other=0.0) != 0
+    maximize = tl.load(hyper + table.HYPER_MAXIMIZE, mask=mask, other=0.0) != 0
 
     out = scalars_ptr + row * table.SCALARS
-    dtype: tl.constexpr = scalars_ptr.dtype.element_ty
-    tl.store(out + table.STEP_SIZE, (lr / (1.0 - power(beta1, t))).to(dtype), mask=ok)
-    tl.store(out + table.RBC2, (1.0 / tl.sqrt(1.0 - power(beta2, t))).to(dtype), mask=ok)
-    tl.store(out + table.W1, (1.0 - beta1).to(dtype), mask=ok)
-    tl.store(out + table.W2, (1.0 - beta2).to(dtype), mask=ok)
-    tl.store(out + table.B2, beta2.to(dtype), mask=ok)
-    tl.store(out + table.EPSILON, eps.to(dtype), mask=ok)
-    tl.store(out + table.COUPLED, tl.where(decoupled, 0.0, wd).to(dtype), mask=ok)
-    tl.store(out + table.DECAY, tl.where(decoupled, lr * wd, 0.0).to(dtype), mask=ok)
+    COMPUTE: tl.constexpr = scalars_ptr.dtype.element_ty
+    step_size = lr / (1.0 - power(beta1, t))
+    tl.store(out + table.STEP_SIZE, step_size.to(COMPUTE), mask=mask)
+    rsqrt_bc2 = 1.0 / tl.sqrt(1.0 - power(beta2, t))
+    tl.store(out + table.RSQRT_BC2, rsqrt_bc2.to(COMPUTE), mask=mask)
+    tl.store(out + table.ONE_MINUS_BETA1, (1.0 - beta1).to(COMPUTE), mask=mask)
+    tl.store(out + table.ONE_MINUS_BETA2, (1.0 - beta2).to(COMPUTE), mask=mask)
+    tl.store(out + table.BETA2, beta2.to(COMPUTE), mask=mask)
+    tl.store(out + table.EPS, eps.to(COMPUTE), mask=mask)
+    # Weight decay is either coupled (L2) or decoupled (LR_WD). The other one is 0.
+    l2 = tl.where(decoupled, 0.0, weight_decay)
+    tl.store(out + table.L2, l2.to(COMPUTE), mask=mask)
+    lr_wd = tl.where(decoupled, lr * weight_decay, 0.0)
+    tl.store(out + table.LR_WD, lr_wd.to(COMPUTE), mask=mask)
     sign = tl.where(maximize, -1.0, 1.0).to(tl.float64)
-    tl.store(out + table.GRAD_MULTIPLIER, (sign / grad_scale * clip).to(dtype), mask=ok)
-    tl.store(out + table.SKIP, tl.where(skip, 1.0, 0.0).to(dtype), mask=ok)
-    tl.store(out + table.STEP_NUMBER, t.to(dtype), mask=ok)
+    tl.store(out + table.GRAD_MULTIPLIER, (sign / grad_scale * clip).to(COMPUTE), mask=mask)
+    tl.store(out + table.SKIP, tl.where(skip, 1.0, 0.0).to(COMPUTE), mask=mask)
+    tl.store(out + table.STEP_NUMBER, t.to(COMPUTE), mask=mask)
 
 
 def prologue() -> Launcher:
-    """Advance the step counters and fill `scalars` for this step: call it with `programs(P)` and
-    the arguments below.
+    """Advance the step counters and fill `scalars` for this step.
 
-    rows: int64, shape (P, ROW): the counters' addresses (float32 each) and group numbers.
-    hyper: float64, shape (G, HYPER).
-    scalars: float32 or float64, shape (P, SCALARS): written.
-    found_inf: float32, one element: not zero skips the step, counters included.
-    grad_scale: float32, one element: gradients are divided by it as they are read.
-    square_sum: float64, one element: of all gradients as they are in memory. Gradients are clipped
-        and a step with non-finite ones skipped as `hyper` says.
-    stats: float64, shape (STATS,): the norm is written, the skipped steps are counted.
-    P: how many rows there are.
+    Call it with `programs(P)` and the arguments below, where P is the number of rows.
+
+    Arguments of the launcher:
+        rows: int64, shape (P, ROW): addresses of the step counters (float32) and group numbers.
+        hyper: float64, shape (G, HYPER). Says whether gradients are clipped, and whether a step
+            with non-finite gradients is skipped.
+        scalars: float32 or float64, shape (P, SCALARS): written.
+        found_inf: float32, one element. Not 0: the step is skipped, counters included.
+        grad_scale: float32, one element: gradients are divided by it as they are read.
+        square_sum: float64, one element: sum of squares of all gradients as they are in memory.
+        stats: float64, shape (STATS,): the norm is written, the skipped steps are counted.
+        num_rows: P.
     """
-    return Launcher(prologue_kernel, [BLOCK])
+    return Launcher(prologue_kernel, [BLOCK, table.LAYOUT])
 
 
 def programs(num_rows: int) -> int:

@@ -1,33 +1,42 @@
-"""Columns of the tables that host and kernels share: plain ints, importing neither torch nor
-triton.
+"""Columns of the tables that host and kernels share.
+
+Plain ints, and no import of torch or triton: the CPU reference reads these tables too.
 """
 
-# rows: int64, shape (P, ROW): one row per parameter. Addresses in bytes, 0 where there is none.
-# NUMEL is what the update covers: the row's own elements, those of the neighbours it leads, or none
-# if it is led. EXTRA is the master weight or remainder. SEED, ORDINAL and ORIGIN key the random
-# bits: the parameter's place in the optimizer, and the first of its elements that is here, if it is
-# spread over processes.
+# rows: int64, shape (P, ROW). One row per parameter. Addresses in bytes, 0 where there is none.
+# EXTRA is the master weight or the remainder.
 PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, MAX_EXP_AVG_SQ, EXTRA, EXP_AVG_SCALE, EXP_AVG_SQ_SCALE = range(8)
-STEP, NUMEL, GROUP, GRAD_NUMEL, SEED, ORDINAL, ORIGIN = range(8, 15)
+# NUMEL is what the update covers: the row's own elements and those of the rows coalesced with it,
+# or 0 if another row covers this one. GRAD_NUMEL is always the row's own.
+# SEED, PARAM_INDEX and GLOBAL_OFFSET are the key of the random bits: the parameter's position in
+# the optimizer, and where its local shard begins in the full parameter.
+STEP, NUMEL, GROUP, GRAD_NUMEL, SEED, PARAM_INDEX, GLOBAL_OFFSET = range(8, 15)
 ROW = 15
 
-# blocks: int32, shape (B, 2): which row, which BLOCK-sized chunk of it.
+# blocks: int32, shape (B, 2). One row per program: a row of `rows`, and which BLOCK elements of it.
 
-# hyper: float64, shape (G, HYPER): one row per param group, as the user set it.
-# MAX_GRAD_NORM is negative where nothing is clipped; it and SKIP_NONFINITE are the same in every
-# row.
-LR, BETA1, BETA2, EPS, WEIGHT_DECAY, DECOUPLED, MAXIMIZE, MAX_GRAD_NORM, SKIP_NONFINITE = range(9)
+# hyper: float64, shape (G, HYPER). One row per param group, as the user set it.
+# HYPER_MAX_GRAD_NORM is negative if nothing is clipped. It and HYPER_SKIP_NONFINITE belong to the
+# optimizer, so they are equal in every row.
+HYPER_LR, HYPER_BETA1, HYPER_BETA2, HYPER_EPS, HYPER_WEIGHT_DECAY, HYPER_DECOUPLED = range(6)
+HYPER_MAXIMIZE, HYPER_MAX_GRAD_NORM, HYPER_SKIP_NONFINITE = range(6, 9)
 HYPER = 9
 
-# scalars: float32 or float64, shape (P, SCALARS): this step's values for one parameter.
-# STEP_NUMBER counts from 1, up to 2^24.
-STEP_SIZE, RBC2, W1, W2, B2, EPSILON, COUPLED, DECAY, GRAD_MULTIPLIER, SKIP, STEP_NUMBER = range(11)
+# scalars: float32 or float64, shape (P, SCALARS). This step's values for one parameter; the first
+# nine are `Scalars` in `formula.py`. SKIP is not 0 if the step changes nothing. STEP_NUMBER counts
+# from 1 and stops at 2^24.
+STEP_SIZE, RSQRT_BC2, ONE_MINUS_BETA1, ONE_MINUS_BETA2, BETA2, EPS, L2, LR_WD = range(8)
+GRAD_MULTIPLIER, SKIP, STEP_NUMBER = range(8, 11)
 SCALARS = 11
 
-# stats: float64, shape (STATS,): the last norm before clipping, and how many steps were skipped.
+# stats: float64, shape (STATS,). The last norm before clipping, and how many steps were skipped.
 GRAD_NORM, SKIPPED_STEPS = range(2)
 STATS = 2
 
 # The order in which squares of gradients are added: lanes per piece, elements per chunk.
 NORM_LANES = 1024
 NORM_CHUNK = 64 * NORM_LANES
+
+# Triton's cache of compiled kernels does not see the numbers above, only the text of a kernel. With
+# this constant in every kernel that reads a table, a kernel compiled for other columns is not used.
+LAYOUT = repr({name: value for name, value in dict(globals()).items() if name.isupper()})

@@ -11,7 +11,7 @@ import sys
 import tarfile
 
 import pytest
-from test_codegen import ROOT
+from process import ROOT
 
 from bench.gpu import pack, variants
 
@@ -196,14 +196,14 @@ def test_variants_give_the_same_bits(mix, capsys):
 
 
 def test_a_variant_that_is_wrong_or_out_of_date_is_named(monkeypatch, capsys):
-    edit = ("adam.py", "tl.store(p_ptr + offs, visible, mask=ok)")
+    edit = ("adam.py", "tl.store(ptrs.p + offs, new_p, mask=mask)")
     monkeypatch.setattr(
         variants,
         "variants",
         lambda: {
             "today": variants.Variant(),
             "wrong": variants.Variant(
-                edits=((*edit, "tl.store(p_ptr + offs, visible, mask=ok & (offs > 0))"),)
+                edits=((*edit, "tl.store(ptrs.p + offs, new_p, mask=mask & (offs > 0))"),)
             ),
             "old": variants.Variant(edits=(("adam.py", "what was here once", "anything"),)),
             "8 warps": variants.Variant({"num_warps": 8}),

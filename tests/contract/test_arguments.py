@@ -338,8 +338,9 @@ def test_a_reduce_norm_that_cannot_be_pickled_is_named(make, save):
     optimizer = reducing(make())
     with pytest.raises(
         pickle.PicklingError,
-        match=r"^reduce_norm=.* cannot be pickled \(.*\): make it a function at the top level of a module, or set "
-        r"reduce_norm = None before and set it again after; state_dict\(\) never contains it$",
+        match=r"^reduce_norm=.* cannot be pickled \(.*\): make it a function at the top level of a "
+        r"module, or set reduce_norm = None before and set it again after; "
+        r"state_dict\(\) never contains it$",
     ):
         save(optimizer)
     optimizer.state_dict()
@@ -372,7 +373,7 @@ def test_a_trainer_is_pickled_with_its_optimizer():
 
 
 def test_random_bits_are_keyed_by_seed_and_position_in_the_optimizer():
-    """As the docstring of `seed` and the README say."""
+    """As the docstring of `seed` and docs/precision.md say."""
 
     def weights(*seeds):
         """Equal parameters after a step: in an optimizer each, or together in the first one without

@@ -2,7 +2,7 @@
 included.
 
 A constructor, B param groups, C flags, D state, E gradients, H step and hooks, I checkpoints. What
-is deliberately different is in README "Differences from torch.optim" and tested as such at the end;
+is deliberately different is in docs/differences.md and tested as such at the end;
 G (AMP) is in test_amp.py, and the arithmetic (F) in test_parity.py and test_accuracy.py.
 """
 
@@ -597,7 +597,7 @@ def test_a2_classes():
 
 
 class TestDifferences:
-    """Each has its line in README "Differences from torch.optim"."""
+    """Each has its line in docs/differences.md."""
 
     def test_a8_capturable_steps_on_a_cpu(self):
         assert outcome(stepped(p(2), capturable=True), FusedAdam) == outcome(

@@ -318,8 +318,8 @@ def test_a_parameter_that_a_recipe_does_not_serve_is_named():
     assert str(error.value) == (
         "precision='split32-fp32' is for bfloat16 parameters, and got one of float32 "
         "(parameter '1.weight' of param group 0): give each dtype param groups of its own, as "
-        "param_groups(model, weight_decay, split_dtypes=True) does, and those of float32 another 'precision', None for "
-        "torch's semantics"
+        "param_groups(model, weight_decay, split_dtypes=True) does, and those of float32 another "
+        "'precision', None for torch's semantics"
     )
     groups = [
         {"params": model[0].parameters()},

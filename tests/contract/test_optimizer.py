@@ -75,7 +75,7 @@ def test_add_param_group_after_steps(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_parameters_without_gradients_are_skipped(backend):
-    """Neither they nor their state nor their counter change; state appears with the first gradient."""
+    """Nothing of them changes, and they have no state; state appears with the first gradient."""
     a, b = pair(((5,), (6,), (7,)), backend=backend)
     for optimizer in (a, b):
         params = optimizer.param_groups[0]["params"]
@@ -95,7 +95,7 @@ def test_parameters_without_gradients_are_skipped(backend):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_compiled_steps_large_parameters_that_end_within_a_slot(dtype):
-    """They are not copied, and compiled code takes whole slots only: the rest goes through a copy."""
+    """They are not copied. Compiled code takes whole slots only: the rest goes through a copy."""
     arena = torch.full((20037,), 7.0, dtype=dtype)
     runs = []
     for backend in ("compiled", "reference"):
@@ -402,7 +402,7 @@ def test_a_model_that_changes_its_memory_format_takes_its_state_along(backend, f
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_state_that_lies_on_another_device_moves_to_the_parameters(backend):
-    """As after `model.to(device)`; there is one device here, so the state is said to lie elsewhere."""
+    """As after `model.to(device)`. Here is one device, so the state claims to be elsewhere."""
     optimizer, plain = (
         FusedAdam(parameters(torch.float32, [(5,), (3, 4)]), backend=backend) for _ in range(2)
     )
@@ -410,7 +410,7 @@ def test_state_that_lies_on_another_device_moves_to_the_parameters(backend):
     params = optimizer.param_groups[0]["params"]
     before = [optimizer.state[p]["exp_avg"] for p in params]
     for p in params:
-        home = optimizer._engine.arena.homes[p]
+        home = optimizer._engine.arena.param_states[p]
         home.layout = (torch.device("meta"), home.layout[1])
         p.data = p.data.clone()
     train(optimizer, 2, first=2)

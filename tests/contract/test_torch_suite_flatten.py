@@ -69,7 +69,7 @@ def assert_agree(ours, theirs, script, counts, **options):
 
 @both_classes
 def test_views_are_attached_where_there_was_a_gradient(ours, theirs):
-    """So a parameter that never has one stays as torch leaves it, whatever goes over all gradients."""
+    """A parameter that never has one stays as torch leaves it, whatever goes over all gradients."""
     run = Run(ours)
     run.optimizer.zero_grad()
     assert all(param.grad is None for param in run.params)

@@ -24,14 +24,18 @@ What others have (`test_the_list_is_right` checks that they exist):
 - bf16 moments or no master weight where better ones were asked for (apex#1728):
   numerics/test_recipes.py::test_what_is_stored_is_what_the_recipe_says
 - bf16 weights that stand still, decay that is lost (pytorch#120376):
-  numerics/test_recipes.py::test_decay_alone_arrives, numerics/test_accuracy.py::test_error_no_higher_than_torchs_best
-- second moments in 8 bits that go stale: numerics/test_recipes.py::test_second_moments_do_not_go_stale
+  numerics/test_recipes.py::test_decay_alone_arrives,
+  numerics/test_accuracy.py::test_error_no_higher_than_torchs_best
+- second moments in 8 bits that go stale:
+  numerics/test_recipes.py::test_second_moments_do_not_go_stale
 - one stream of random bits for all tensors (llm.c#597):
   numerics/test_codecs.py::test_words_are_keyed_by_element_step_and_ordinal
 - clipping before unscaling (apex#1512):
   numerics/test_clip.py::test_under_a_scaler_the_norm_is_of_unscaled_gradients
-- an overflow flag of two that does not skip: contract/test_amp.py::test_g5_g6_any_found_inf_but_zero_skips
-- swapped data, swapped tensors, moved gradients: contract/test_optimizer.py::test_swapped_data_is_noticed,
+- an overflow flag of two that does not skip:
+  contract/test_amp.py::test_g5_g6_any_found_inf_but_zero_skips
+- swapped data, swapped tensors, moved gradients:
+  contract/test_optimizer.py::test_swapped_data_is_noticed,
   contract/test_optimizer.py::test_swapped_tensors_are_noticed,
   numerics/test_kernel.py::test_gradients_move_between_steps
 - another dtype at the same address:
@@ -41,7 +45,8 @@ What others have (`test_the_list_is_right` checks that they exist):
   contract/test_optimizer.py::test_a_parameter_listed_twice_is_stepped_twice
 - writes that autograd does not see:
   contract/test_optimizer.py::test_autograd_notices_that_a_step_changed_a_saved_tensor
-- a wait per parameter and step (pytorch#128208): engine/test_host_cost.py::test_no_step_reads_the_device
+- a wait per parameter and step (pytorch#128208):
+  engine/test_host_cost.py::test_no_step_reads_the_device
 - a launch per group (rf-detr#1409):
   numerics/test_kernel.py::test_one_update_launch_for_all_groups_of_a_dtype_mix
 """
@@ -71,7 +76,7 @@ def members(optimizer):
 
 
 # Sizes and groups
-# ---------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -192,7 +197,7 @@ def test_strides_of_dimensions_of_size_one_say_nothing(backend):
 
 
 # Step counters
-# ------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 COUNTERS = [BF16, FP16, torch.float64, torch.int64, torch.uint8]
 
@@ -263,7 +268,7 @@ def test_a_state_dict_from_before_the_first_step(running):
 
 
 # Numbers
-# ------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -300,7 +305,7 @@ def test_tiny_learning_rates_with_capturable(lr, as_tensor, backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("numel", [1, 7, 19, 33])
 def test_amsgrad_keeps_a_nan_wherever_it_is(numel, backend):
-    """torch's fused tails lose it: std::max(old, NaN) is old. Whole vectors and their ends alike."""
+    """torch's fused tails lose it: std::max(old, NaN) is old. Whole vectors and ends alike."""
     for place in {0, numel // 2, numel - 1}:
         param = nn.Parameter(torch.ones(numel))
         optimizer = FusedAdam([param], amsgrad=True, backend=backend)
@@ -317,7 +322,7 @@ def test_amsgrad_keeps_a_nan_wherever_it_is(numel, backend):
 
 
 # Memory that moves
-# --------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -1,5 +1,6 @@
-"""CUDA graphs: what a captured step reads and writes at replay. On CPU a recorder stands in for the
-graph.
+"""CUDA graphs: what a captured step reads and writes at replay.
+
+On a CPU a recorder stands in for the graph.
 """
 
 import gc
@@ -7,66 +8,10 @@ import weakref
 
 import pytest
 import torch
+from graphs import CudaGraph, Recorder, params_of, set_gradients
 from training import gradient, parameters, results, same_bits
 
 from fused_adam import FusedAdamW
-from fused_adam.backends import choose as backend
-from fused_adam.backends import triton as device
-from fused_adam_kernels.launch import Launcher
-
-
-class Recorder:
-    """Stands in for a CUDA graph: whatever would be sent to the device while capturing is kept, and
-    done at replay.
-    """
-
-    def __init__(self, monkeypatch):
-        self.work, self.capturing = [], False
-        monkeypatch.setattr(backend, "is_capturing", lambda: self.capturing)
-        for owner, name in ((Launcher, "__call__"), (device, "copy_all")):
-            monkeypatch.setattr(owner, name, self._deferred(getattr(owner, name)))
-        monkeypatch.setattr(device, "send", self._send)
-
-    def _deferred(self, function):
-        def call(*args):
-            if self.capturing:
-                self.work.append((function, args))
-            else:
-                function(*args)
-
-        return call
-
-    def _send(self, host, device):
-        if not self.capturing:
-            return host.clone()
-        sent = torch.full_like(host, -1)  # not there before a replay
-        self.work.append((sent.copy_, (host,)))
-        return sent
-
-    def capture(self, function):
-        self.capturing = True
-        try:
-            function()
-        finally:
-            self.capturing = False
-
-    def replay(self):
-        for function, args in self.work:
-            function(*args)
-
-
-class CudaGraph:
-    """The real thing."""
-
-    def __init__(self):
-        self.graph = torch.cuda.CUDAGraph()
-
-    def capture(self, function):
-        with torch.cuda.graph(self.graph):
-            function()
-
-    def replay(self):
-        self.graph.replay()
 
 
 @pytest.fixture
@@ -84,19 +29,6 @@ def optimizer_on(where, shapes=((5,), (33, 3), ()), **options):
     return optimizer
 
 
-def params_of(optimizer):
-    return [p for group in optimizer.param_groups for p in group["params"]]
-
-
-def set_gradients(optimizer, step, scale=1.0, in_place=False):
-    for i, p in enumerate(params_of(optimizer)):
-        grad = gradient(p, i, step) * scale
-        if in_place:
-            p.grad.copy_(grad)
-        else:
-            p.grad = grad
-
-
 def eager(optimizer, steps, **options):
     for step in steps:
         set_gradients(optimizer, step, in_place=optimizer._flatten, **options)
@@ -108,7 +40,7 @@ def eager(optimizer, steps, **options):
 )
 @pytest.mark.parametrize("flatten", [False, True])
 def test_replays_equal_eager_steps(graph, kernel_device, flatten, options):
-    """Warm up, capture, replay; eager steps in between, with gradients elsewhere, change nothing."""
+    """Eager steps before, between and after replays change nothing, wherever gradients are."""
     captured, plain = (optimizer_on(kernel_device, flatten=flatten, **options) for _ in range(2))
     eager(captured, [0, 1, 2])
     set_gradients(captured, 3, in_place=flatten)
@@ -323,8 +255,9 @@ EDITS = [_load, _write_a_counter, _add_a_group, _replace_state]
 @pytest.mark.parametrize("edit", EDITS, ids=lambda edit: edit.__name__)
 @pytest.mark.parametrize("flatten", [False, True])
 def test_what_a_graph_uses_lives_as_long_as_the_optimizer(monkeypatch, flatten, edit):
-    """Tables, scalars, state: an eager step after an edit made others, and a replay read recycled
-    memory.
+    """Tables, scalars and state, although an eager step after an edit makes others.
+
+    A replay read recycled memory.
     """
     graph, optimizer = (
         Recorder(monkeypatch),
@@ -335,8 +268,8 @@ def test_what_a_graph_uses_lives_as_long_as_the_optimizer(monkeypatch, flatten, 
     graph.capture(optimizer.step)
     tensors = [arg for _, args in graph.work for arg in args if isinstance(arg, torch.Tensor)]
     tables = [weakref.ref(tensor.untyped_storage()) for tensor in tensors]
-    homes = optimizer._engine.arena.homes.values()
-    state = [weakref.ref(slot.segment) for home in homes for slot in home.slots.values()]
+    param_states = optimizer._engine.arena.param_states.values()
+    state = [weakref.ref(slot.segment) for home in param_states for slot in home.slots.values()]
     graph.work.clear()
     del tensors
     edit(optimizer)
@@ -378,8 +311,9 @@ def test_a_graph_goes_on_after_an_eager_step_with_other_tables(graph, kernel_dev
 
 
 def test_views_count_as_gradients_where_versions_cannot_tell(monkeypatch):
-    """With `capturable=True`, and after `zero_grad()` in a capture: a replay writes gradients that
-    nothing counts.
+    """With `capturable=True`, and after `zero_grad()` in a capture.
+
+    A replay writes gradients, and no version counts them.
     """
     graph = Recorder(monkeypatch)
     for capturable in (True, False):
@@ -397,8 +331,9 @@ def test_views_count_as_gradients_where_versions_cannot_tell(monkeypatch):
 
 @pytest.mark.gpu
 def test_a_captured_backward_is_noticed():
-    """Eager steps and zero_grad around it, which see no version move: its gradients must not be
-    lost.
+    """Its gradients are not lost to the eager steps and `zero_grad()` around it.
+
+    No version counter shows that a replay has written them.
     """
     weight = torch.nn.Parameter(torch.ones(8, device="cuda"))
     optimizer = FusedAdamW([weight], flatten=True)

@@ -6,7 +6,7 @@ from training import gradient, parameters, results, same_bits
 
 from fused_adam import FusedAdam
 from fused_adam import guards as watch
-from fused_adam.engine import ROWS_KEPT
+from fused_adam.engine import MAX_CACHED_ROWS
 from fused_adam.guards import LayoutGuard
 
 
@@ -118,7 +118,7 @@ def test_plans_are_kept_for_patterns_of_gradients_that_come_back():
         for optimizer in optimizers:
             optimizer.zero_grad()
             step(optimizer, number, skip)
-        twin._engine.forget()  # decides anew every time
+        twin._engine.drop_plans()  # decides anew every time
     assert plans.count == 3 + 1  # what the first plan updated as one has come apart
     assert same_bits(results(optimizers[0]), results(twin))
 
@@ -134,7 +134,7 @@ def test_kept_plans_notice_state_that_moved_under_another_one(backend):
                 first = optimizer.param_groups[0]["params"][0]
                 optimizer.state[first]["exp_avg"] = torch.ones(5)
             step(optimizer, number, skip)
-        optimizers[1]._engine.forget()
+        optimizers[1]._engine.drop_plans()
     assert same_bits(*map(results, optimizers))
 
 
@@ -142,8 +142,8 @@ def test_memory_for_kept_plans_is_bounded():
     optimizer = FusedAdam(parameters(torch.float32, [(2,)] * 6))
     for number in range(40):
         step(optimizer, number, skip=[i for i in range(6) if number + 1 >> i & 1])
-    kept = [len(plan.homes) for plan in optimizer._engine.plans.values()]
-    assert 1 < len(kept) and sum(kept) <= ROWS_KEPT * 6
+    kept = [len(plan.param_states) for plan in optimizer._engine.plans.values()]
+    assert 1 < len(kept) and sum(kept) <= MAX_CACHED_ROWS * 6
 
 
 def test_a_sparse_gradient_after_an_expanded_one_is_refused_by_its_name():

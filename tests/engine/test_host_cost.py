@@ -1,5 +1,6 @@
-"""What a step asks of the host and the device: launches, uploads, waits, plans; counted, never
-timed.
+"""What a step asks of the host and the device: launches, uploads, waits and plans.
+
+They are counted, never timed.
 """
 
 import pytest
@@ -33,9 +34,7 @@ def set_gradients(optimizer, step, skip=()):
 
 
 def change_everything(optimizer, step):
-    """All that may change in mid-training without a new plan: floats, tensors, GradScaler's flag
-    and scale.
-    """
+    """Change all that needs no new plan: floats, tensors, GradScaler's flag and scale."""
     for group in optimizer.param_groups:
         group.update(
             lr=0.1 / (step + 1),
@@ -55,8 +54,9 @@ def change_everything(optimizer, step):
 )
 @pytest.mark.parametrize("flatten", [False, True])
 def test_launches_follow_the_formula(launches, flatten, options):
-    """One prologue, one update per dtype mix, and with a norm one per gradient dtype and one that
-    adds up.
+    """One prologue and one update per dtype mix.
+
+    With a norm, also one launch per gradient dtype, and one that adds up.
     """
     optimizer = FusedAdamW(mixed_groups(), backend="triton", flatten=flatten, **options)
     for step in range(6):
@@ -72,9 +72,7 @@ def test_launches_follow_the_formula(launches, flatten, options):
 
 
 def test_launchers_are_held_whatever_changes(monkeypatch):
-    """A launcher compiles at its first launch alone: a new one in mid-training would compile or
-    look up anew.
-    """
+    """A new launcher in mid-training would compile, or look up what is compiled."""
     made = []
     init = Launcher.__init__
     monkeypatch.setattr(
@@ -147,9 +145,7 @@ class Waits(TorchDispatchMode):
 
 @pytest.mark.parametrize("flatten", [False, True])
 def test_no_step_reads_the_device(monkeypatch, flatten):
-    """From the first step on, with new plans, guards and changed values; launches are stubbed,
-    tensors stay unread.
-    """
+    """From the first step on, with new plans and changed values. Launches are stubbed."""
 
     def read(*_):
         raise AssertionError("a tensor's values are read")
@@ -200,8 +196,9 @@ def test_parameters_on_a_gpu_and_the_cpu_share_one_norm():
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
 def test_a_compiled_training_step(backend):
-    """torch.compile around the whole step: it breaks the graph at the optimizer, compiles once, and
-    trains alike.
+    """torch.compile around the whole step compiles once, and trains alike.
+
+    It breaks the graph at the optimizer.
     """
     runs, counter = [], CompileCounter()
     for compile_ in (lambda f: f, lambda f: torch.compile(f, backend=counter)):
@@ -232,8 +229,9 @@ def test_a_compiled_training_step(backend):
 
 @pytest.mark.parametrize("backend", ["reference", "compiled"])
 def test_small_tensors_among_large_ones_are_updated_as_one_on_the_host(backend, monkeypatch):
-    """As in a transformer: biases and norms stand between matrices: a call each costs more than
-    what they hold.
+    """In a transformer, biases and norms stand between matrices.
+
+    A call for each would cost more than the work in it.
     """
     updated = []
     update = host.ReferenceRows.update

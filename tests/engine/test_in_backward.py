@@ -94,7 +94,7 @@ def test_gradients_are_freed_while_backward_runs():
 
 
 def test_small_parameters_are_stepped_together(launches):
-    """Two launches per bucket, not per parameter; after the first backward nothing is decided anew."""
+    """Two launches per bucket, not per parameter. Only the first backward makes plans."""
     module = model()
     optimizer = FusedAdam(module.parameters(), backend="triton")
     handle = step_in_backward(module, optimizer)
@@ -149,7 +149,7 @@ def test_accumulation_without_its_switch_is_refused_before_anything_changes():
 
 
 def test_a_parameter_used_twice_is_stepped_once():
-    """Autograd hands the sum over; reentrant checkpoints, which would hand over parts, are refused."""
+    """Autograd hands over the sum. Reentrant checkpoints hand over parts: refused."""
     (plain, expected), (module, optimizer) = pair()
     step_in_backward(module, optimizer)
     for m, opt in ((plain, expected), (module, optimizer)):
@@ -281,7 +281,7 @@ def test_copies_do_not_step_in_backward():
 
     module, optimizer = pair()[0]
     step_in_backward(module, optimizer)
-    assert copy.deepcopy(optimizer)._engine.release is None
+    assert copy.deepcopy(optimizer)._engine.in_backward is None
 
 
 class TestRefused:

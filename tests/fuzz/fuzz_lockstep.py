@@ -122,7 +122,7 @@ class Lockstep(RuleBasedStateMachine):
         return [first, second]
 
     # Parameters and groups
-    # ------------------------------------------------------------------------------------------
+    # --------------------------------------------------------------------------------------------
 
     def _add(self, options, precision, members, seed):
         """A param group of new parameters, on both sides and in the model; sometimes the first is
@@ -285,7 +285,7 @@ class Lockstep(RuleBasedStateMachine):
                     assert now[key] == was[key], f"{key} of parameter {i} changed at lr = 0"
 
     def _near(self, stepped=()):
-        """The first against the model; where bounds are wide the model goes on from what is stored."""
+        """Compare the first with the model; where bounds are wide, the model continues from it."""
         amsgrad = {i for o, members in self.model.groups if o["amsgrad"] for i in members}
         side = self.sides[0]
         for i, w in enumerate(self.model.weights):

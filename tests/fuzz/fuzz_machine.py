@@ -77,7 +77,7 @@ class Optimizers(Lockstep):
     def zero_grad(self, set_to_none):
         for side in self.sides:
             flat = side.optimizer._engine.flat
-            places = flat.places if flat else {}
+            places = flat.flat_params if flat else {}
             had = [p.grad is not None for p in side.params]
             in_buffers = [p in places and places[p].takes(p) for p in side.params]
             side.optimizer.zero_grad(set_to_none)
@@ -106,7 +106,7 @@ class Optimizers(Lockstep):
             assert before == [side.snapshot(j) for j in range(len(self.scales))]
 
     # State and memory
-    # -----------------------------------------------------------------------------------------------
+    # --------------------------------------------------------------------------------------------
 
     @rule(how=st.sampled_from(["tensors", "data", "entries", "dict"]))
     def move_state(self, how):
@@ -230,7 +230,7 @@ class Optimizers(Lockstep):
         self._new_optimizer()
 
     # Checkpoints
-    # ----------------------------------------------------------------------------------------------------
+    # --------------------------------------------------------------------------------------------
 
     @precondition(lambda self: len(self.saved) < 3)
     @rule()

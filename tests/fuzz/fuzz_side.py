@@ -78,7 +78,7 @@ def laid_out(values: Tensor, layout: str, guards: list[Guarded]) -> Tensor:
 
 @dataclass
 class Side:
-    """An optimizer under test. `forgetful`: it decides anew at every step what its launches update."""
+    """An optimizer under test. `forgetful`: it makes a new plan at every step."""
 
     arguments: dict[str, Any]  # of the constructor
     forgetful: bool = False
@@ -143,7 +143,7 @@ class Side:
 
     def step(self) -> None:
         if self.forgetful:
-            self.optimizer._engine.forget()
+            self.optimizer._engine.drop_plans()
         self.optimizer.step()
 
     def snapshot(self, i: int) -> dict[str, bytes]:

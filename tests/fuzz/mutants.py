@@ -25,7 +25,7 @@ LIMIT_S = 600  # a mutant that makes a test hang
 
 @dataclass(frozen=True)
 class Mutant:
-    """`old` in `file` becomes `new`; one of `tests` (pytest's arguments, under tests/) must fail."""
+    """`old` in `file` becomes `new`; one of `tests` (pytest arguments, under tests/) must fail."""
 
     file: str
     old: str
@@ -34,7 +34,8 @@ class Mutant:
 
     @property
     def name(self) -> str:
-        return f"{self.file}: {' '.join(self.old.split())} -> {' '.join(self.new.split()) or 'nothing'}"
+        old, new = (" ".join(text.split()) for text in (self.old, self.new))
+        return f"{self.file}: {old} -> {new or 'nothing'}"
 
 
 def listed() -> list[Mutant]:
@@ -61,7 +62,7 @@ def pytest(folder: pathlib.Path, tests: str) -> tuple[int, str]:
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(folder), str(folder / "kernels")]),
-        "PYTHONDONTWRITEBYTECODE": "1",  # two sources of one size and second would share their bytecode
+        "PYTHONDONTWRITEBYTECODE": "1",  # or equal sizes and times share bytecode
     }
     arguments = [f"tests/{test}" for test in tests.split()]
     try:

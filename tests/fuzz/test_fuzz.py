@@ -27,6 +27,7 @@ from fused_adam.numerics import codecs
 from fused_adam.numerics import formula as reference
 from fused_adam.numerics.scalars import GradTransform
 from fused_adam.state import checkpoint
+from fused_adam.state.staging import StagedCopies
 
 COMMON = settings(
     deadline=None,
@@ -57,7 +58,8 @@ def test_a_hundred_thousand_steps(capsys):
             run(hypothesis.seed(seed)(machine), 100)
             seed += 1
         print(
-            f"{machine.steps_done} steps in {seed - first} times 100 lives, {time.time() - start:.0f} s",
+            f"{machine.steps_done} steps in {seed - first} times 100 lives, "
+            f"{time.time() - start:.0f} s",
             flush=True,
         )
     assert machine.steps_done >= wanted
@@ -95,7 +97,7 @@ def test_compiled_lives():
 
 
 # It can fail: faults that it must find
-# ------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 
 def corrected_for_one_step_more(patch):
@@ -132,24 +134,24 @@ def moments_lost_on_loading(patch):
 
 
 def one_element_too_many(patch):
-    copy_out = host.Stage.copy_out
+    store_params = StagedCopies.store_params
 
     def beyond(self):
-        copy_out(self)
+        store_params(self)
         for p in self.params:
             memory = torch.empty(0, dtype=p.dtype).set_(p.untyped_storage())
             memory[p.storage_offset() + p.numel() :][:1] = 0.5
 
-    patch.setattr(host.Stage, "copy_out", beyond)
+    patch.setattr(StagedCopies, "store_params", beyond)
 
 
 def learning_rate_of_the_step_before(patch):
     hyper = engine.hyper
 
     def stale(group, *rest):
-        lr, *others = hyper(group, *rest)
-        before, group["before"] = group.get("before", lr), lr
-        return before, *others
+        values = hyper(group, *rest)
+        before, group["before"] = group.get("before", values.lr), values.lr
+        return values._replace(lr=before)
 
     patch.setattr(engine, "hyper", stale)
 
@@ -158,7 +160,9 @@ def gradients_scaled_in_place(patch):
     begin = host.ReferenceRunner.begin
 
     def written(self, grads, *rest):
-        torch._foreach_mul_([grad for grad in grads if grad.is_contiguous()], 0.5)
+        for grad in grads:
+            if grad.is_contiguous():
+                grad.mul_(0.5)
         begin(self, grads, *rest)
 
     patch.setattr(host.ReferenceRunner, "begin", written)

@@ -20,4 +20,6 @@ def test_the_tests_exist():
 
 
 def test_there_are_many_and_none_twice():
-    assert len({mutant.name for mutant in MUTANTS}) == len(MUTANTS) > 80  # as the README says
+    assert (
+        len({mutant.name for mutant in MUTANTS}) == len(MUTANTS) > 80
+    )  # as docs/guarantees.md says

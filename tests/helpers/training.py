@@ -77,7 +77,7 @@ def results(optimizer: torch.optim.Optimizer) -> list[dict[str, Tensor]]:
 
 
 def same_bits(a: list[dict[str, Tensor]], b: list[dict[str, Tensor]]) -> bool:
-    """Equal keys, dtypes, shapes and bits (zeros by sign, NaN equal to NaN whatever its payload)."""
+    """Equal keys, dtypes, shapes and bits: zeros by sign, NaNs whatever their payload."""
     return len(a) == len(b) and all(
         x.keys() == y.keys() and all(_same(x[key], y[key]) for key in x)
         for x, y in zip(a, b, strict=True)

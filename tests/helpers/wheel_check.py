@@ -7,6 +7,7 @@ import pathlib
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import tempfile
 import venv
 
@@ -22,7 +23,11 @@ param = torch.nn.Parameter(torch.ones(3)); param.grad = torch.ones(3)
 fused_adam.FusedAdamW([param], lr=0.5).step()
 assert (param < 1).all()
 """
-KERNELS_IS_THEIRS = "import kernels; assert hasattr(kernels, 'get_kernel'), kernels.__file__; print(kernels.__file__)"
+KERNELS_IS_THEIRS = """
+import kernels
+assert hasattr(kernels, "get_kernel"), kernels.__file__
+print(kernels.__file__)
+"""
 
 
 def run(*command: object, cwd: pathlib.Path, **environment: str) -> str:
@@ -45,6 +50,11 @@ def main() -> None:
         # The wheel is built from the sdist, so both are complete.
         run(sys.executable, "-m", "build", "--outdir", work / "dist", ROOT, cwd=work)
         [wheel] = (work / "dist").glob("*.whl")
+        [sdist] = (work / "dist").glob("*.tar.gz")
+        with tarfile.open(sdist) as archive:
+            names = {name.partition("/")[2] for name in archive.getnames()}
+        for page in ("CONTRIBUTING.md", "docs/design.md", "examples/fsdp2.py"):
+            assert page in names, f"{page} is not in {sdist.name}, but README.md links to it"
         venv.create(work / "env", with_pip=True)
         bin_ = work / "env" / "bin"
         python = bin_ / "python"

@@ -75,7 +75,7 @@ def epoch(number, accelerator, model, optimizer, batches, scheduler, clip=True):
     ids=str,
 )
 def test_loading_a_state(options, dtype, mixed, tmp_path):
-    """Weights, moments and learning rates are those of a training that was never stopped, in bits."""
+    """Weights, moments and learning rates have the bits of a training that was never stopped."""
     whole = prepared(options, dtype=dtype, mixed_precision=mixed)
     assert max(epoch(0, *whole)) > CLIP
     whole[0].save_state(tmp_path)
@@ -88,9 +88,7 @@ def test_loading_a_state(options, dtype, mixed, tmp_path):
     assert rest[4].get_last_lr() == whole[4].get_last_lr() != [LR]
     assert all(entry["step"] == 2 * EPOCH / PARTS for entry in results(rest[2]))
     buffers = rest[2].optimizer._engine.flat
-    assert buffers is None or all(
-        buffers.place(param, param.grad) for param in rest[1].parameters()
-    )
+    assert buffers is None or all(buffers.find(param, param.grad) for param in rest[1].parameters())
 
 
 def weights(optimizer_class, options, **how):
@@ -195,7 +193,7 @@ def with_fsdp2(rank, options, efficient):
     optimizer = FusedAdamW(model.parameters(), lr=LR, **options)
     flat = optimizer._engine.flat
     slots = (
-        [slot for place in flat.places.values() for slot in (place.param, place.grad)]
+        [slot for place in flat.flat_params.values() for slot in (place.param, place.grad)]
         if flat
         else []
     )
@@ -209,7 +207,7 @@ def with_fsdp2(rank, options, efficient):
         assert all(buffer() is None for buffer in buffers)
         accelerator.backward(loss_of(model, rank, step))
         prepared_optimizer.step()
-    assert not optimizer._engine.flat or not optimizer._engine.flat.places
+    assert not optimizer._engine.flat or not optimizer._engine.flat.flat_params
     return whole_results(optimizer), len(buffers)
 
 

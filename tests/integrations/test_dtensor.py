@@ -7,8 +7,8 @@ import pickle
 import types
 import weakref
 
+import hashes
 import pytest
-import test_hash
 import torch
 from ranks import run_ranks
 from shards import cut, whole, whole_results
@@ -54,7 +54,7 @@ def train(optimizer, steps=STEPS, first=0):
 
 
 def parameters(dtype, shapes, mesh=None, placements=()):
-    """Parameters cut as `placements` say, for each of them or for all; plain ones without a mesh."""
+    """Parameters sharded as `placements` say, each or all; plain ones without a mesh."""
     whole_ones = [values(shape, i, dtype) for i, shape in enumerate(shapes)]
     if mesh is None:
         return [torch.nn.Parameter(value) for value in whole_ones]
@@ -132,7 +132,7 @@ def hashed(rank, world, steps, arguments):
         name: torch.nn.Parameter(cut(param.detach(), mesh, (Shard(0),)))
         for name, param in plain.items()
     }
-    optimizer = test_hash.optimizer_of(params, **arguments)
+    optimizer = hashes.optimizer_of(params, **arguments)
     for step in range(steps):
         for group in optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])
@@ -157,8 +157,8 @@ def test_the_hash_does_not_depend_on_the_world_size(precision, world):
     if precision is None:
         steps, arguments, expected = verify.SHORT_STEPS, {}, verify.SHORT_HASH
     else:
-        steps, arguments = test_hash.RECIPE_STEPS, test_hash.of_recipe(precision)
-        expected = test_hash.RECIPE_HASHES[precision]
+        steps, arguments = hashes.RECIPE_STEPS, hashes.of_recipe(precision)
+        expected = hashes.RECIPE_HASHES[precision]
     assert run_ranks(world, hashed, world, steps, arguments) == [expected] * world
 
 
@@ -308,7 +308,7 @@ def test_state_goes_to_the_host_and_back(precision):
 
 
 def copied_entry_by_entry(entry):
-    """As verl, NeMo-RL and prime-rl move state: `.to("cpu")`, of a GPU's tensor always another one."""
+    """As verl, NeMo-RL and prime-rl move state: `.to("cpu")` makes another tensor on a GPU."""
     for key, value in entry.items():
         if isinstance(value, torch.Tensor):
             entry[key] = value.to("cpu", copy=True)
@@ -336,8 +336,10 @@ def moved_by_loops(rank, options, move):
     freed = []
     for step in range(STEPS):
         for _ in ("there", "back"):
-            homes = optimizer._engine.arena.homes.values()
-            memory = [weakref.ref(slot.segment) for home in homes for slot in home.slots.values()]
+            param_states = optimizer._engine.arena.param_states.values()
+            memory = [
+                weakref.ref(slot.segment) for home in param_states for slot in home.slots.values()
+            ]
             for entry in optimizer.state.values():
                 move(entry)
             freed.append(all(ref() is None for ref in memory))
@@ -374,7 +376,7 @@ def partial_gradient(rank):
         before = params[0].grad
         optimizer.step()
         assert params[0].grad is before and before.placements[0].is_partial()
-        assert not optimizer._engine.moved  # the sums are let go
+        assert not optimizer._engine.redistributed  # the sums are let go
     return whole_results(optimizer)
 
 

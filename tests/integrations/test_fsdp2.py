@@ -238,7 +238,9 @@ def test_full_state_dicts(dtype, options):
 
 
 def test_torch_gathers_no_int16():
-    """As the README says of split32's remainders; if it learns to, this fails, and the line can go."""
+    """As docs/distributed.md and docs/differences.md say of split32's remainders; if torch learns
+    to, this fails, and the lines can go.
+    """
     with pytest.raises(RuntimeError, match="Invalid scalar type"):
         run_ranks(2, through_full_state, torch.bfloat16, {"precision": "split32"})
 

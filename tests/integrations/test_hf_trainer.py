@@ -67,7 +67,7 @@ def trainer(folder, model, handed_over, options, optimizer_class=FusedAdamW, **a
 def flat(run):
     """How many parameters lie in flat buffers."""
     buffers = run.optimizer.optimizer._engine.flat
-    return sum(place.holds(param) for param, place in buffers.places.items()) if buffers else 0
+    return sum(place.holds(param) for param, place in buffers.flat_params.items()) if buffers else 0
 
 
 @pytest.mark.parametrize("handed_over", ["optimizer", "class"])

@@ -94,7 +94,7 @@ def fit(folder, options, module=Automatic, *, clip=CLIP, resume=None, cls=FusedA
     ids=str,
 )
 def test_resuming_from_a_checkpoint(options, precision, module, tmp_path):
-    """Weights, moments and learning rates are those of a training that was never stopped, in bits."""
+    """Weights, moments and learning rates have the bits of a training that was never stopped."""
     _, whole = fit(tmp_path / "whole", options, module, max_epochs=2, precision=precision)
     saved = tmp_path / "whole" / "epoch=0.ckpt"
     model, rest = fit(
@@ -108,7 +108,7 @@ def test_resuming_from_a_checkpoint(options, precision, module, tmp_path):
         == pytest.approx(LR * 0.9 ** (2 * STEPS))
     )
     buffers = rest._engine.flat
-    assert buffers is None or all(buffers.place(param, param.grad) for param in model.parameters())
+    assert buffers is None or all(buffers.find(param, param.grad) for param in model.parameters())
 
 
 def weights(folder, options, **how):
@@ -142,7 +142,7 @@ def plain(precision, options=None, clip=CLIP, scaler=None):
 @pytest.mark.parametrize("module", [Automatic, Manual])
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_lightning_clips_at_our_defaults(precision, module, tmp_path):
-    """Its training is that of the plain loop, in bits; without a clip the loop gives other weights."""
+    """It trains as the plain loop does, in bits; without a clip the loop gives other weights."""
     _, optimizer = fit(tmp_path, {}, module, precision=precision)
     assert same_bits(results(optimizer), plain(precision))
     assert not same_bits(results(optimizer), plain(precision, clip=100.0))

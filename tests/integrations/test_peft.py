@@ -49,7 +49,7 @@ def test_only_adapters_train(flatten, dtype):
     assert set(optimizer.state) == set(adapters.values())
     assert all(param.grad is None for param in base.values())
     if flatten:
-        assert set(optimizer._engine.flat.places) == set(adapters.values())
+        assert set(optimizer._engine.flat.flat_params) == set(adapters.values())
     assert same_bits(results(optimizer), results(trained(dtype=dtype)[1]))
 
 

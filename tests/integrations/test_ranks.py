@@ -1,4 +1,4 @@
-"""The helper that starts ranks: results in order, each rank's traceback, and an end to what hangs."""
+"""The helper that starts ranks: ordered results, every traceback, and an end to what hangs."""
 
 import time
 

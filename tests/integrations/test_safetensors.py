@@ -29,7 +29,7 @@ def steps(model, optimizer, first, last):
 def trained(model, **options):
     optimizer = FusedAdamW(model.parameters(), lr=1e-2, flatten=True, **options)
     steps(model, optimizer, 0, 3)
-    assert all(place.holds(param) for param, place in optimizer._engine.flat.places.items())
+    assert all(place.holds(param) for param, place in optimizer._engine.flat.flat_params.items())
     return optimizer
 
 

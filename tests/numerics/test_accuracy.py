@@ -1,4 +1,4 @@
-"""Error against a float64 run of the same formula: nowhere above the best of torch's own CPU paths."""
+"""Error against a float64 run of the same formula: never above the best of torch's CPU paths."""
 
 import math
 

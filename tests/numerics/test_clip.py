@@ -150,7 +150,7 @@ def test_gradients_are_not_written(backend):
 @flat_or_not
 @every_backend
 def test_a_non_finite_norm_acts_as_in_torch(backend, flatten, bad):
-    """error_if_nonfinite=False: an infinite norm makes finite gradients zero, a NaN makes all NaN."""
+    """error_if_nonfinite=False: an infinite norm gives zero gradients, a NaN gives NaN ones."""
 
     def poisoned(p, index, step):
         grad = gradient(p, index, step)

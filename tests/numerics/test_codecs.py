@@ -8,7 +8,7 @@ import quality
 import torch
 import triton
 import triton.language as tl
-from test_codegen import outside_the_interpreter
+from process import outside_the_interpreter
 
 from fused_adam.numerics import codecs
 from fused_adam_kernels import codecs as jit
@@ -208,7 +208,9 @@ def test_torchs_default_dtype_does_not_matter():
 
 @triton.jit
 def weights_kernel(
-    x_ptr, words_ptr, nearest_ptr, sr_ptr, visible32_ptr, low32_ptr, back32_ptr, visible24_ptr, low24_ptr, back24_ptr,
+    x_ptr, words_ptr, nearest_ptr, sr_ptr,
+    visible32_ptr, low32_ptr, back32_ptr,
+    visible24_ptr, low24_ptr, back24_ptr,
     N: tl.constexpr,
 ):  # fmt: skip
     offs = tl.program_id(0) * N + tl.arange(0, N)
@@ -277,7 +279,7 @@ def test_split32_loses_nothing_of_any_float32():
 
 
 def test_split24_is_one_of_two_neighbours_in_proportion():
-    """Every noise for every kind of value: how often it goes up is exactly the dropped bits' share."""
+    """For every noise and kind of value, it goes up exactly as often as the dropped bits say."""
     x = awkward()
     x = x[x.isfinite() & (x.abs() <= codecs.TOP_CELL_24)]
     up = torch.zeros(x.numel(), dtype=torch.int32)
@@ -311,7 +313,7 @@ def test_split24_at_the_top():
 
 
 def test_stochastic_rounding_is_exactly_unbiased():
-    """Every noise for every kind of value: how often it goes up is exactly the dropped bits' share."""
+    """For every noise and kind of value, it goes up exactly as often as the dropped bits say."""
     x = torch.cat(
         [awkward()[::97], float_of([1, 0x8000, 0x7F7EFFFF, 0x807FFFFF, 0x3F7FFFFF, 0xBF800001])]
     )

@@ -2,27 +2,8 @@
 own.
 """
 
-import json
-import os
-import pathlib
-import subprocess
-import sys
-
 import pytest
-
-ROOT = pathlib.Path(__file__).parents[2]
-
-
-def outside_the_interpreter(*command):
-    """Run Python in a process where triton compiles; returns the JSON it prints."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "kernels")}
-    environment.pop("TRITON_INTERPRET", None)
-    done = subprocess.run(
-        [sys.executable, *command], capture_output=True, text=True, env=environment
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
-
+from process import outside_the_interpreter
 
 # Accesses per thread to elements, by their bits: loads and stores of the body; the tail takes 32
 # bits at most. 1024 elements over 128 threads are 8 each: per operand two 128-bit accesses in fp32,
@@ -149,7 +130,7 @@ def test_8_bit_states_have_wide_accesses_no_spills_and_a_bound(reports, variant)
 
 
 def test_what_full_blocks_run_is_counted_without_the_tail(reports):
-    """The tail of a recipe draws random bits for every element, and would be a third of the count."""
+    """The tail of a recipe draws random bits per element, and would be a third of the count."""
     for variant, least in (("fp32", 20), ("sr-bf16", 40)):
         report = reports[variant, "sm_90"]
         assert (
@@ -177,7 +158,10 @@ ADDRESSES = """
 import json, re
 from fused_adam_kernels.inspect import TARGETS, VARIANTS, compiled
 print(json.dumps({
-    name: re.findall(r"tt.addptr .* : (\\S+), (\\S+)", compiled(VARIANTS[name], TARGETS["sm_90"]).asm["ttir"])
+    name: re.findall(
+        r"tt.addptr .* : (\\S+), (\\S+)",
+        compiled(VARIANTS[name], TARGETS["sm_90"]).asm["ttir"],
+    )
     for name in ("fp32-amsgrad", "norm-fp32")
 }))
 """

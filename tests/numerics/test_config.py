@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from test_codegen import ROOT
+from process import ROOT
 from training import parameters, results, same_bits, train
 
 from fused_adam import FusedAdamW
@@ -92,7 +92,8 @@ config.CONFIGS["random"] = config.Config(block=2048, tail=128, num_warps=8, max_
 bf16 = torch.bfloat16
 for recipe in (("native", "native"), ("sr", "bf16")):
     update = adam.adam_step(bf16, bf16, *recipe, False)
-    rows, blocks = torch.zeros(1, table.ROW, dtype=torch.int64), torch.zeros(1, 2, dtype=torch.int32)
+    rows = torch.zeros(1, table.ROW, dtype=torch.int64)
+    blocks = torch.zeros(1, 2, dtype=torch.int32)
     update(1, rows, blocks, torch.zeros(1, table.SCALARS))
     found = update.compiled.metadata
     names = dict(zip(adam.adam_kernel.arg_names[3:], update.constants))

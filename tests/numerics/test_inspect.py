@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from test_codegen import ROOT, outside_the_interpreter
+from process import ROOT, outside_the_interpreter
 
 FAULTS = """
 import dataclasses, json
@@ -67,8 +67,10 @@ def command(*arguments, **environment):
     path = {"PYTHONPATH": str(ROOT / "kernels")}
     done = subprocess.run(
         [sys.executable, "-m", "fused_adam_kernels.inspect", *arguments],
-        capture_output=True, text=True, env={**os.environ, "TRITON_INTERPRET": "0", **path, **environment},
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        env={**os.environ, "TRITON_INTERPRET": "0", **path, **environment},
+    )
     return done.returncode, done.stdout, done.stderr
 
 

@@ -7,8 +7,10 @@ import torch
 from training import gradient, parameters, results, same_bits, train, values
 
 from fused_adam import FusedAdam, FusedAdamW
-from fused_adam.state.arena import SLOT, padded
-from fused_adam_kernels import adam
+from fused_adam.numerics import formula, scalars
+from fused_adam.state.memory import SLOT_ALIGN, align
+from fused_adam_kernels import adam, table
+from fused_adam_kernels import formula as kernel_formula
 
 DTYPES = [torch.float32, torch.bfloat16]
 SENTINEL = 7.0
@@ -24,6 +26,16 @@ def untouched(buffer, view):
     start = view.storage_offset()
     outside = torch.cat([buffer[:start], buffer[start + view.numel() :]])
     return bool((outside == SENTINEL).all())
+
+
+def test_scalars_have_the_same_names_and_order_everywhere():
+    """In the kernel, in its torch twin, and in the tables."""
+    assert kernel_formula.Scalars._fields == formula.Scalars._fields
+    for column, name in enumerate(formula.Scalars._fields):
+        assert getattr(table, name.upper()) == column
+    for column, name in enumerate(scalars.HyperParams._fields):
+        assert getattr(table, f"HYPER_{name.upper()}") == column
+    assert len(scalars.HyperParams._fields) == table.HYPER
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -50,7 +62,7 @@ def test_nothing_around_the_buffers_is_touched(numel, offset, backend, dtype, ke
         assert untouched(buffer, param)
     assert untouched(grads, grad)
     assert torch.equal(grad, before)  # gradients are read, never written
-    home = optimizer._engine.arena.homes[param]
+    home = optimizer._engine.arena.param_states[param]
     for slot in home.slots.values():
         assert (slot.segment[slot.start + numel :] == 0).all()  # the gap behind the slot
 
@@ -63,13 +75,13 @@ def test_nothing_around_the_buffers_is_touched(numel, offset, backend, dtype, ke
 
 
 def test_misaligned_state_cannot_happen():
-    """Slots start at multiples of SLOT elements of their segment, whatever the sizes before them."""
+    """Slots start at multiples of SLOT_ALIGN elements, whatever the sizes before them."""
     params = parameters(torch.bfloat16)
     optimizer = FusedAdam(params)
     train(optimizer, 1)
-    for home in optimizer._engine.arena.homes.values():
+    for home in optimizer._engine.arena.param_states.values():
         for slot in home.slots.values():
-            assert slot.start % SLOT == 0
+            assert slot.start % SLOT_ALIGN == 0
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -208,7 +220,7 @@ def test_one_update_launch_for_all_groups_of_a_dtype_mix(flatten, kernel_device,
 
 
 def test_neighbours_in_flat_buffers_are_one_row(kernel_device):
-    """With flatten=True rows coalesce: as many blocks as one parameter of the same size would take."""
+    """With flatten=True rows coalesce: they take as many blocks as one parameter of that size."""
     optimizer = FusedAdam(
         parameters(torch.float32, [(100,)] * 50, kernel_device), backend="triton", flatten=True
     )
@@ -216,7 +228,7 @@ def test_neighbours_in_flat_buffers_are_one_row(kernel_device):
     [runner] = optimizer._engine.usual.runners
     [(_, blocks)] = runner.updates
     block = adam.launch_config(torch.float32, torch.float32, "native", "native").block
-    assert len(blocks) == -(-50 * padded(100) // block)
+    assert len(blocks) == -(-50 * align(100) // block)
 
 
 def test_gradients_move_between_steps(kernel_device):

@@ -31,11 +31,11 @@ def updated_at(first, dtype, numel=100):
     scalars = torch.zeros(1, table.SCALARS)
     for column in (
         table.STEP_SIZE,
-        table.RBC2,
-        table.W1,
-        table.W2,
-        table.B2,
-        table.EPSILON,
+        table.RSQRT_BC2,
+        table.ONE_MINUS_BETA1,
+        table.ONE_MINUS_BETA2,
+        table.BETA2,
+        table.EPS,
         table.GRAD_MULTIPLIER,
     ):
         scalars[0, column] = 0.5

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from test_capture import CudaGraph, params_of, set_gradients
+from graphs import CudaGraph, params_of, set_gradients
 from torch import distributed, nn
 from training import parameters, results, same_bits
 

@@ -1,4 +1,4 @@
-"""FusedAdam against torch.optim.Adam(W), a float64 oracle, and itself on every backend and layout."""
+"""FusedAdam against torch.optim.Adam(W), a float64 oracle, and itself on all backends."""
 
 import functools
 import itertools

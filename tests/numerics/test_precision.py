@@ -46,9 +46,10 @@ def test_an_unknown_name_is_answered_with_the_nearest(wrong, nearest):
     with pytest.raises(ValueError) as error:
         parse(wrong)
     assert str(error.value) == (
-        f"precision={wrong!r} is no recipe; did you mean {nearest!r}? A name is '<weights>-<states>', "
-        "with weights of native, master32, split32, split24, sr and states of fp32, bf16, int8; None stores everything "
-        "as torch does"
+        f"precision={wrong!r} is no recipe; did you mean {nearest!r}? "
+        "A name is '<weights>-<states>', "
+        "with weights of native, master32, split32, split24, sr and states of fp32, bf16, int8; "
+        "None stores everything as torch does"
     )
 
 
@@ -60,8 +61,8 @@ def test_nothing_is_suggested_for_what_is_close_to_no_name(wrong):
         parse(wrong)
     assert str(error.value) == (
         f"precision={wrong!r} is no recipe. A name is '<weights>-<states>', "
-        "with weights of native, master32, split32, split24, sr and states of fp32, bf16, int8; None stores everything "
-        "as torch does"
+        "with weights of native, master32, split32, split24, sr and states of fp32, bf16, int8; "
+        "None stores everything as torch does"
     )
 
 
@@ -100,9 +101,10 @@ def test_an_error_names_recipe_dtype_and_what_is_allowed():
     with pytest.raises(ValueError) as error:
         parse("split32").check(FP32)
     assert str(error.value) == (
-        "precision='split32-fp32' is for bfloat16 parameters, and got one of float32: give each dtype param groups of "
-        "its own, as param_groups(model, weight_decay, split_dtypes=True) does, and those of float32 another "
-        "'precision', None for torch's semantics"
+        "precision='split32-fp32' is for bfloat16 parameters, and got one of float32: "
+        "give each dtype param groups of its own, as "
+        "param_groups(model, weight_decay, split_dtypes=True) does, "
+        "and those of float32 another 'precision', None for torch's semantics"
     )
     with pytest.raises(
         ValueError, match="is for float16 or bfloat16 parameters, and got one of float64"

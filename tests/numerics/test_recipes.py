@@ -4,7 +4,19 @@ reaches the weights.
 
 import pytest
 import torch
-from test_capture import Recorder
+from graphs import Recorder
+from recipes import (
+    BF16,
+    FP16,
+    FP32,
+    RECOMMENDED,
+    dtype_of,
+    members,
+    parameters,
+    train,
+    trained,
+    weights,
+)
 from torch import nn
 from training import gradient, results, same_bits, values
 
@@ -13,82 +25,13 @@ from fused_adam.backends import reference as host
 from fused_adam.numerics import codecs
 from fused_adam.precision import NAMES, WEIGHTS, parse
 
-FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 CASES = [(name, dtype) for name in NAMES for dtype in WEIGHTS[parse(name).weights][0]]
-RECOMMENDED = [
-    *(
-        "split32",
-        "split32-bf16",
-        "split24-bf16",
-        "sr-bf16",
-        "split24-int8",
-        "master32",
-        "native-bf16",
-        "native-int8",
-    )
-]
-# Around a group (32), its multiples, a chunk of the kernel (8192 in the interpreter); empty and
-# 0-dim.
-SMALL = [(), (31,), (0, 3), (5, 13)]
 every_recipe = pytest.mark.parametrize("precision", NAMES)
 every_backend = pytest.mark.parametrize("backend", ["reference", "triton"])
 
 
-def dtype_of(precision):
-    """The smallest that the recipe serves; fp32 for native ones, which are meant for it."""
-    return FP32 if precision.startswith("native") else BF16
-
-
-def parameters(dtype, shapes=SMALL, seed=0, device="cpu"):
-    return [
-        nn.Parameter(values(shape, seed + i, dtype).to(device)) for i, shape in enumerate(shapes)
-    ]
-
-
-def members(optimizer):
-    return [p for group in optimizer.param_groups for p in group["params"]]
-
-
-def train(optimizer, steps, first=0, dtype=None, scale=1.0):
-    """`dtype`: of the gradients. The values do not depend on grouping."""
-    for step in range(first, first + steps):
-        for i, p in enumerate(members(optimizer)):
-            if dtype not in (None, p.dtype):
-                p.grad_dtype = dtype
-            grad = gradient(p, i, step, dtype) * scale
-            if optimizer._flatten and p.grad is not None:
-                p.grad.copy_(grad)
-            else:
-                p.grad = grad
-        optimizer.step()
-
-
-def trained(
-    precision,
-    steps=2,
-    shapes=SMALL,
-    dtype=None,
-    first=0,
-    grad_dtype=None,
-    scale=1.0,
-    device="cpu",
-    **options,
-):
-    options = {"lr": 1e-2, "weight_decay": 0.1, "precision": precision, **options}
-    optimizer = FusedAdamW(
-        parameters(dtype or dtype_of(precision), shapes, device=device), **options
-    )
-    train(optimizer, steps, first, grad_dtype, scale)
-    return optimizer
-
-
-def weights(optimizer):
-    """float32, as the recipe holds them."""
-    return list(optimizer.export_fp32()["params"].values())
-
-
 # Bits
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("amsgrad", "gradients"), [(False, "same"), (True, "other")])
@@ -217,7 +160,7 @@ LAYOUTS = {
     + [("split24-int8", "triton")],
 )
 def test_any_layout_of_parameter_and_gradient(precision, backend):
-    """An element's bits may depend on its place in memory, never on how the gradient is laid out."""
+    """An element's bits may depend on its place in memory, never on the gradient's layout."""
 
     def run(layout, gradient_layout):
         p = nn.Parameter(LAYOUTS[layout](values((8, 15), 1, BF16)))
@@ -305,7 +248,7 @@ def test_every_group_may_have_a_recipe_of_its_own(backend):
 
 @pytest.mark.parametrize("precision", ["split32-bf16", "master32-int8", "native-fp32"])
 def test_clipping(precision):
-    """As gradients scaled by hand: the norm of two elements of size 8 is clipped by a power of two."""
+    """As gradients scaled by hand: the norm of two elements of 8 is clipped by a power of two."""
 
     def run(backend, factor, **options):
         p = nn.Parameter(torch.ones(64, dtype=BF16))
@@ -456,7 +399,7 @@ def test_parameters_listed_twice_and_views_that_overlap(precision):
 
 
 # Random bits
-# --------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 
 @every_recipe
@@ -497,7 +440,7 @@ def test_seeds_above_32_bits():
 
 
 # Trajectories
-# -------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 
 def test_split32_and_master32_are_fp32_training():
@@ -670,7 +613,7 @@ def test_master_weights_begin_as_the_parameters(dtype, backend):
 
 
 # Bad input
-# ----------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

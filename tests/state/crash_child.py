@@ -2,40 +2,33 @@
 there. Not a test.
 
 The child of tests/state/test_crash.py, which runs `run` in a process of its own; the saving itself
-is the README's.
+is that of docs/training.md.
 """
 
 import builtins
 import os
-import pathlib
-import re
 import signal
 
 import torch
+from pages import the_block
 from torch import nn
 
 from fused_adam import FusedAdamW
 
 FILE = "checkpoint.pt"
-README = pathlib.Path(__file__).parents[2] / "README.md"
 
 
 def recipe():
-    """The README's text that defines `save_checkpoint`, with an example of its use below it."""
-    [block] = [
-        b
-        for b in re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
-        if "def save_checkpoint" in b
-    ]
-    return block
+    """The text that defines `save_checkpoint` for users, with an example of its use below it."""
+    return the_block("docs/training.md", "def save_checkpoint")
 
 
 def save_function(**names):
-    """The README's `save_checkpoint`, which sees `names` in place of builtins."""
+    """The users' `save_checkpoint`, which sees `names` in place of builtins."""
     definitions, example = recipe().split("\n\nmodel = ")
     assert "def save_checkpoint" in definitions and "load_state_dict" in example
     namespace = dict(names)
-    exec(compile(definitions, "README.md", "exec"), namespace)
+    exec(compile(definitions, "docs/training.md", "exec"), namespace)
     return namespace["save_checkpoint"]
 
 

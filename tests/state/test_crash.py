@@ -1,5 +1,5 @@
-"""A training killed while it saves loses nothing: the README's way to save, and files that are
-damaged or foreign.
+"""A training killed while it saves loses nothing: the way to save that docs/training.md has, and
+files that are damaged or foreign.
 """
 
 import collections
@@ -166,7 +166,7 @@ def test_bytes_are_on_the_disk_before_the_name_points_to_them(tmp_path, monkeypa
 
 
 # Damaged and foreign files
-# ------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 
 def saved(optimizer):

@@ -330,7 +330,7 @@ def test_what_methods_set_is_the_same_for_a_wrapper():
         module(torch.ones(2, 4)).sum().backward()
         plain.step()
     handle.remove()
-    assert plain._engine.release is None
+    assert plain._engine.in_backward is None
 
 
 def test_the_norm_of_a_step_without_gradients_is_zero():
@@ -348,7 +348,7 @@ def test_the_norm_of_a_step_without_gradients_is_zero():
 
 
 # Flat buffers and others
-# -------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 
 def test_gradients_of_a_parameter_that_left_are_not_zeroed():
@@ -378,7 +378,7 @@ def test_buffers_of_parameters_that_were_replaced_are_freed():
     flat = optimizer._engine.flat
     buffers = [
         weakref.ref(x)
-        for x in (flat.grad_segments[0], next(iter(flat.places.values())).param.segment)
+        for x in (flat.grad_segments[0], next(iter(flat.flat_params.values())).param.segment)
     ]
     twin = copy.deepcopy(module)
     optimizer.param_groups[0]["params"] = list(twin.parameters())
@@ -407,7 +407,7 @@ def test_memory_that_others_see_is_not_moved():
     for make, look in seen:
         param = nn.Parameter(make().fill_(1))  # the only tensor over that memory that anybody holds
         optimizer = FusedAdam([param, nn.Parameter(torch.ones(3))], lr=0.1, flatten=True)
-        assert param not in optimizer._engine.flat.places
+        assert param not in optimizer._engine.flat.flat_params
         for each in members(optimizer):
             each.grad = torch.ones(3)
         optimizer.step()
@@ -420,7 +420,7 @@ def test_a_later_optimizer_moves_what_an_earlier_one_moved():
     train(first, 1)
     del first
     second = FusedAdam(module.parameters(), flatten=True)
-    assert len(second._engine.flat.places) == 6
+    assert len(second._engine.flat.flat_params) == 6
 
 
 @pytest.mark.parametrize("flatten", [False, True])

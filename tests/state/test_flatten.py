@@ -10,7 +10,7 @@ from torch import nn
 from training import gradient, parameters, results, same_bits, train, values
 
 from fused_adam import FusedAdam, FusedAdamW
-from fused_adam.state.arena import segments
+from fused_adam.state.memory import segments
 
 
 def attached(optimizer):
@@ -27,11 +27,11 @@ def attached(optimizer):
 
 def in_place(optimizer, param):
     """Whether the parameter still lies in the flat buffer, and its gradient too."""
-    place = optimizer._engine.flat.places.get(param)
+    place = optimizer._engine.flat.flat_params.get(param)
     return (
         place is not None
         and param.grad is not None
-        and optimizer._engine.flat.place(param, param.grad) is not None
+        and optimizer._engine.flat.find(param, param.grad) is not None
     )
 
 
@@ -72,7 +72,7 @@ def test_moves_every_parameter_on_a_gpu():
     """There a storage says of itself that other processes share it, always."""
     module = model().to("cuda")
     optimizer = FusedAdamW(module.parameters(), flatten=True)
-    assert len(optimizer._engine.flat.places) == len(list(module.parameters())) == 4
+    assert len(optimizer._engine.flat.flat_params) == len(list(module.parameters())) == 4
     attached(optimizer)
     assert all(in_place(optimizer, p) for p in module.parameters())
 
@@ -151,7 +151,7 @@ def test_what_others_can_see_stays_where_it_is():
     params = [half, tied, strided, transposed, shared, empty, complex_, eligible]
     pointers = [p.data_ptr() for p in params]
     optimizer = FusedAdam(params, lr=0.1, flatten=True)
-    assert list(optimizer._engine.flat.places) == [eligible]
+    assert list(optimizer._engine.flat.flat_params) == [eligible]
     assert [p.data_ptr() for p in params[:-1]] == pointers[:-1]
     for p in params:
         p.grad = torch.ones_like(p)
@@ -181,7 +181,9 @@ def test_frozen_parameters_cost_no_memory():
     optimizer.zero_grad()
     assert all(in_place(optimizer, param) for param in adapter.parameters())
     assert all(param.grad is None for param in [*base.parameters(), *later.parameters()])
-    assert all(optimizer._engine.flat.places[param].holds(param) for param in later.parameters())
+    assert all(
+        optimizer._engine.flat.flat_params[param].holds(param) for param in later.parameters()
+    )
 
 
 def test_dtypes_have_buffers_of_their_own_and_tied_weights_move_once():
@@ -189,7 +191,7 @@ def test_dtypes_have_buffers_of_their_own_and_tied_weights_move_once():
     module = nn.ModuleList([shared, nn.Linear(3, 3).to(torch.bfloat16)])
     optimizer = FusedAdam([*module.parameters()], flatten=True)
     assert len(optimizer._engine.flat.grad_segments) == 2
-    assert len(optimizer._engine.flat.places) == 4
+    assert len(optimizer._engine.flat.flat_params) == 4
 
 
 @pytest.mark.parametrize("beside", [False, True], ids=["all in buffers", "one beside"])
@@ -286,7 +288,7 @@ def test_the_storages_outlive_the_optimizer():
 
 
 def test_segments_are_split_at_their_limit(monkeypatch):
-    monkeypatch.setattr("fused_adam.state.arena.SEGMENT_BYTES", 4 * 900)
+    monkeypatch.setattr("fused_adam.state.memory.SEGMENT_BYTES", 4 * 900)
     parts = list(segments([300, 300, 300, 2000, 1], torch.float32, torch.device("cpu")))
     assert [[slot.numel for slot in part] for part in parts] == [[300, 300], [300], [2000], [1]]
     assert [slot.start for part in parts for slot in part] == [0, 320, 0, 0, 0]
@@ -294,7 +296,7 @@ def test_segments_are_split_at_their_limit(monkeypatch):
 
 
 def test_flattened_training_across_segments(monkeypatch):
-    monkeypatch.setattr("fused_adam.state.arena.SEGMENT_BYTES", 4 * 400)
+    monkeypatch.setattr("fused_adam.state.memory.SEGMENT_BYTES", 4 * 400)
     runs = []
     for flatten in (False, True):
         optimizer = FusedAdamW(

@@ -18,7 +18,7 @@ from training import gradient, parameters, results, same_bits, train, values
 from fused_adam import FusedAdamW, step_in_backward
 from fused_adam.backends import choose as backend
 from fused_adam.precision import ENTRIES
-from fused_adam.state import arena, offload
+from fused_adam.state import memory, offload
 
 SHAPES = [(5,), (33, 3), (), (0, 3), (129,)]
 RECIPES = ["master32", "split32-bf16", "split24-int8", "sr-bf16"]
@@ -55,8 +55,10 @@ def stored(optimizer):
 
 
 def segments(optimizer):
-    homes = optimizer._engine.arena.homes.values()
-    return list(dict.fromkeys(slot.segment for home in homes for slot in home.slots.values()))
+    param_states = optimizer._engine.arena.param_states.values()
+    return list(
+        dict.fromkeys(slot.segment for home in param_states for slot in home.slots.values())
+    )
 
 
 def saved(state_dict):
@@ -126,9 +128,9 @@ class Copies(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("limit", [arena.SEGMENT_BYTES, 4 * 200])
+@pytest.mark.parametrize("limit", [memory.SEGMENT_BYTES, 4 * 200])
 def test_one_copy_per_segment(limit, elsewhere, monkeypatch):
-    monkeypatch.setattr(arena, "SEGMENT_BYTES", limit)
+    monkeypatch.setattr(memory, "SEGMENT_BYTES", limit)
     optimizer = new(shapes=SHAPES * 10)
     train(optimizer, 1)
     sizes = sorted(segment.numel() for segment in segments(optimizer))
@@ -243,7 +245,7 @@ def test_checkpoints_meanwhile_are_those_of_before(elsewhere, options):
 
 @pytest.mark.parametrize("first", [0, 2])
 def test_loading_meanwhile_fills_host_memory(elsewhere, first):
-    """Also where there was no state yet: what loading makes on the device goes to the host as well."""
+    """Also where there was no state yet: what loading makes on the device goes to the host."""
     source = new()
     train(source, 3)
     optimizer = new()

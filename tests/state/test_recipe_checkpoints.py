@@ -8,7 +8,7 @@ import pickle
 
 import pytest
 import torch
-from test_recipes import (
+from recipes import (
     BF16,
     FP16,
     FP32,
@@ -53,7 +53,7 @@ def decoded(optimizer):
 
 
 # The same recipe
-# ----------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("flatten", [False, True])
@@ -84,7 +84,7 @@ def test_resuming_on_the_kernel_what_the_reference_saved(precision):
 
 @pytest.mark.parametrize("precision", ["split24-int8", "split32-bf16"])
 def test_the_order_of_elements_in_memory_may_change(precision):
-    """8-bit groups follow the memory: those of another order are encoded anew, all else is exact."""
+    """8-bit groups follow the memory: another order is encoded anew, all else is exact."""
     a = nn.Parameter(values((2, 3, 4, 5), 1, BF16))
     first = FusedAdamW([a], precision=precision, **options)
     train(first, 3)
@@ -177,11 +177,11 @@ def test_the_checkpoints_seed_wins_and_the_constructors_precision():
 
 
 # From one precision to another
-# --------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 
 def close(got, want, states, weight_bits=24):
-    """Equal to within one rounding to what `states` hold: to nearest, none is below zero or lost."""
+    """Equal to within one rounding of what `states` hold: to nearest, none negative or lost."""
     for x, y in zip(got, want, strict=True):
         assert x["step"] == y["step"]
         assert x.keys() == y.keys()
@@ -193,7 +193,9 @@ def close(got, want, states, weight_bits=24):
                 assert torch.equal(x[key], y[key])
             elif states == "bf16" or key == "max_exp_avg_sq":
                 assert (error <= y[key].abs() * 2**-8).all()
-            else:  # half the distance of two codes, which is widest at the top: 1 - (126 / 127)^2, 1 - (254 / 255)^4
+            else:
+                # Half the distance of two codes, which is widest at the top:
+                # 1 - (126 / 127)^2 and 1 - (254 / 255)^4.
                 assert (
                     error <= y[key].abs().max() * 0.008 + (0 if key == "exp_avg" else 1e-12)
                 ).all()
@@ -276,7 +278,7 @@ def test_loading_into_a_running_optimizer_of_another_recipe():
 
 
 # Out to float32
-# -----------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 
 @every_recipe
@@ -373,7 +375,7 @@ def test_export_of_what_a_user_wrote():
 
 
 # What does not fit
-# --------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

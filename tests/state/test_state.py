@@ -85,8 +85,8 @@ def test_state_that_is_moved_away_leaves_its_memory_at_once(flatten):
     plain, optimizer = (new(backend="triton", flatten=flatten) for _ in range(2))
     train(plain, 2)
     train(optimizer, 2)
-    homes = optimizer._engine.arena.homes.values()
-    segments = [weakref.ref(slot.segment) for home in homes for slot in home.slots.values()]
+    param_states = optimizer._engine.arena.param_states.values()
+    segments = [weakref.ref(slot.segment) for home in param_states for slot in home.slots.values()]
     assert all(segment() is not None for segment in segments)
     replace_all(optimizer, torch.clone)
     assert all(segment() is None for segment in segments)
@@ -101,7 +101,7 @@ def test_a_segment_lives_as_long_as_one_entry_uses_it():
     optimizer = new(backend="triton")
     train(optimizer, 1)
     first, *others = members(optimizer)
-    segment = weakref.ref(optimizer._engine.arena.homes[first].slots["exp_avg"].segment)
+    segment = weakref.ref(optimizer._engine.arena.param_states[first].slots["exp_avg"].segment)
     for param in others:
         del optimizer.state[param]
     assert segment() is not None
@@ -143,7 +143,7 @@ def test_state_is_compared_also_where_torch_numbers_no_dicts(dict_version, monke
         for entry in entries:
             entry["exp_avg"] = entry["exp_avg"] * 0.5
         if each is expected:
-            each._engine.forget()
+            each._engine.drop_plans()
         train(each, 1, first=3)
         each.state["a key of the user's"] = 3
         train(each, 1, first=4)
@@ -333,7 +333,7 @@ def test_state_of_a_copy_is_flat_again(copied):
     train(twin, 1, first=2)
     segments = {
         id(slot.segment)
-        for home in twin._engine.arena.homes.values()
+        for home in twin._engine.arena.param_states.values()
         for slot in home.slots.values()
     }
     assert len(segments) == 2
@@ -526,6 +526,6 @@ def test_one_tensor_of_many_is_replaced():
         train(each, 1, first=2)
         entry["exp_avg"] = torch.full((3,), 0.5)
         if each is expected:
-            each._engine.forget()
+            each._engine.drop_plans()
         train(each, 1, first=3)
     assert same_bits(results(optimizer), results(expected))

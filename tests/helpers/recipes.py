@@ -1,0 +1,77 @@
+"""Parameters trained under a precision recipe."""
+
+import torch
+from torch import nn
+from training import gradient, values
+
+from fused_adam import FusedAdamW
+
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+RECOMMENDED = [
+    *(
+        "split32",
+        "split32-bf16",
+        "split24-bf16",
+        "sr-bf16",
+        "split24-int8",
+        "master32",
+        "native-bf16",
+        "native-int8",
+    )
+]
+# Around a group (32), its multiples, a chunk of the kernel (8192 in the interpreter); empty and
+# 0-dim.
+SMALL = [(), (31,), (0, 3), (5, 13)]
+
+
+def dtype_of(precision):
+    """The smallest that the recipe serves; fp32 for native ones, which are meant for it."""
+    return FP32 if precision.startswith("native") else BF16
+
+
+def parameters(dtype, shapes=SMALL, seed=0, device="cpu"):
+    return [
+        nn.Parameter(values(shape, seed + i, dtype).to(device)) for i, shape in enumerate(shapes)
+    ]
+
+
+def members(optimizer):
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def train(optimizer, steps, first=0, dtype=None, scale=1.0):
+    """`dtype`: of the gradients. The values do not depend on grouping."""
+    for step in range(first, first + steps):
+        for i, p in enumerate(members(optimizer)):
+            if dtype not in (None, p.dtype):
+                p.grad_dtype = dtype
+            grad = gradient(p, i, step, dtype) * scale
+            if optimizer._flatten and p.grad is not None:
+                p.grad.copy_(grad)
+            else:
+                p.grad = grad
+        optimizer.step()
+
+
+def trained(
+    precision,
+    steps=2,
+    shapes=SMALL,
+    dtype=None,
+    first=0,
+    grad_dtype=None,
+    scale=1.0,
+    device="cpu",
+    **options,
+):
+    options = {"lr": 1e-2, "weight_decay": 0.1, "precision": precision, **options}
+    optimizer = FusedAdamW(
+        parameters(dtype or dtype_of(precision), shapes, device=device), **options
+    )
+    train(optimizer, steps, first, grad_dtype, scale)
+    return optimizer
+
+
+def weights(optimizer):
+    """float32, as the recipe holds them."""
+    return list(optimizer.export_fp32()["params"].values())
