@@ -399,7 +399,10 @@ def main(arguments: list[str] | None = None) -> None:
     variants = checked("--variant", options.variant, list(VARIANTS))
     if triton.knobs.runtime.interpret:
         sys.exit("TRITON_INTERPRET is set, under which nothing is compiled; allowed: unset, or 0")
-    reports = [inspect(variant, target) for variant in variants for target in targets]
+    try:
+        reports = [inspect(variant, target) for variant in variants for target in targets]
+    except OSError as error:  # Triton writes what it compiles into its cache
+        sys.exit(f"nothing can be compiled: {error}; TRITON_CACHE_DIR names another cache folder")
     if options.json:
         print(json.dumps([dataclasses.asdict(report) for report in reports], indent=1))
         return

@@ -80,6 +80,7 @@ def command(*arguments, **environment):
         (["--arch", "sm_70"], {}, ["--arch 'sm_70'", "sm_90", "gfx942"]),
         (["--variant", "fp31"], {}, ["--variant 'fp31'", "bf16-fp32-state", "prologue"]),
         ([], {"TRITON_INTERPRET": "1"}, ["TRITON_INTERPRET", "allowed: unset"]),
+        (["--arch", "sm_90", "--variant", "fp32"], {"TRITON_CACHE_DIR": "/proc/x"}, ["/proc/x"]),
     ],
 )
 def test_errors_are_one_line_that_names_what_is_allowed(arguments, environment, words):
