@@ -72,7 +72,9 @@ COPY, MOVE = "copy", "the update's accesses"
 SECONDS = 60.0
 # `--quick` promises a minute. Importing torch and showing tables take the rest of it.
 QUICK_SECONDS, QUICK_LIMIT = 10.0, 45.0
-WARM_UP = 2
+WARM_UP, LEAST_ROUNDS = 2, 3
+# A step of 2000 tensors takes seconds where others keep the cores busy, so `--quick` asks for less.
+QUICK_WARM_UP, QUICK_LEAST_ROUNDS = 1, 2
 TURNS, STEPS_PER_TURN = 5, 3
 # Making an optimizer anew has kept a GPU busy already: its clocks need no whole second of steps.
 TURN_WARM_UP = 0.25
@@ -95,7 +97,9 @@ def run(arguments: argparse.Namespace) -> int:
     if quick and busy():
         specs = without_compiled(specs, arguments, session.recorder)
     modes = MODES if session.device.type == "cuda" else MODES[:1]
-    jobs = [Job(name, shapes, case, mode) for name, shapes in models.items() for mode in modes]
+    jobs = [
+        Job(name, shapes, case, mode, quick) for name, shapes in models.items() for mode in modes
+    ]
     seconds = (arguments.seconds or (QUICK_SECONDS if quick else SECONDS)) / len(jobs)
     with session.measuring() as progress:
         for number, job in enumerate(jobs):
@@ -134,6 +138,7 @@ class Job:
     shapes: Sequence[Shape]
     case: Case
     mode: str
+    quick: bool = False
     families: dict[str, str] = field(default_factory=dict)
     parities: dict[str, Parity] = field(default_factory=dict)
     held: dict[str, float] = field(default_factory=dict)
@@ -223,7 +228,7 @@ class BufferRotation:
         self.device = job.case.device
         self.calls = [capture(c) if job.mode == "graph" else c.step for c in instances]
         for call in self.calls:
-            for _ in range(WARM_UP):
+            for _ in range(QUICK_WARM_UP if job.quick else WARM_UP):
                 call()
         self.order = self._cycle()
         self.repeats = 1
@@ -420,6 +425,7 @@ def measure_resident(
         interleaved(
             {**ours, **measures},
             seconds,
+            min_rounds=QUICK_LEAST_ROUNDS if job.quick else LEAST_ROUNDS,
             on_round=on_round,
             warm_up=warm_up,
             on_error=on_error,

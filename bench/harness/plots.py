@@ -120,7 +120,9 @@ def draw_step(axes: Axes, results: list[Result], device: str) -> None:
     )
     axes.set_title(case_title(results[0]), loc="left", fontsize=11)
     # Below the axis: inside, it would hide bars.
-    axes.legend(loc="lower right", fontsize=9)
+    # On white, so that the line behind it does not cross out words.
+    white = {"frameon": True, "facecolor": "white", "edgecolor": "none", "framealpha": 1.0}
+    axes.legend(loc="lower right", fontsize=9, **white)
 
 
 def draw_host(axes: Axes, results: list[Result]) -> None:
@@ -297,7 +299,7 @@ def draw_ends(axes: Axes, results: list[Result]) -> None:
         ends = [finite(loss) - center for loss in result["validation_losses"]]
         axes.plot(ends, [place] * len(ends), "o", color=color, alpha=0.45, markersize=6)
         axes.plot([statistics.fmean(ends)], [place], "|", color=color, ms=15, mew=3.5)
-    names = [f"{result['name']}\u2009, {result['state_bytes']:.6g} B" for result in results]
+    names = [f"{result['name']}, {result['state_bytes']:.6g} B" for result in results]
     axes.set_yticks(range(len(results)), names, fontsize=10)
     axes.set_ylim(len(results) - 0.4, -0.6)
     title = "Validation loss at the end: dots are seeds, bars their mean"
