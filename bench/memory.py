@@ -26,10 +26,10 @@ import torch
 from .harness.console import Progress, Table, exact_bytes
 from .harness.optimizers import OURS, OptimizerSpec
 from .harness.results import Record, Recorder, Result, unique
+from .harness.rotation import Job, fitting
 from .harness.session import Session
 from .harness.shapes import numel
 from .harness.workload import instantiate, make_params, one_line, released
-from .step import Job, fitting
 
 COLUMNS = {
     "state B/param.": "state_bytes",

@@ -29,6 +29,7 @@ from .harness.launches import launch_shape
 from .harness.optimizers import Case, OptimizerSpec, common_dtype, ours
 from .harness.oracle import AdamWOptions
 from .harness.results import Record, Recorder, Result, left_out_lines
+from .harness.rotation import Job
 from .harness.session import Session, TableMaker
 from .harness.shapes import Shape, shapes_of
 from .harness.shapes import numel as count
@@ -198,7 +199,7 @@ def accuracy_part(suite: Suite, own: Recorder, progress: Progress) -> None:
 def memory_part(suite: Suite, own: Recorder, progress: Progress) -> None:
     """State and peaks."""
     model = "gpt2/64" if suite.quick else "resnet50"
-    job = step.Job(model, shapes_of(model), suite.case(), "eager")
+    job = Job(model, shapes_of(model), suite.case(), "eager")
     memory.measure(own, suite.specs, job, progress)
 
 
@@ -273,7 +274,7 @@ def step_part(suite: Suite, own: Recorder, progress: Progress) -> None:
         if number and left <= 0:
             own.leave_out(words, f"no time left of {suite.seconds:.0f} s")
             continue
-        job = step.Job(model, shapes, Case(suite.device, dtype, grad_dtype, suite.options), mode)
+        job = Job(model, shapes, Case(suite.device, dtype, grad_dtype, suite.options), mode)
         seconds = min(20.0, max(1.0, 0.5 * left / (len(jobs) - number)))
         try:
             step.measure(own, suite.specs, job, seconds, progress)

@@ -27,11 +27,11 @@ from .harness.console import Progress, Table, spread, three_digits, times
 from .harness.launches import no_interpreter
 from .harness.optimizers import OURS, Case, peers, variants
 from .harness.results import Record, Recorder, Result, left_out_lines
+from .harness.rotation import Job
 from .harness.session import Session
 from .harness.shapes import shapes_of
 from .harness.timing import copy_bandwidth
 from .harness.workload import one_line
-from .step import Job
 from .step import measure as measure_step
 
 STEPS = 1000

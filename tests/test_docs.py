@@ -18,7 +18,7 @@ from process import ROOT
 from test_layout import FLOOR, MODULES, name_of, room_of
 from torch import nn
 
-from bench import cli, tables
+from bench import cli, report
 from bench.verify import HASH
 from fused_adam.precision import parse
 
@@ -223,7 +223,7 @@ def test_tables_of_records_are_what_the_command_writes():
     pages = [page for page, text in PAGES.items() if "<!-- bench:" in text]
     assert pages
     for page in pages:
-        assert tables.update_document(PAGES[page], (ROOT / page).parent) == PAGES[page]
+        assert report.update_document(PAGES[page], (ROOT / page).parent) == PAGES[page]
 
 
 def test_the_published_hash_is_the_tested_one():

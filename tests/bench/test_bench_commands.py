@@ -13,8 +13,8 @@ import types
 import pytest
 import torch
 
-from bench import accuracy, cli, env, step, verify
-from bench.harness import optimizers, plots, timing
+from bench import accuracy, cli, env, verify
+from bench.harness import optimizers, plots, rotation, timing
 from bench.harness import shapes as shapes_module
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -27,7 +27,7 @@ TWO = ["--peers", "torch-fused,torch-single"]
 def small_copies(monkeypatch):
     """A gigabyte of copying tells nothing here; settings that commands make are put back."""
     monkeypatch.setattr(timing, "COPY_BYTES", 1 << 16)
-    monkeypatch.setattr(step, "COPY_BYTES", 1 << 16)
+    monkeypatch.setattr(rotation, "COPY_BYTES", 1 << 16)
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
@@ -158,7 +158,7 @@ def test_a_wrong_optimizer_gets_no_time(run, shapes, monkeypatch):
 
 def test_memory_holds_one_at_a_time(run, shapes, monkeypatch):
     """Each optimizer is then made anew for every turn, and measured as often as the others."""
-    monkeypatch.setattr(step, "free_bytes", lambda device: 290_000)
+    monkeypatch.setattr(rotation, "free_bytes", lambda device: 290_000)
     _, record, out = run("step", *shapes, *FEW, *TWO)
     assert [result["resident"] for result in record["results"]] == [False] * 3
     assert {result["step_ms"]["rounds"] for result in record["results"]} == {2}
@@ -167,7 +167,7 @@ def test_memory_holds_one_at_a_time(run, shapes, monkeypatch):
 
 @pytest.mark.parametrize("command", ["step", "memory"])
 def test_too_little_memory_is_one_line(command, monkeypatch, capsys):
-    monkeypatch.setattr(step, "free_bytes", lambda device: 10**9)
+    monkeypatch.setattr(rotation, "free_bytes", lambda device: 10**9)
     assert cli.main([command, *ONE, *TWO, "--model", "gpt2"]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1

@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from bench import step, suite
-from bench.harness import optimizers, results, shapes, timing
+from bench.harness import optimizers, results, rotation, shapes, timing
 from bench.harness.optimizers import Case
-from bench.step import COPY, MOVE, Job
+from bench.harness.rotation import Job
+from bench.step import COPY, MOVE
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 SHAPES = [(30, 40), (7,)]
@@ -24,7 +25,7 @@ MB = 1 << 20
 
 @pytest.fixture(autouse=True)
 def small_copies(monkeypatch):
-    for module in (timing, step):
+    for module in (timing, rotation):
         monkeypatch.setattr(module, "COPY_BYTES", 1 << 16)
 
 
@@ -50,33 +51,33 @@ def test_queued_steps_go_through_more_than_the_cache(model, dtype, sets, monkeyp
     """On a GPU steps of one optimizer queue up: nothing but its own sets goes by, so copies do not
     count.
     """
-    monkeypatch.setattr(step, "cache_bytes", lambda device: 50 * MB)
-    monkeypatch.setattr(step, "free_bytes", lambda device: 80 << 30)
-    monkeypatch.setattr(step, "COPY_BYTES", 256 * MB)
+    monkeypatch.setattr(rotation, "cache_bytes", lambda device: 50 * MB)
+    monkeypatch.setattr(rotation, "free_bytes", lambda device: 80 << 30)
+    monkeypatch.setattr(rotation, "COPY_BYTES", 256 * MB)
     dtype = dtype or torch.float32
     job = Job(model, shapes.shapes_of(model), Case(CUDA, dtype, dtype), "graph")
-    assert step.residency([REFERENCE, FUSED], job) == (True, sets)
+    assert rotation.residency([REFERENCE, FUSED], job) == (True, sets)
     least = shapes.numel(job.shapes) * 2 * dtype.itemsize
     assert sets * least >= 3 * 50 * MB > (sets - 1) * least
 
 
 def test_sets_take_no_more_memory_than_there_is(monkeypatch):
-    monkeypatch.setattr(step, "cache_bytes", lambda device: 50 * MB)
+    monkeypatch.setattr(rotation, "cache_bytes", lambda device: 50 * MB)
     job = Job("many-small", shapes.shapes_of("many-small"), Case(CUDA), "graph")
-    one = step.one_bytes(REFERENCE, job)
+    one = rotation.one_bytes(REFERENCE, job)
     for most in (1, 2, 3):
         free = ((most + 1) * one + 4 * (1 << 16)) / 0.9 + 1
-        monkeypatch.setattr(step, "free_bytes", lambda device, free=free: free)
-        assert step.residency([REFERENCE], job) == (True, most)
-    monkeypatch.setattr(step, "free_bytes", lambda device: one)
-    assert step.residency([REFERENCE, FUSED], job) == (False, 1)
+        monkeypatch.setattr(rotation, "free_bytes", lambda device, free=free: free)
+        assert rotation.residency([REFERENCE], job) == (True, most)
+    monkeypatch.setattr(rotation, "free_bytes", lambda device: one)
+    assert rotation.residency([REFERENCE, FUSED], job) == (False, 1)
 
 
 def test_one_that_does_not_fit_leaves_the_others(recorder, monkeypatch):
     job = cpu_job()
-    need = {spec: step.one_bytes(spec, job) + 2 * (1 << 16) for spec in (FUSED, FOREACH)}
+    need = {spec: rotation.one_bytes(spec, job) + 2 * (1 << 16) for spec in (FUSED, FOREACH)}
     assert need[FOREACH] > 1.05 * need[FUSED]
-    monkeypatch.setattr(step, "free_bytes", lambda device: 1.02 * need[FUSED] / step.SHARE)
+    monkeypatch.setattr(rotation, "free_bytes", lambda device: 1.02 * need[FUSED] / rotation.SHARE)
     assert set(measured(recorder, [REFERENCE, FUSED, FOREACH])) == {REFERENCE.name, FUSED.name}
     [left] = recorder.left_out
     assert left["name"] == FOREACH.name and "failed" not in left

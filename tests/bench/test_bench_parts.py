@@ -19,6 +19,7 @@ from bench.harness import (
     optimizers,
     oracle,
     results,
+    rotation,
     timing,
     workload,
 )
@@ -253,7 +254,7 @@ def test_flat_buffers_keep_the_gradients_they_were_given():
 
 def test_graphs_are_for_those_whose_steps_count_on_in_them():
     recorder = results.Recorder("step", {}, CPU)
-    job = step.Job("small", [(5,)], Case(CPU), "graph")
+    job = rotation.Job("small", [(5,)], Case(CPU), "graph")
     specs = [optimizers.ours("reference", False), optimizers.peers()["torch-fused"], WRONG["lr"]]
     assert step.passing(specs, job, recorder) == specs[:2]
     assert recorder.left_out[0]["reason"] == "its step cannot be captured in a CUDA graph"
