@@ -14,9 +14,9 @@ import venv
 ROOT = pathlib.Path(__file__).parents[2]
 
 USE = """
-import pathlib, sys, torch, fused_adam, fused_adam.bench.cli, fused_adam_kernels.adam
+import pathlib, sys, torch, fused_adam, fused_adam_bench.cli, fused_adam_kernels.adam
 site = pathlib.Path(sys.prefix)
-for module in (fused_adam, fused_adam.bench, fused_adam_kernels):
+for module in (fused_adam, fused_adam_bench, fused_adam_kernels):
     assert site in pathlib.Path(module.__file__).parents, module.__file__
 assert (pathlib.Path(fused_adam.__file__).parent / "py.typed").exists()
 param = torch.nn.Parameter(torch.ones(3)); param.grad = torch.ones(3)
