@@ -54,13 +54,7 @@ from .harness.timing import (
     statistic,
     warm_up_seconds,
 )
-from .harness.workload import (
-    check_parity,
-    copy_params,
-    make_params,
-    one_line,
-    released,
-)
+from .harness.workload import check_parity, copy_params, make_params, one_line, released
 
 MODES = ("eager", "graph")
 COPY, MOVE = "copy", "the update's accesses"
