@@ -221,6 +221,7 @@ def test_host_on_dtensors(run):
     assert code == 0 and "FusedAdamW DTensor" in {
         result["optimizer"] for result in record["results"]
     }
+    assert not torch.distributed.is_initialized()  # the group was this command's own
 
 
 def test_memory(run):
