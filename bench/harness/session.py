@@ -176,11 +176,17 @@ def hold_interrupts() -> Iterator[None]:
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    arrived: list[int] = []
+    # Children inherit the mask. Another thread may still take the signal, and Python then runs the
+    # handler in this one: it must not raise half-way through the start of a process.
+    with on_interrupt(lambda number, frame: arrived.append(number)):
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            yield
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    if arrived:
+        raise KeyboardInterrupt
 
 
 def plain(value: Any) -> Any:
