@@ -13,7 +13,6 @@ import itertools
 import math
 import multiprocessing
 import os
-import signal
 import statistics
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -38,7 +37,7 @@ from .harness.gpt import (
     state_tensors,
 )
 from .harness.results import Record, Result
-from .harness.session import Session, on_interrupt
+from .harness.session import Session, hold_interrupts
 
 FP32, BF16 = "torch AdamW fp32", "torch AdamW bf16"
 RECOMMENDED = (
@@ -179,14 +178,14 @@ def train(
     workers = min(len(jobs), os.cpu_count() or 1) if device.type == "cpu" else 1
     # Processes of their own: torch's threads do not survive a fork.
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        # Ctrl-C reaches them, too: they would write a traceback each. What is ignored here is
-        # ignored in a child.
-        with on_interrupt(signal.SIG_IGN):
-            futures = {
-                pool.submit(train_run, name, steps, seed, device): (name, seed)
-                for name, seed in jobs
-            }
         try:
+            # Ctrl-C reaches them, too: they would write a traceback each. One that comes while they
+            # start must not be lost, so it is held back here, and in them for good.
+            with hold_interrupts():
+                futures = {
+                    pool.submit(train_run, name, steps, seed, device): (name, seed)
+                    for name, seed in jobs
+                }
             for future in as_completed(futures):
                 name, seed = futures[future]
                 runs[name, seed] = future.result()

@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -75,6 +75,17 @@ def stubbed_spec() -> OptimizerSpec:
 def dtensor_spec(backend: str) -> OptimizerSpec:
     """Ours on DTensors."""
     return replace(ours(backend, flatten=False), name=DTENSOR)
+
+
+@contextlib.contextmanager
+def own_process_group() -> Iterator[None]:
+    """End the process group that `as_dtensors` makes meanwhile, but never one of the caller."""
+    there = distributed.is_initialized()
+    try:
+        yield
+    finally:
+        if not there and distributed.is_initialized():
+            distributed.destroy_process_group()
 
 
 def as_dtensors(params: Sequence[Tensor], device: torch.device) -> list[Tensor]:
@@ -185,7 +196,7 @@ def measure(
     for number, tensors in enumerate(counts):
         progress(f"{tensors} tensors", number / len(counts))
         samples: Samples = {}
-        with released():
+        with own_process_group(), released():
             timers = make_timers(specs, tensors, case, conditions, recorder)
             measures: dict[str, Callable[[], float]] = {n: t.measure for n, t in timers.items()}
             try:

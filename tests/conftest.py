@@ -6,6 +6,7 @@ decides when it is imported.
 """
 
 import os
+import signal
 
 import pytest
 import torch
@@ -17,6 +18,9 @@ GPU_LIMIT_S = 120
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # Background jobs of a shell ignore Ctrl-C, and so do their children. Some tests send one.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if config.option.markexpr == "gpu":
         os.environ.pop("TRITON_INTERPRET", None)
     else:

@@ -158,8 +158,8 @@ class Session:
 
 
 @contextlib.contextmanager
-def on_interrupt(handler: Callable[..., object] | signal.Handlers) -> Iterator[None]:
-    """While it lasts Ctrl-C does this. Processes started meanwhile inherit SIG_IGN for good."""
+def on_interrupt(handler: Callable[..., object]) -> Iterator[None]:
+    """While it lasts Ctrl-C does this."""
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread has a say in signals
         return
@@ -168,6 +168,25 @@ def on_interrupt(handler: Callable[..., object] | signal.Handlers) -> Iterator[N
         yield
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+@contextlib.contextmanager
+def hold_interrupts() -> Iterator[None]:
+    """Hold Ctrl-C back while it lasts; processes started meanwhile never see one."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    arrived: list[int] = []
+    # Children inherit the mask. Another thread may still take the signal, and Python then runs the
+    # handler in this one: it must not raise half-way through the start of a process.
+    with on_interrupt(lambda number, frame: arrived.append(number)):
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            yield
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    if arrived:
+        raise KeyboardInterrupt
 
 
 def plain(value: Any) -> Any:

@@ -1,5 +1,6 @@
 """Every sub-command of the benchmark through its real entry point, tiny. No time is asserted."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -220,6 +221,7 @@ def test_host_on_dtensors(run):
     assert code == 0 and "FusedAdamW DTensor" in {
         result["optimizer"] for result in record["results"]
     }
+    assert not torch.distributed.is_initialized()  # the group was this command's own
 
 
 def test_memory(run):
@@ -514,8 +516,9 @@ def test_an_interrupted_start_says_so_in_one_line(monkeypatch, capsys):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
-def test_an_interrupt_ends_the_processes_that_train_recipes(tmp_path):
-    """Ctrl-C goes to all processes of the terminal."""
+@pytest.mark.parametrize("wait", [0.0, 0.5])
+def test_an_interrupt_ends_the_processes_that_train_recipes(tmp_path, wait):
+    """Ctrl-C goes to all processes of the terminal, also while they are being started."""
     out = ["--steps", "100000", "--plot", str(tmp_path / "none.png")]
     process = subprocess.Popen(
         [
@@ -541,11 +544,12 @@ def test_an_interrupt_ends_the_processes_that_train_recipes(tmp_path):
             len(children.read_text().split()) < 2 and process.poll() is None
         ):  # multiprocessing's tracker is the first
             time.sleep(0.05)
-        time.sleep(0.5)
+        time.sleep(wait)
         os.killpg(process.pid, signal.SIGINT)
         error = process.communicate(timeout=60)[1]
     finally:
-        process.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
     assert (process.returncode, error) == (130, "fused-adam-bench: interrupted\n")
 
 
