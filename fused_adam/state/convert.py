@@ -110,7 +110,11 @@ def convert(entry: Mapping[str, Any], param: Tensor, target: Recipe) -> dict[str
         out["max_exp_avg_sq"] = values["max_exp_avg_sq"]
     weight = values.get("master_weight")
     if weight is not None and target.weights == "master32":
-        out["master_weight"] = weight
+        # Halfway between two values a split weight shows the one away from zero, but a master
+        # weight rounds to the even one, and would count as overwritten. Its last place settles it.
+        nearer = torch.nextafter(weight, param.detach().float())
+        tie = (weight.to(param.dtype) != param) & (nearer.to(param.dtype) == param)
+        out["master_weight"] = torch.where(tie, nearer, weight)
     elif weight is not None and target.weights in ("split32", "split24"):
         bits = half[: param.numel()].view(param.shape).to(weight.device)
         out["remainder"] = codecs.store_weight(target.weights, weight, bits)[1]

@@ -266,6 +266,21 @@ def test_split32_and_master32_exchange_exactly(states):
             assert same_bits(decoded(optimizer), want)
 
 
+@pytest.mark.parametrize(("source", "tie"), [("split24", -128), ("split32", -(2**15))])
+def test_weights_halfway_between_two_values_keep_their_remainder(source, tie):
+    """A split weight shows the one away from zero, and a master weight would round to the even."""
+    split = trained(source, 1, [(8,)])
+    [p] = members(split)
+    with torch.no_grad():
+        p.copy_(torch.tensor([1.0078125, -1.0078125]).repeat(4))
+    split.state[p]["remainder"].fill_(tie)
+    master = successor(split, precision="master32")
+    master.load_state_dict(split.state_dict())
+    [weight], [expected] = weights(master), weights(split)
+    assert torch.equal(expected, torch.tensor([1.00390625, -1.00390625]).repeat(4))
+    assert ((weight - expected).abs() <= 2.0**-23).all()
+
+
 def test_loading_into_a_running_optimizer_of_another_recipe():
     source, running = trained("split32-bf16", 3, SHAPES), trained("split24-int8", 5, SHAPES)
     fresh = successor(source, precision="split24-int8")
