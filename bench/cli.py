@@ -28,8 +28,17 @@ BACKENDS = ("auto", "triton", "reference", "compiled")
 FLATTEN = ("both", "on", "off")
 # The names of `harness.optimizers.peers()`, which imports torch. A test compares them.
 PEERS = (
-    *("torch-fused", "torch-foreach", "torch-single", "torch-compile", "optimi", "flashoptim"),
-    *("torchao-8-bit", "bitsandbytes-32-bit", "bitsandbytes-8-bit", "apex", "transformer-engine"),
+    "torch-fused",
+    "torch-foreach",
+    "torch-single",
+    "torch-compile",
+    "optimi",
+    "flashoptim",
+    "torchao-8-bit",
+    "bitsandbytes-32-bit",
+    "bitsandbytes-8-bit",
+    "apex",
+    "transformer-engine",
     "deepspeed",
 )
 MOST_STEPS = 1_000_000

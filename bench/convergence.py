@@ -41,8 +41,14 @@ from .harness.session import Session, hold_interrupts
 
 FP32, BF16 = "torch AdamW fp32", "torch AdamW bf16"
 RECOMMENDED = (
-    *("split32", "split32-bf16", "split24-bf16", "sr-bf16", "split24-int8", "master32"),
-    *("native-bf16", "native-int8"),
+    "split32",
+    "split32-bf16",
+    "split24-bf16",
+    "sr-bf16",
+    "split24-int8",
+    "master32",
+    "native-bf16",
+    "native-int8",
 )
 # 3 seeds of 10 runs of 1000 steps took 25 minutes on 2 busy cores.
 STEPS, SEEDS = 1000, 3
@@ -55,8 +61,14 @@ CURVE_POINTS = 50
 # seeds are apart.
 SPREAD_FACTOR = 1.0
 COLUMNS = (
-    *("optimizer", "weights", "state B/param.", "stated", "train loss", "valid. loss"),
-    *("less fp32's", "verdict"),
+    "optimizer",
+    "weights",
+    "state B/param.",
+    "stated",
+    "train loss",
+    "valid. loss",
+    "less fp32's",
+    "verdict",
 )
 
 Runs = Mapping[tuple[str, int], Result]  # by name and seed

@@ -44,8 +44,14 @@ NAMES = (TORCH, FUSED, FLAT, YARDSTICK)
 STEPS = 250
 VALIDATION_BATCHES = 8
 COLUMNS = (
-    *("run", "train loss", "valid. loss", "step ms", "optim. share"),
-    *("state B/param.", "state MB", "same bits"),
+    "run",
+    "train loss",
+    "valid. loss",
+    "step ms",
+    "optim. share",
+    "state B/param.",
+    "state MB",
+    "same bits",
 )
 ON_CPU = (
     "Without a GPU FusedAdamW runs its reference in plain torch: for equal bits, not for speed."

@@ -37,6 +37,7 @@ from dataclasses import asdict, dataclass, field, replace
 
 import torch
 
+from .harness import timing
 from .harness.console import Progress, Table, exact_bytes, spread, three_digits, times
 from .harness.optimizers import BASELINE, OURS, OptimizerSpec
 from .harness.results import Record, Recorder, Result, case_title
@@ -44,7 +45,6 @@ from .harness.rotation import BufferRotation, Job, fitting, make_rotation, place
 from .harness.session import Session
 from .harness.shapes import numel
 from .harness.timing import (
-    COPY_BYTES,
     Bandwidth,
     CopyBandwidth,
     Samples,
@@ -192,7 +192,7 @@ def make_limits(job: Job, recorder: Recorder) -> dict[str, Bandwidth]:
         try:
             from .harness.stream import AccessBandwidth  # imports triton
 
-            limits[MOVE] = AccessBandwidth(device, COPY_BYTES // 8)
+            limits[MOVE] = AccessBandwidth(device, timing.COPY_BYTES // 8)
         except Exception as error:  # a copy is a limit too
             leave_out(MOVE, error, job, recorder)
     return limits

@@ -328,15 +328,23 @@ class Engine:
             self.plans.clear()
             self.usual = None
             self.state_moves = self.arena.state_moves
-        # With only some parameters to step, the others may have gradients.
-        missing = only is None
-        idle = [p for p, g in zip(self.params, by_position, strict=True) if missing and g is None]
+        # Others must have no gradient, or they would be left out. If the caller names what to step,
+        # the others may have one.
+        idle: list[Tensor] = []
+        if only is None:
+            idle = [p for p, grad in zip(self.params, by_position, strict=True) if grad is None]
         rows = [row for group in launch_groups for row in group.rows]
         for row in rows if self.in_norm else ():
             row.in_norm = self.in_norm[row.param_index]
         guard = PlanGuard(
-            *(stepped, grads, idle, self.flat, self.read_attribute, self.redistributed),
-            *(self.arena, StateGuard(state, stepped, rows)),
+            stepped,
+            grads,
+            idle,
+            buffers=self.flat,
+            read=self.read_attribute,
+            redistributed=self.redistributed,
+            arena=self.arena,
+            state_guard=StateGuard(state, stepped, rows),
         )
         cached = bind(launch_groups, names, self.needs_norm, stepped, guard)
         self._cache(key, cached)

@@ -21,8 +21,13 @@ EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 # torch's layers whose weights are matrices. A class that derives from one is a layer, whatever its
 # name.
 LAYERS = (
-    *(nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd, *EMBEDDINGS),
-    *(nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase),
+    nn.Linear,
+    nn.Bilinear,
+    nn.modules.conv._ConvNd,
+    *EMBEDDINGS,
+    nn.MultiheadAttention,
+    nn.RNNBase,
+    nn.RNNCellBase,
 )
 # How the name of a norm's class ends, in lower case and without underscores: LayerNorm,
 # LlamaRMSNorm, BatchNormAct2d, LayerNorm2dFp32, RMSNormGated, LayerNormalization, ConvNextV2GRN

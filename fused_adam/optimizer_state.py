@@ -21,8 +21,13 @@ Self = TypeVar("Self", bound="OptimizerState")
 
 # The arguments that copies and pickles keep, besides torch's: everything else is made from them.
 _PICKLED = (
-    *("_backend", "_flatten", "_grad_attribute", "_max_grad_norm"),
-    *("_precision", "_seed", "_skip_nonfinite"),
+    "_backend",
+    "_flatten",
+    "_grad_attribute",
+    "_max_grad_norm",
+    "_precision",
+    "_seed",
+    "_skip_nonfinite",
 )
 
 

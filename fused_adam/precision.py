@@ -50,8 +50,15 @@ GROUPED = ("exp_avg_scale", "exp_avg_sq_scale")
 MAXIMUM = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.bfloat16}
 # Every name a recipe may give to an entry of the state, besides the step counter.
 ENTRIES = (
-    *("master_weight", "remainder", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"),
-    *("exp_avg_code", "exp_avg_sq_code", "exp_avg_scale", "exp_avg_sq_scale"),
+    "master_weight",
+    "remainder",
+    "exp_avg",
+    "exp_avg_sq",
+    "max_exp_avg_sq",
+    "exp_avg_code",
+    "exp_avg_sq_code",
+    "exp_avg_scale",
+    "exp_avg_sq_scale",
 )
 NAMES = tuple(f"{weights}-{states}" for weights in WEIGHTS for states in STATES)
 

@@ -40,7 +40,9 @@ def run(text):
 
 def test_every_block_is_of_a_kind_that_a_test_runs():
     assert {block.language for block in blocks()} <= {
-        *("python", "python integration", "sh"),
+        "python",
+        "python integration",
+        "sh",
         *("math", ""),  # a formula, and a tree of files
     }
     assert len(blocks("python")) > 12 and len(blocks("python integration")) == 4

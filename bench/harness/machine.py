@@ -16,8 +16,15 @@ from fused_adam import __version__
 
 # Whatever the versions of which change a number.
 PACKAGES = (
-    *("triton", "numpy", "torch-optimi", "flashoptim", "torchao", "bitsandbytes", "apex"),
-    *("transformer-engine", "deepspeed"),
+    "triton",
+    "numpy",
+    "torch-optimi",
+    "flashoptim",
+    "torchao",
+    "bitsandbytes",
+    "apex",
+    "transformer-engine",
+    "deepspeed",
 )
 
 

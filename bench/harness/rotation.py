@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 
+from . import timing
 from .machine import cache_bytes, free_bytes
 from .optimizers import Case, OptimizerSpec
 from .results import Recorder
 from .shapes import Shape, numel
-from .timing import COPY_BYTES, seconds_of
+from .timing import seconds_of
 from .workload import Instance, Parity, instantiate
 
 # Steps before the clock starts; `--quick` asks for less.
@@ -74,7 +75,7 @@ def one_bytes(spec: OptimizerSpec, job: Job) -> float:
 
 def limit_bytes(device: torch.device) -> int:
     """Memory of the limits: two buffers to copy, on a GPU as much again for the accesses."""
-    return (2 if device.type == "cpu" else 4) * COPY_BYTES
+    return (2 if device.type == "cpu" else 4) * timing.COPY_BYTES
 
 
 def fitting(specs: Sequence[OptimizerSpec], job: Job, recorder: Recorder) -> list[OptimizerSpec]:

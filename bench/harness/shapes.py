@@ -172,7 +172,11 @@ def _hf_llama(c: Mapping[str, Any]) -> list[Shape]:
     kind, heads = c["model_type"], c["num_attention_heads"]
     bias = bool(c.get("attention_bias", False))
     return llama(
-        *(c["hidden_size"], c["num_hidden_layers"], c["intermediate_size"], c["vocab_size"], heads),
+        c["hidden_size"],
+        c["num_hidden_layers"],
+        c["intermediate_size"],
+        c["vocab_size"],
+        heads,
         c.get("num_key_value_heads") or heads,
         head=c.get("head_dim"),
         tied=bool(c.get("tie_word_embeddings", False)),

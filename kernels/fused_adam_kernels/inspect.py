@@ -330,8 +330,22 @@ def read_amd(asm: Any) -> dict[str, Any]:
 
 
 HEADER = [
-    *("kernel", "target", "regs", "spills", "local", "shared", "loads", "stores", "fp64"),
-    *("sqrt", "div", "fused", "instr", "body/elem", "B/elem", "compile_s"),
+    "kernel",
+    "target",
+    "regs",
+    "spills",
+    "local",
+    "shared",
+    "loads",
+    "stores",
+    "fp64",
+    "sqrt",
+    "div",
+    "fused",
+    "instr",
+    "body/elem",
+    "B/elem",
+    "compile_s",
 ]
 
 

@@ -15,23 +15,13 @@ import pytest
 import torch
 
 from bench import accuracy, cli, env, verify
-from bench.harness import optimizers, plots, rotation, timing
+from bench.harness import optimizers, plots, rotation
 from bench.harness import shapes as shapes_module
 
 ROOT = pathlib.Path(__file__).parents[2]
 ONE = ["--device", "cpu", "--backend", "reference", "--flatten", "off"]
 FEW = [*ONE, "--seconds", "0.05"]
 TWO = ["--peers", "torch-fused,torch-single"]
-
-
-@pytest.fixture(autouse=True)
-def small_copies(monkeypatch):
-    """A gigabyte of copying tells nothing here; settings that commands make are put back."""
-    monkeypatch.setattr(timing, "COPY_BYTES", 1 << 16)
-    monkeypatch.setattr(rotation, "COPY_BYTES", 1 << 16)
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

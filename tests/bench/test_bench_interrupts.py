@@ -21,12 +21,6 @@ ONE_LINE = "fused-adam-bench: interrupted\n"
 NAMES = {"FusedAdamW reference", "torch fused"}
 
 
-@pytest.fixture(autouse=True)
-def small_copies(monkeypatch):
-    for module in (timing, step):
-        monkeypatch.setattr(module, "COPY_BYTES", 1 << 16)
-
-
 @pytest.fixture
 def shapes(tmp_path):
     path = tmp_path / "little.json"

@@ -23,12 +23,6 @@ FUSED, FOREACH = optimizers.peers()["torch-fused"], optimizers.peers()["torch-fo
 MB = 1 << 20
 
 
-@pytest.fixture(autouse=True)
-def small_copies(monkeypatch):
-    for module in (timing, rotation):
-        monkeypatch.setattr(module, "COPY_BYTES", 1 << 16)
-
-
 @pytest.fixture
 def recorder():
     return results.Recorder("step", {}, CPU)
@@ -53,7 +47,7 @@ def test_queued_steps_go_through_more_than_the_cache(model, dtype, sets, monkeyp
     """
     monkeypatch.setattr(rotation, "cache_bytes", lambda device: 50 * MB)
     monkeypatch.setattr(rotation, "free_bytes", lambda device: 80 << 30)
-    monkeypatch.setattr(rotation, "COPY_BYTES", 256 * MB)
+    monkeypatch.setattr(timing, "COPY_BYTES", 256 * MB)
     dtype = dtype or torch.float32
     job = Job(model, shapes.shapes_of(model), Case(CUDA, dtype, dtype), "graph")
     assert rotation.residency([REFERENCE, FUSED], job) == (True, sets)

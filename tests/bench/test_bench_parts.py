@@ -400,8 +400,14 @@ def test_column_names_break_into_words_and_then_columns_into_blocks(monkeypatch)
     ]
     monkeypatch.setenv("COLUMNS", "20")
     assert [line[:9].strip() for line in printed(TABLE, Terminal())[1:-1]] == [
-        *("", "optimizer", "ours", "theirs"),
-        *("", "optimizer", "ours", "theirs"),
+        "",
+        "optimizer",
+        "ours",
+        "theirs",
+        "",
+        "optimizer",
+        "ours",
+        "theirs",
     ]
 
 

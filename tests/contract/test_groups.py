@@ -50,8 +50,12 @@ def test_matrices_decay_and_nothing_else():
     assert [group["weight_decay"] for group in groups] == [0.1, 0.0]
     decayed, others = names(groups)
     assert decayed == [
-        *("embedding.weight", "first.weight", "linear.weight"),
-        *("attention.in_proj_weight", "attention.out_proj.weight", "head.weight"),
+        "embedding.weight",
+        "first.weight",
+        "linear.weight",
+        "attention.in_proj_weight",
+        "attention.out_proj.weight",
+        "head.weight",
     ]
     assert others == [
         *(
@@ -63,7 +67,11 @@ def test_matrices_decay_and_nothing_else():
             "norms.2.weight",
             "norms.2.bias",
         ),
-        *("norms.3.weight", "norms.3.bias", "own.weight", "mine.weight", "linear.bias"),
+        "norms.3.weight",
+        "norms.3.bias",
+        "own.weight",
+        "mine.weight",
+        "linear.bias",
         *(
             "attention.in_proj_bias",
             "attention.bias_k",

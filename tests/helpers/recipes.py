@@ -8,16 +8,14 @@ from fused_adam import FusedAdamW
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 RECOMMENDED = [
-    *(
-        "split32",
-        "split32-bf16",
-        "split24-bf16",
-        "sr-bf16",
-        "split24-int8",
-        "master32",
-        "native-bf16",
-        "native-int8",
-    )
+    "split32",
+    "split32-bf16",
+    "split24-bf16",
+    "sr-bf16",
+    "split24-int8",
+    "master32",
+    "native-bf16",
+    "native-int8",
 ]
 # Around a group (32), its multiples, a chunk of the kernel (8192 in the interpreter); empty and
 # 0-dim.
