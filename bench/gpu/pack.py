@@ -25,7 +25,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
@@ -35,6 +35,11 @@ CACHE_MARK = "@CACHE@"
 PROCESSES = 2
 
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+
+if TYPE_CHECKING:
+    from bench.gpu import variants
+
+Job = tuple[str, Callable[[], None]]  # a name, and a launch that compiles one kernel
 
 
 class Driver:
@@ -65,19 +70,10 @@ class Driver:
         return lambda *arguments: None
 
 
-def jobs(folder: Path) -> list[tuple[str, Callable[[], None]]]:
-    """Everything that the optimizer, the benchmark and the variants launch, by name.
-
-    Args:
-        folder: for the copies of the kernels' sources that variants are.
-    """
+def update_mixes() -> list[variants.Mix]:
+    """What the update is compiled for: dtypes of parameter and gradient, weights, states."""
     import torch
 
-    from bench.gpu import variants
-    from bench.harness.stream import move
-    from fused_adam_kernels import adam, norm, scalars, table
-
-    cpu = torch.device("cpu")
     f32, bf16, f16, f64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
     mixes: list[variants.Mix] = [
         (param, grad, "native", "native")
@@ -95,6 +91,16 @@ def jobs(folder: Path) -> list[tuple[str, Callable[[], None]]]:
         ("native", "fp32", bf16),
     ):
         mixes += [(param, grad, weights, states) for grad in {param: 0, f32: 0}]
+    return mixes
+
+
+def optimizer_jobs() -> list[Job]:
+    """Everything that the optimizer launches, by name."""
+    import torch
+
+    from fused_adam_kernels import adam, norm, scalars, table
+
+    f32, bf16, f16, f64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 
     def update(mix: variants.Mix, amsgrad: bool) -> None:
         rows, blocks = (
@@ -126,24 +132,38 @@ def jobs(folder: Path) -> list[tuple[str, Callable[[], None]]]:
         )
         norm.square_sum(grad)(1, rows, blocks, torch.zeros(1, dtype=f64))
 
+    def total() -> None:
+        norm.total()(1, torch.zeros(1, dtype=f64), torch.zeros(1, dtype=f64), 1)
+
+    updates: list[Job] = [
+        (f"update {mix} {amsgrad}", functools.partial(update, mix, amsgrad))
+        for mix in update_mixes()
+        for amsgrad in (False, True)
+    ]
+    prologues = [(f"prologue {dtype}", functools.partial(prologue, dtype)) for dtype in (f32, f64)]
+    norms = [
+        (f"norm {dtype}", functools.partial(square_sum, dtype)) for dtype in (f32, bf16, f16, f64)
+    ]
+    return [*updates, *prologues, *norms, ("norm", total)]
+
+
+def jobs(folder: Path) -> list[Job]:
+    """Everything that the optimizer, the benchmark and the variants launch, by name.
+
+    Args:
+        folder: for the copies of the kernels' sources that variants are.
+    """
+    import torch
+
+    from bench.gpu import variants
+    from bench.harness.stream import move
+
     def accesses() -> None:
         move(*(torch.zeros(1 << 14) for _ in range(4)))
 
-    found: list[tuple[str, Callable[[], None]]] = [
-        (f"update {mix} {amsgrad}", functools.partial(update, mix, amsgrad))
-        for mix in mixes
-        for amsgrad in (False, True)
-    ]
-    found += [(f"prologue {dtype}", functools.partial(prologue, dtype)) for dtype in (f32, f64)]
-    found += [
-        (f"norm {dtype}", functools.partial(square_sum, dtype)) for dtype in (f32, bf16, f16, f64)
-    ]
-    found.append(
-        ("norm", lambda: norm.total()(1, torch.zeros(1, dtype=f64), torch.zeros(1, dtype=f64), 1))
-    )
-    found.append(("accesses", accesses))
+    cpu = torch.device("cpu")
     builds = variants.builds_of([], folder, [])
-    found += [
+    of_variants = [
         (
             f"{name} {mix}",
             functools.partial(variants.compile_update, build, variants.mix_of(mix), cpu),
@@ -151,7 +171,7 @@ def jobs(folder: Path) -> list[tuple[str, Callable[[], None]]]:
         for name, build in builds.items()
         for mix in variants.MIXES
     ]
-    return found
+    return [*optimizer_jobs(), ("accesses", accesses), *of_variants]
 
 
 def compile_share(number: int, folder: Path, library: str | None) -> list[str]:

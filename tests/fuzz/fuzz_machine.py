@@ -51,11 +51,11 @@ class Optimizers(Lockstep):
         source, goal = source % len(groups), goal % len(groups)
         old, new = groups[source][1], groups[goal][1]
         which, where = which % len(old), where % (len(new) + 1)
-        if (
-            len(old) == 1
-            or self.model.weights[old[which]].precision != self.model.weights[new[0]].precision
-        ):
+        weights = self.model.weights
+        if len(old) == 1 or weights[old[which]].precision != weights[new[0]].precision:
             return
+        if source != goal and old.count(old[which]) > 1:
+            return  # no constructor takes a parameter of two groups, so it could not be rebuilt
         new.insert(where, old.pop(which))
         for side in self.sides:
             lists = [group["params"] for group in side.optimizer.param_groups]
