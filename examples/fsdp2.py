@@ -28,7 +28,7 @@ def build(mesh):
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
     # After fully_shard: parameters are DTensors then, and so is the state, 6 bytes per parameter
-    # beside the weights.
+    # next to the weights.
     groups = param_groups(model, weight_decay=0.1)
     return model, FusedAdamW(groups, lr=1e-2, precision="split32-bf16", max_grad_norm=1.0)
 

@@ -1,4 +1,4 @@
-"""Other shapes of the update kernel, beside today's, in one process: the same bits? how many GB/s?
+"""Other shapes of the update kernel next to today's, in one process: the same bits? how many GB/s?
 
     python variants.py [--json FILE] [--seconds S] [--mixes fp32,bf16,...] [--only NAME ...]
                        [--numel N]

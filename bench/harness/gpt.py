@@ -150,7 +150,7 @@ def determinism() -> Iterator[None]:
     torch.use_deterministic_algorithms(True)
     memory.fill_uninitialized_memory = False  # it would write every new tensor once more
     # Bits then do not rest on the number of cores. Two threads take 45 ms a step instead of 72, but
-    # beside one busy process 132 ms instead of 70: they wait for each other.
+    # next to one busy process 132 ms instead of 70: they wait for each other.
     torch.set_num_threads(1)
     try:
         with torch.random.fork_rng(devices=[]):  # models are made on the CPU

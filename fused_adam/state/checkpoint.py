@@ -196,7 +196,7 @@ def names_of(group: Mapping[str, Any]) -> Sequence[Any]:
 def export_fp32(groups: Sequence[dict[str, Any]], state_dict: dict[str, Any]) -> dict[str, Any]:
     """Weights by name or position, and a state_dict in torch's form: all float32 copies.
 
-    Returns `{"params": {name: weight}, "state": {...}, "param_groups": [...]}`.
+    Returns `{"params": {name: weight}, "state": state_dict}`.
     """
     weights: dict[Any, Tensor] = {}
     state: dict[Any, Any] = {}
