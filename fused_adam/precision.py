@@ -35,16 +35,25 @@ WEIGHTS: dict[str, Weights] = {
     "sr": Weights(_BF16, {}),
 }
 # States -> what is stored per element of the parameter, and per group of 32.
-# Codes are not called exp_avg: torch.optim would load them as if they were moments.
+# Codes are not called exp_avg: torch.optim would load them as if they were moments. Their names say
+# what they count: the first moment's the ratio m / sqrt(v), the second's steps on a lattice.
 STATES: dict[str, tuple[dict[str, torch.dtype], dict[str, torch.dtype]]] = {
     "fp32": ({"exp_avg": torch.float32, "exp_avg_sq": torch.float32}, {}),
     "bf16": ({"exp_avg": torch.bfloat16, "exp_avg_sq": torch.bfloat16}, {}),
     "int8": (
-        {"exp_avg_code": torch.int8, "exp_avg_sq_code": torch.uint8},
-        {"exp_avg_scale": torch.bfloat16, "exp_avg_sq_scale": torch.bfloat16},
+        {"exp_avg_ratio": torch.int8, "exp_avg_sq_lattice": torch.uint8},
+        {"exp_avg_ratio_scale": torch.bfloat16, "exp_avg_sq_lattice_scale": torch.bfloat16},
     ),
 }
-GROUPED = ("exp_avg_scale", "exp_avg_sq_scale")
+# Moment -> the entries of its 8-bit codes and of their scales, one per 32 elements.
+CODED = {
+    "exp_avg": ("exp_avg_ratio", "exp_avg_ratio_scale"),
+    "exp_avg_sq": ("exp_avg_sq_lattice", "exp_avg_sq_lattice_scale"),
+}
+GROUPED = tuple(scale for _, scale in CODED.values())
+# What 8-bit moments were called while codes were companded values: the same shapes and dtypes, but
+# another meaning. They are refused by name, as nothing can tell how they would be misread.
+COMPANDED = ("exp_avg_code", "exp_avg_sq_code", "exp_avg_scale", "exp_avg_sq_scale")
 # The maximum of AMSGrad is rounded to nearest, so that one that did not grow stays as it is; 8 bits
 # are too few.
 MAXIMUM = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.bfloat16}
@@ -55,10 +64,10 @@ ENTRIES = (
     "exp_avg",
     "exp_avg_sq",
     "max_exp_avg_sq",
-    "exp_avg_code",
-    "exp_avg_sq_code",
-    "exp_avg_scale",
-    "exp_avg_sq_scale",
+    "exp_avg_ratio",
+    "exp_avg_ratio_scale",
+    "exp_avg_sq_lattice",
+    "exp_avg_sq_lattice_scale",
 )
 NAMES = tuple(f"{weights}-{states}" for weights in WEIGHTS for states in STATES)
 

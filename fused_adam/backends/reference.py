@@ -17,7 +17,7 @@ from torch.nn.functional import pad
 
 from fused_adam_kernels import table
 
-from ..numerics.codecs import random_words
+from ..numerics.codecs import elements_per_draw, random_words
 from ..numerics.formula import CHUNK, adam_step, exact_sqrt, recipe_step
 from ..numerics.norm import square_sum
 from ..numerics.scalars import LAST_STEP, GradTransform, Hyper, scalars
@@ -243,6 +243,7 @@ class ReferenceRows:
     def _by_recipe(self, operands: Operands, values: StepValues) -> None:
         row, seed, recipe = self.row, self.row.options.seed, self.row.options.recipe
         step, device = int(min(values.step, LAST_STEP)), row.param.device
+        share = elements_per_draw(recipe.states)
         for start, end in self.chunks:
             whole = align(end - start)
             memory = self._recipe_memory(operands, start, end)
@@ -250,10 +251,10 @@ class ReferenceRows:
             # One word per element, keyed by what never changes: the seed, the step, and the
             # element's place in the full parameter.
             count = whole if recipe.random else 0
-            words = random_words(
-                seed, start, step, row.param_index, count, device, row.global_offset
+            bits = random_words(
+                seed, start, step, row.param_index, count, device, row.global_offset, share
             )
-            recipe_step(recipe, memory, values.scalars, *values.flags, words)
+            recipe_step(recipe, memory, values.scalars, *values.flags, bits)
             _copy_back(copies)
 
     @staticmethod

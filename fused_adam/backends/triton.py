@@ -29,10 +29,10 @@ COLUMNS = {
     "max_exp_avg_sq": table.MAX_EXP_AVG_SQ,
     "master_weight": table.EXTRA,
     "remainder": table.EXTRA,
-    "exp_avg_code": table.EXP_AVG,
-    "exp_avg_sq_code": table.EXP_AVG_SQ,
-    "exp_avg_scale": table.EXP_AVG_SCALE,
-    "exp_avg_sq_scale": table.EXP_AVG_SQ_SCALE,
+    "exp_avg_ratio": table.EXP_AVG,
+    "exp_avg_sq_lattice": table.EXP_AVG_SQ,
+    "exp_avg_ratio_scale": table.EXP_AVG_SCALE,
+    "exp_avg_sq_lattice_scale": table.EXP_AVG_SQ_SCALE,
 }
 
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..precision import Recipe
+from ..precision import CODED, Recipe
 from . import codecs
 
 # Elements per pass. Temporaries of this size stay in the cache, and are too small for malloc to
@@ -164,9 +164,10 @@ def recipe_step(
     """
     param, grad = memory["param"], memory["grad"]
     # Moments of 8-bit codes are entries of other names, so that nobody takes codes for values.
-    m_stored = memory["exp_avg_code"] if "exp_avg_code" in memory else memory["exp_avg"]
-    v_stored = memory["exp_avg_sq_code"] if "exp_avg_sq_code" in memory else memory["exp_avg_sq"]
-    m_scale, v_scale = memory.get("exp_avg_scale"), memory.get("exp_avg_sq_scale")
+    (m_code, m_scale_name), (v_code, v_scale_name) = CODED.values()
+    m_stored = memory[m_code] if m_code in memory else memory["exp_avg"]
+    v_stored = memory[v_code] if v_code in memory else memory["exp_avg_sq"]
+    m_scale, v_scale = memory.get(m_scale_name), memory.get(v_scale_name)
     v_max = memory.get("max_exp_avg_sq")
     extra = memory.get("master_weight", memory.get("remainder"))
 

@@ -11,11 +11,11 @@ from torch.nn.functional import pad
 
 from ..distributed import local, to_local
 from ..numerics import codecs
-from ..precision import ENTRIES, GROUP, Recipe
+from ..precision import CODED, ENTRIES, GROUP, Recipe
 from .memory import align, as_flat, dense_layout, is_dense
 
-# In place of 32 random bits: half of the high 16, which round second moments, and half of the low
-# 8, which round weights. Stochastic rounding with half of its range rounds to nearest.
+# In place of 32 random bits: half of the high 16, which round moments, and half of the low 8, which
+# round weights. Stochastic rounding with half of its range rounds to nearest.
 HALF = 0x80000080 - (1 << 32)
 
 
@@ -33,17 +33,18 @@ def same_storage(source: Recipe, target: Recipe, param: Tensor, entry: Mapping[s
     The 32 elements that share a scale are neighbours in memory. So codes can be copied only if
     their elements have the order of the parameter's.
     """
-    code = entry.get("exp_avg_code")
+    code = entry.get(CODED["exp_avg"][0])
     return source == target and (code is None or code.stride() == dense_layout(param)[1])
 
 
 def reorder(entry: dict[str, Any], param: Tensor, recipe: Recipe) -> None:
     """Encode 8-bit moments anew if the parameter's elements lie in another order than they do."""
-    if "exp_avg_code" not in entry:
+    coded = [name for names in CODED.values() for name in names]
+    if coded[0] not in entry:
         return
     part = local(param).detach()
     if not same_storage(recipe, recipe, part, parts_of_entry(entry, param)):
-        moments = {key: value for key, value in entry.items() if key.endswith(("_code", "_scale"))}
+        moments = {key: entry[key] for key in coded}
         entry.update(convert(parts_of_entry(moments, param), part, recipe))
 
 
@@ -60,13 +61,13 @@ def decode(entry: Mapping[str, Any], param: Tensor) -> dict[str, Tensor]:
         of the parameter's shape.
     """
     values = {key: widened(entry[key]) for key in ("exp_avg", "exp_avg_sq") if key in entry}
-    for key, decoder in (("exp_avg", codecs.decode_m), ("exp_avg_sq", codecs.decode_v)):
-        if f"{key}_code" in entry:
-            code = entry[f"{key}_code"]
-            code = code if is_dense(code) else code.contiguous()
-            whole_groups = pad(as_flat(code), (0, -code.numel() % GROUP))
-            flat = decoder(whole_groups, entry[f"{key}_scale"])[: code.numel()]
-            values[key] = flat.as_strided(code.shape, code.stride())
+    if CODED["exp_avg"][0] in entry:
+        codes = [entry[code] for code, _ in CODED.values()]
+        codes = [code if is_dense(code) else code.contiguous() for code in codes]
+        scales = [entry[scale] for _, scale in CODED.values()]
+        moments = codecs.decode_moments(*(_whole_groups(as_flat(code)) for code in codes), *scales)
+        for key, code, flat in zip(CODED, codes, moments, strict=True):
+            values[key] = flat[: code.numel()].as_strided(code.shape, code.stride())
     if "max_exp_avg_sq" in entry:  # last, as in torch
         values["max_exp_avg_sq"] = widened(entry["max_exp_avg_sq"])
     if "master_weight" in entry:
@@ -94,18 +95,16 @@ def convert(entry: Mapping[str, Any], param: Tensor, target: Recipe) -> dict[str
     values = decode(entry, param)
     out = {key: value for key, value in entry.items() if key not in ENTRIES}
     half = torch.full((align(param.numel()),), HALF, dtype=torch.int32, device="cpu")
-    for key in ("exp_avg", "exp_avg_sq"):
-        if key in values and target.states == "int8":
-            flat = pad(_in_order_of(param, values[key]), (0, -param.numel() % GROUP))
-            if key == "exp_avg":
-                code, scale = codecs.encode_m(flat)
-            else:
-                noise = codecs.state_noise(half[: flat.numel()]).to(flat.device)
-                code, scale = codecs.encode_v(flat, noise)
-            out[f"{key}_code"] = code[: param.numel()].as_strided(*dense_layout(param))
-            out[f"{key}_scale"] = scale
-        elif key in values:
-            out[key] = values[key]
+    moments = {key: values[key] for key in CODED if key in values}
+    if moments and target.states == "int8":
+        m, v = (_whole_groups(_in_order_of(param, moment)) for moment in moments.values())
+        bits = half[: m.numel()].to(m.device)
+        m_code, v_code, *scales = codecs.store_moments("int8", m, v, bits)
+        for names, code, scale in zip(CODED.values(), (m_code, v_code), scales, strict=True):
+            out[names[0]] = code[: param.numel()].as_strided(*dense_layout(param))
+            out[names[1]] = scale
+    else:
+        out.update(moments)
     if "max_exp_avg_sq" in values:
         out["max_exp_avg_sq"] = values["max_exp_avg_sq"]
     weight = values.get("master_weight")
@@ -119,6 +118,11 @@ def convert(entry: Mapping[str, Any], param: Tensor, target: Recipe) -> dict[str
         bits = half[: param.numel()].view(param.shape).to(weight.device)
         out["remainder"] = codecs.store_weight(target.weights, weight, bits)[1]
     return out
+
+
+def _whole_groups(flat: Tensor) -> Tensor:
+    """The elements, and zeros up to the end of the last group."""
+    return pad(flat, (0, -flat.numel() % GROUP))
 
 
 def _in_order_of(param: Tensor, value: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..distributed import local, to_local
 from ..numerics.scalars import is_number
-from ..precision import ENTRIES, EntrySpec
+from ..precision import COMPANDED, ENTRIES, EntrySpec
 from .arena import Entries, ParamState
 from .memory import is_lazy
 
@@ -100,6 +100,13 @@ def check_entry(
 def _check_keys(
     name: str, entry: Mapping[str, Any], wanted: Entries, stored: Collection[str]
 ) -> None:
+    companded = [key for key in COMPANDED if key in entry]
+    if companded:
+        raise ValueError(
+            f"state of {name} has {companded[0]!r}: 8-bit moments of an earlier fused-adam, whose "
+            "codes have another meaning now; load the checkpoint with that version, and save "
+            "optimizer.export_fp32()['state'], which loads into any precision"
+        )
     # A maximum stays when AMSGrad is switched off, as in torch.
     allowed = {"max_exp_avg_sq", *wanted}
     foreign = [key for key in ENTRIES if key in entry and key not in allowed]

@@ -12,10 +12,9 @@ import triton.language as tl
 from . import table
 from .codecs import (
     GROUP,
-    decode_m,
-    decode_v,
-    encode_m,
-    encode_v,
+    decode_moments,
+    elements_per_draw,
+    encode_moments,
     load_weight,
     random_word,
     random_words,
@@ -93,7 +92,7 @@ def update_block(
     key,  # RandomKey
     first,  # i64: first element of the block
     limit,  # i64: end of the elements that may be updated
-    QUADS: tl.constexpr,  # draw random bits for four elements at once; else for each: same bits
+    SHARED_DRAWS: tl.constexpr,  # one draw for 4 or 8 elements; else one for each: same bits
     N: tl.constexpr,  # elements per block
     VEC: tl.constexpr,  # elements per thread and access
     COMPUTE: tl.constexpr,  # type of the arithmetic
@@ -105,6 +104,7 @@ def update_block(
     HAS_EXTRA: tl.constexpr = WEIGHTS == "master32" or WEIGHTS == "split32" or WEIGHTS == "split24"
     RANDOM_WEIGHTS: tl.constexpr = WEIGHTS == "split24" or WEIGHTS == "sr"
     RANDOM_STATES: tl.constexpr = STATES == "bf16" or STATES == "int8"
+    SHARE: tl.constexpr = elements_per_draw(STATES)
     # 64 bits: a parameter may have more than 2^31 elements.
     offs = first + tl.arange(0, N).to(tl.int64)
     mask = offs < limit
@@ -122,10 +122,9 @@ def update_block(
     if STATES == "int8":
         groups = first // GROUP + tl.arange(0, N // GROUP).to(tl.int64)
         groups_mask = groups * GROUP < limit
-        m_scale = tl.load(ptrs.m_scale + groups, mask=groups_mask, other=0.0)
-        v_scale = tl.load(ptrs.v_scale + groups, mask=groups_mask, other=0.0)
-        m = decode_m(m, to_compute(m_scale, COMPUTE))
-        v = decode_v(v, to_compute(v_scale, COMPUTE))
+        m_scale = to_compute(tl.load(ptrs.m_scale + groups, mask=groups_mask, other=0.0), COMPUTE)
+        v_scale = to_compute(tl.load(ptrs.v_scale + groups, mask=groups_mask, other=0.0), COMPUTE)
+        m, v = decode_moments(m, v, m_scale, v_scale)
     else:
         m = to_compute(m, COMPUTE)
         v = to_compute(v, COMPUTE)
@@ -139,10 +138,12 @@ def update_block(
 
     # Store. One word of random bits per element serves weight and state: 16 bits each.
     if RANDOM_WEIGHTS or RANDOM_STATES:
-        if QUADS:
-            bits = random_words(key.seed, first, key.step, key.param_index, key.global_offset, N)
+        if SHARED_DRAWS:
+            bits = random_words(
+                key.seed, first, key.step, key.param_index, key.global_offset, N, SHARE
+            )
         else:
-            bits = random_word(key.seed, offs, key.step, key.param_index, key.global_offset)
+            bits = random_word(key.seed, offs, key.step, key.param_index, key.global_offset, SHARE)
     else:
         bits = 0
     # A step of size zero leaves parameters as they are: p - 0 would turn -0.0 into 0.0.
@@ -152,8 +153,7 @@ def update_block(
         if HAS_EXTRA:
             tl.store(ptrs.extra + offs, new_extra, mask=mask)
     if STATES == "int8":
-        m, m_scale = encode_m(m)
-        v, v_scale = encode_v(v, state_noise(bits))
+        m, v, m_scale, v_scale = encode_moments(m, v, state_noise(bits))
         # The thread that holds a group's first elements stores its scale. Stores by group instead
         # of by vector would move the scales between threads, through shared memory.
         vectors = first + VEC * tl.arange(0, N // VEC).to(tl.int64)
@@ -226,9 +226,11 @@ def adam_kernel(
     COMPUTE: tl.constexpr = scalars_ptr.dtype.element_ty
 
     # The body: vector accesses, for rows whose operands are all aligned to 16 bytes and whose
-    # random bits come in whole fours. The compiler vectorizes a masked access only if it sees that
+    # random bits come in whole draws. The compiler vectorizes a masked access only if it sees that
     # the bound is a multiple of the vector: hence 32, which is also a group of 8-bit codes.
-    misaligned = (p | g | m | v | v_max | extra) & 15 | (key.global_offset & 3)
+    misaligned = (p | g | m | v | v_max | extra) & 15 | (
+        key.global_offset & (elements_per_draw(STATES) - 1)
+    )
     body_end = tl.where(misaligned == 0, n, 0) // 32 * 32
     body = Pointers(
         p=aligned(p, PARAM, PARAM_HINT),

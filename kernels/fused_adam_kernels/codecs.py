@@ -2,8 +2,7 @@
 optimizer here.
 
 The torch twin is `fused_adam/numerics/codecs.py`: same names, same order, same bits (but for a
-NaN's sign and payload). Nothing rests on a library function's last bits: a guess is corrected by
-comparing exact values, the rest is +, -, *, /.
+NaN's sign and payload). Nothing rests on a library function's last bits: all is +, -, * and shifts.
 """
 
 import triton
@@ -13,11 +12,11 @@ INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
 GROUP = tl.constexpr(32)  # elements that share one scale
 LARGEST_BF16 = tl.constexpr(3.3895313892515355e38)
 TOP_CELL_24 = tl.constexpr(3.4027717462407993e38)  # the largest float32 whose low 8 bits are zero
-SMALLEST_SCALE = tl.constexpr(
-    0x1180
-)  # 2^-92 in bfloat16: its unit is normal, and the unit's reciprocal finite
-SIGNED_STEPS = tl.constexpr(127.0 * 127.0)
-UNSIGNED_STEPS = tl.constexpr(4228250624.0)  # 255^4 in float32
+SMALLEST_SCALE = tl.constexpr(0x11800000)  # 2^-92 in float32: its inverse is finite
+LARGEST_V = tl.constexpr(0x7F000000)  # 2^127 in float32: rounded up by a step, it is still finite
+IDLE = tl.constexpr(15 << 23)  # 15 binades, in bits of float32
+# A little above 3: so the error of a cubic step is of either sign, and half as large.
+CUBIC = tl.constexpr(3.001953125)
 
 
 @triton.jit
@@ -48,49 +47,88 @@ def to_compute(x, COMPUTE: tl.constexpr):
         return x.to(COMPUTE)
 
 
-@triton.jit
-def draw(seed, quad, step, ordinal, origin):
-    """Four random uint32 for each four elements of one parameter at one step: Philox-4x32-10
-    (Salmon et al. 2011).
+@triton.constexpr_function
+def elements_per_draw(states):
+    """How many elements share one draw: 8-bit moments need 16 random bits, all else 32."""
+    return 8 if states == "int8" else 4
 
-    seed: int64. quad: int64 tensor, fours of elements from `origin` on. step, ordinal: int32.
-    origin: int64, where in the full parameter this part of it begins. Nothing is carried from the
-    low word to the high one: a 64-bit sum would take two more instructions per element.
+
+@triton.jit
+def draw(seed, share, step, param_index, global_offset, SHARE: tl.constexpr):
+    """Return four random uint32 for each SHARE elements of one parameter at one step.
+
+    4 elements have 32 bits each, by Philox-4x32-10 (Salmon et al. 2011). 8 elements have 16 bits
+    each, by 7 rounds: the fewest that pass BigCrush, says the paper.
+
+    Args:
+        seed: int64.
+        share: int64 tensor, element // SHARE, elements counted from `global_offset`.
+        step, param_index: int32.
+        global_offset: int64, where in the full parameter this part of it begins.
     """
-    c0 = quad.to(tl.uint32) + (origin >> 2).to(tl.uint32)
-    c1 = (quad >> 32).to(tl.uint32) + (origin >> 34).to(tl.uint32)
-    c2, c3 = tl.full(quad.shape, step, tl.uint32), tl.full(quad.shape, ordinal, tl.uint32)
-    return tl.philox(seed, c0, c1, c2, c3)
+    LOG2: tl.constexpr = 3 if SHARE == 8 else 2
+    # Nothing is carried from the low word to the high one: a 64-bit sum would take two more
+    # instructions per element.
+    c0 = share.to(tl.uint32) + (global_offset >> LOG2).to(tl.uint32)
+    c1 = (share >> 32).to(tl.uint32) + (global_offset >> (32 + LOG2)).to(tl.uint32)
+    c2, c3 = tl.full(share.shape, step, tl.uint32), tl.full(share.shape, param_index, tl.uint32)
+    return tl.philox(seed, c0, c1, c2, c3, 7 if SHARE == 8 else 10)
 
 
 @triton.jit
-def random_word(seed, element, step, ordinal, origin):
-    """The random uint32 of each element, an int64 tensor counted from `origin`."""
-    element = element + (origin & 3)
-    r0, r1, r2, r3 = draw(seed, element // 4, step, ordinal, origin)
-    word = element % 4
-    return tl.where(word < 2, tl.where(word == 0, r0, r1), tl.where(word == 2, r2, r3))
+def random_word(seed, element, step, param_index, global_offset, SHARE: tl.constexpr):
+    """The random uint32 of each element, an int64 tensor counted from `global_offset`."""
+    element = element + (global_offset & (SHARE - 1))
+    r0, r1, r2, r3 = draw(seed, element // SHARE, step, param_index, global_offset, SHARE)
+    word = element % SHARE // (SHARE // 4)
+    own = tl.where(word < 2, tl.where(word == 0, r0, r1), tl.where(word == 2, r2, r3))
+    if SHARE == 8:
+        following = tl.where(word < 2, tl.where(word == 0, r1, r2), tl.where(word == 2, r3, r0))
+        own = tl.where(element % 2 == 0, low_halves(own, following), high_halves(own, following))
+    return own
 
 
 @triton.jit
-def random_words(seed, first, step, ordinal, origin, N: tl.constexpr):
-    """`random_word` of the N elements from `first` on; it and `origin` are multiples of 4: one draw
-    serves four.
+def random_words(
+    seed, first, step, param_index, global_offset, N: tl.constexpr, SHARE: tl.constexpr
+):
+    """`random_word` of the N elements from `first` on, by one draw for SHARE of them; `first` and
+    `global_offset` are multiples of SHARE.
     """
-    r0, r1, r2, r3 = draw(seed, first // 4 + tl.arange(0, N // 4), step, ordinal, origin)
-    return tl.reshape(tl.join(tl.join(r0, r2), tl.join(r1, r3)), [N])
+    share = first // SHARE + tl.arange(0, N // SHARE)
+    r0, r1, r2, r3 = draw(seed, share, step, param_index, global_offset, SHARE)
+    words = tl.join(tl.join(r0, r2), tl.join(r1, r3))
+    if SHARE == 8:
+        following = tl.join(tl.join(r1, r3), tl.join(r2, r0))
+        words = tl.join(low_halves(words, following), high_halves(words, following))
+    return tl.reshape(words, [N])
+
+
+# A draw of four words serves eight elements with 16 bits each. The moments of an element take its
+# own 16, and a stochastically rounded weight those of the element two places on: so no two
+# roundings of one element rest on the same bits.
+@triton.jit
+def low_halves(own, following):
+    """The random words of the even elements of eight."""
+    return (own << 16) | (following & 0xFFFF)
 
 
 @triton.jit
-def weight_noise(words):
-    """The low 16 bits of each word."""
-    return words & 0xFFFF
+def high_halves(own, following):
+    """The random words of the odd elements of eight."""
+    return (own & 0xFFFF0000) | (following >> 16)
 
 
 @triton.jit
-def state_noise(words):
-    """The high 16 bits of each word."""
-    return words >> 16
+def weight_noise(bits):
+    """The low 16 bits of each random word."""
+    return bits & 0xFFFF
+
+
+@triton.jit
+def state_noise(bits):
+    """The high 16 bits of each random word."""
+    return bits >> 16
 
 
 @triton.jit
@@ -111,26 +149,26 @@ def split32(x):
     nothing is lost.
     """
     bits = tl.where(x == x, x.to(tl.uint32, bitcast=True), 0x7FC00000)
-    visible = ((bits + 0x8000) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    return visible, bits.to(tl.uint16).to(tl.int16, bitcast=True)
+    high = ((bits + 0x8000) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    return high, bits.to(tl.uint16).to(tl.int16, bitcast=True)
 
 
 @triton.jit
-def join(visible, low):
+def join(high, low):
     """bfloat16 and what is to be added to its bits as a float32's.
 
     Zeros that a user wrote over a negative remainder stay zero: less one their bits would be a
     NaN's.
     """
-    high = visible.to(tl.uint16, bitcast=True).to(tl.uint32) << 16
-    low = tl.where((high & 0x7FFFFFFF) == 0, tl.maximum(low, 0), low)
-    return (high + low.to(tl.uint32, bitcast=True)).to(tl.float32, bitcast=True)
+    high_bits = high.to(tl.uint16, bitcast=True).to(tl.uint32) << 16
+    low = tl.where((high_bits & 0x7FFFFFFF) == 0, tl.maximum(low, 0), low)
+    return (high_bits + low.to(tl.uint32, bitcast=True)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def join32(visible, remainder):
+def join32(high, remainder):
     """The float32 that `split32` split."""
-    return join(visible, remainder.to(tl.int32))
+    return join(high, remainder.to(tl.int32))
 
 
 @triton.jit
@@ -142,29 +180,32 @@ def split24(x, noise):
     """
     bits = tl.where(x == x, x.to(tl.uint32, bitcast=True), 0x7FC00000)
     bits = bits + tl.where(tl.abs(x) < TOP_CELL_24, noise & 0xFF, 0)
-    visible = ((bits + 0x8000) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    return visible, (bits >> 8).to(tl.uint8).to(tl.int8, bitcast=True)
+    high = ((bits + 0x8000) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    return high, (bits >> 8).to(tl.uint8).to(tl.int8, bitcast=True)
 
 
 @triton.jit
-def join24(visible, remainder):
+def join24(high, remainder):
     """The float32 that `split24` rounded to."""
-    return join(visible, remainder.to(tl.int32) << 8)
+    return join(high, remainder.to(tl.int32) << 8)
 
 
 @triton.jit
-def group_scale(x):
-    """The largest of each group of 32 magnitudes, rounded up to bfloat16, at least 2^-92; float32,
-    shape (N // 32,).
+def bits_of(x):
+    """The bits of float32."""
+    return x.to(tl.uint32, bitcast=True)
 
-    NaN if the group holds a NaN, an infinity or a value above the largest finite bfloat16.
-    """
-    N: tl.constexpr = x.shape[0]
-    # As integers NaN is the largest, whatever its sign; x has no other negative ones, -0.0
-    # included.
-    top = tl.max(tl.reshape(x.to(tl.uint32, bitcast=True), [N // GROUP, GROUP]), axis=1)
-    scale = tl.maximum((top + 0xFFFF) >> 16, SMALLEST_SCALE)
-    return (tl.where(top <= 0x7F7F0000, scale, 0x7FC0) << 16).to(tl.float32, bitcast=True)
+
+@triton.jit
+def float_of(bits):
+    """The float32 with these bits."""
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def groups_of(x):
+    """Shape (N,) -> (N // 32, 32)."""
+    return tl.reshape(x, [x.shape[0] // GROUP, GROUP])
 
 
 @triton.jit
@@ -174,74 +215,141 @@ def spread(x, N: tl.constexpr):
 
 
 @triton.jit
-def spread_to_threads(x, N: tl.constexpr, SPAN: tl.constexpr):
-    """One value per group -> one per SPAN elements, which are one thread's: its store moves nothing
+def spread_to_threads(x, N: tl.constexpr, VEC: tl.constexpr):
+    """One value per group -> one per VEC elements, which are one thread's: its store moves nothing
     between threads.
 
     Store where the span is its group's first; stored as it is, x would go through shared memory.
     """
-    bits = tl.reshape(spread(x, N).to(tl.int32, bitcast=True), [N // SPAN, SPAN])
+    bits = tl.reshape(spread(x, N).to(tl.int32, bitcast=True), [N // VEC, VEC])
     return tl.max(bits, axis=1).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def decode_m(code, scale):
-    """int8 codes, shape (N,), and float32 scales, shape (N // 32,) -> scale * (code / 127)^2 with
-    the code's sign.
+def root(v_bits):
+    """The bits of sqrt(v), or of up to 6 % more: half the exponent, the significand by a chord.
+
+    Continuous and increasing in v, and above 0 for v = 0.
     """
-    c = code.to(tl.float32)
-    return c * tl.abs(c) * spread(scale * (1.0 / SIGNED_STEPS), code.shape[0])
+    return (v_bits >> 1) + 0x1FC00000
 
 
 @triton.jit
-def encode_m(m):
-    """float32, shape (N,) -> int8 codes to nearest, and float32 scales that bfloat16 holds."""
-    magnitude = tl.abs(m)
-    scale = group_scale(magnitude)
-    x = magnitude * spread(tl.div_rn(SIGNED_STEPS, scale), m.shape[0])
-    x = tl.where(
-        x < SIGNED_STEPS, x, SIGNED_STEPS
-    )  # a NaN too: poisoned groups have codes, and a scale that shows
-    c = tl.floor(tl.sqrt(x))  # a guess: right or one too low
-    c = tl.where(x > c * (c + 1.0) + 0.5, c + 1.0, c)  # halfway between c^2 and (c + 1)^2
-    return tl.where(m < 0, -c, c).to(tl.int8), scale
+def inverse(bits):
+    """1 / x of a normal float32 by its bits, within 4e-5: a guess within 5 %, one cubic step.
 
-
-@triton.jit
-def decode_v(code, scale):
-    """uint8 codes, shape (N,), and float32 scales, shape (N // 32,) -> scale * (code / 255)^4."""
-    c = code.to(tl.float32)
-    square = c * c
-    return square * square * spread(scale * (1.0 / UNSIGNED_STEPS), code.shape[0])
-
-
-@triton.jit
-def encode_v(v, noise):
-    """float32 >= 0, shape (N,) -> uint8 codes and float32 scales that bfloat16 holds exactly.
-
-    A value becomes one of the two decoded values around it in proportion to nearness; `noise`:
-    uint32 below 2^16.
-    Code 0 is for zero alone: what is smaller than code 1 becomes code 1.
+    A division would take 20 instructions, and 5 more where it is slow.
     """
-    scale = group_scale(v)
-    x = v * spread(tl.div_rn(UNSIGNED_STEPS, scale), v.shape[0])
-    chance = ((noise << 7) | 0x3F800040).to(tl.float32, bitcast=True) - 1.0  # (noise + 1/2) / 2^16
-    # A guess, right or one too low, of the code. x goes above code c if it is more than `chance` of
-    # the way up from it: on the scale of codes that point is at c + chance or up to 0.24 further
-    # on, so any guess within 0.25 will do.
-    c = tl.floor(tl.sqrt(tl.sqrt(x)) - chance + 0.5)
-    low = c * c
-    low = low * low
-    high = (c + 1.0) * (c + 1.0)
-    high = high * high
-    c = tl.where(x - low > (high - low) * chance, c + 1.0, c)
-    smallest = tl.where(v > 0, 1.0, 0.0)
-    return tl.where(c > smallest, c, smallest).to(tl.uint8), scale
+    guess = float_of(0x7EF30000 - bits)
+    t = guess * float_of(bits)
+    return guess * (CUBIC - t * (CUBIC - t))
+
+
+@triton.jit
+def nan_maximum(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def largest_magnitude(x):
+    """The bits of the largest |x| of each row; those of a NaN if there is one."""
+    if INTERPRET:
+        # The interpreter takes 10 us per element for a combination of our own. As integers NaN
+        # are the largest, once their sign is gone.
+        return tl.max(bits_of(x) & 0x7FFFFFFF, axis=1)
+    else:
+        return bits_of(tl.reduce(tl.abs(x), 1, nan_maximum))
+
+
+@triton.jit
+def decode_moments(m_code, v_code, m_scale, v_scale):
+    """Return the float32 moments of what `encode_moments` stored.
+
+    Args:
+        m_code, v_code: int8 and uint8, shape (N,).
+        m_scale, v_scale: float32, shape (N // 32,).
+    """
+    N: tl.constexpr = v_code.shape[0]
+    lattice = bits_of(v_scale)
+    half_step = lattice & (0 - lattice)  # the lowest bit that is set
+    v_bits = v_code.to(tl.uint32) * spread(half_step + half_step, N) + spread(
+        lattice - half_step, N
+    )
+    v_bits = tl.where(v_code == 0, 0, v_bits)
+    m = m_code.to(tl.float32) * spread(m_scale, N) * float_of(root(v_bits))
+    return m, float_of(v_bits)
+
+
+@triton.jit
+def encode_moments(m, v, noise):
+    """Return codes and scales (m_code, v_code, m_scale, v_scale), rounded stochastically.
+
+    Each moment goes to one of the two decoded values around it, in proportion to nearness:
+
+        v = float of the bits  v_code * step + base                   (v_code 0 is for v = 0 alone)
+        m = m_code * m_scale * root(v)
+
+    v_code counts steps on a lattice of float32 bit patterns: a float of 8 bits whose exponents
+    follow the group. `step` is the smallest, of 2^-6 to 2^-2 of a binade, that spans the group.
+    v_scale is no number but bits: the lowest one that is set is half a step, those above are the
+    base.
+
+    m is stored as m / root(v): near the update, which Adam bounds whatever the size of the
+    gradients. The root is of v before it is rounded, so m follows where v is rounded to, and their
+    ratio stays.
+
+    A group that holds a NaN or an infinity, or v of 2^127 or more, gets m_scale = NaN and finite v.
+
+    Args:
+        m, v: float32, shape (N,); v >= 0.
+        noise: uint32 below 2^16, shape (N,). v takes all of it, m the low 8 bits.
+
+    Returns:
+        int8 and uint8, shape (N,), and two float32 that bfloat16 holds exactly, shape (N // 32,).
+    """
+    N: tl.constexpr = m.shape[0]
+    # NaN and infinity are larger, and a NaN's payload would show in the code.
+    v_bits = tl.minimum(bits_of(v), LARGEST_V)
+    top = tl.max(groups_of(v_bits), axis=1)
+
+    # m: the group's largest ratio has code 126.9, so that rounding it up still fits 127.
+    ratio = m * inverse(root(v_bits))
+    largest_ratio = largest_magnitude(groups_of(ratio))
+    bad = (largest_ratio >= LARGEST_V) | (top == LARGEST_V)
+    m_scale = (bits_of(float_of(largest_ratio) * (1.0 / 126.9)) + 0xFFFF) & 0xFFFF0000
+    m_scale = tl.maximum(m_scale, SMALLEST_SCALE)
+    # 2^15 + 2^14 plus noise / 256: the sum's low bits count 1/256 of a code, and its second byte
+    # is the code. With noise 0x8000 it is the nearest.
+    noise_above = float_of((noise & 0xFF) ^ 0x47400080)
+    m_code = bits_of(ratio * spread(inverse(m_scale), N) + noise_above) >> 8
+    m_code = tl.where(spread(bad, N), 0, m_code)
+    m_scale = float_of(tl.where(bad, 0x7FC00000, m_scale))
+
+    # The smallest v that the lattice has to reach. Zeros have a code of their own: less one they
+    # are the largest. An element without momentum widens the group to 2^15 at most (unless all
+    # are without): else one dead element would make its 31 neighbours coarse for ever.
+    floor = tl.where(largest_ratio > 0, tl.maximum(top, IDLE) - IDLE, 0)
+    reached = tl.where(m == 0, tl.maximum(v_bits - 1, spread(floor, N)), v_bits - 1)
+    bottom = tl.minimum((tl.min(groups_of(reached), axis=1) & 0x7FFFFFFF) + 1, top)
+
+    # A step of 2^shift: 252 of them span the group at most, as rounding adds up to one at either
+    # end and code 0 is taken. 252 steps are 63/64 of 2^(shift + 8).
+    span = top - bottom
+    exponent = (bits_of((span + (span >> 6)).to(tl.float32)) >> 23).to(tl.int32)
+    shift = tl.minimum(tl.maximum(exponent - 134, 17), 21)
+    base = tl.maximum((bottom >> shift).to(tl.int32) - 1, (top >> shift).to(tl.int32) - 254)
+    base = tl.maximum(base, 0)
+    half_step = tl.full(shift.shape, 1, tl.uint32) << (shift - 1)
+    noise_below = noise * spread(half_step >> 15, N)  # below one step
+    v_code = ((v_bits + noise_below) >> spread(shift, N)).to(tl.int32) - spread(base, N)
+    v_code = tl.maximum(v_code, tl.minimum(v_bits, 1).to(tl.int32))
+    v_scale = float_of((base.to(tl.uint32) << shift) | half_step)
+    return m_code.to(tl.uint8).to(tl.int8, bitcast=True), v_code.to(tl.uint8), m_scale, v_scale
 
 
 @triton.jit
 def load_weight(p, extra, WEIGHTS: tl.constexpr, COMPUTE: tl.constexpr):
-    """The weight of a parameter and what is stored beside it, its master weight or remainder.
+    """The weight of a parameter and what is stored next to it, its master weight or remainder.
 
     The parameter is right where the two differ: somebody has written to it.
     """
@@ -258,14 +366,14 @@ def load_weight(p, extra, WEIGHTS: tl.constexpr, COMPUTE: tl.constexpr):
 
 
 @triton.jit
-def store_weight(p, words, WEIGHTS: tl.constexpr, PARAM: tl.constexpr):
-    """What becomes of the parameter, and beside it."""
+def store_weight(p, bits, WEIGHTS: tl.constexpr, PARAM: tl.constexpr):
+    """Return what to store in the parameter, and next to it."""
     if WEIGHTS == "split32":
-        visible, extra = split32(p)
+        new_p, new_extra = split32(p)
     elif WEIGHTS == "split24":
-        visible, extra = split24(p, weight_noise(words))
+        new_p, new_extra = split24(p, weight_noise(bits))
     elif WEIGHTS == "sr":
-        visible, extra = stochastic_bf16(p, weight_noise(words)), p
+        new_p, new_extra = stochastic_bf16(p, weight_noise(bits)), p
     else:
-        visible, extra = to_storage(p, PARAM), p
-    return visible, extra
+        new_p, new_extra = to_storage(p, PARAM), p
+    return new_p, new_extra

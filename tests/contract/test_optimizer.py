@@ -396,7 +396,7 @@ def test_a_model_that_changes_its_memory_format_takes_its_state_along(backend, f
         train(expected, 2, first=2)
         assert same_bits(results(optimizer), results(expected))
         weight = optimizer.state[model.weight]
-        moment = weight.get("exp_avg", weight.get("exp_avg_code"))
+        moment = weight.get("exp_avg", weight.get("exp_avg_ratio"))
         assert moment.is_contiguous(memory_format=memory_format)
 
 

@@ -5,6 +5,7 @@ are in Lockstep.
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 
 import hypothesis.strategies as st
@@ -285,6 +286,7 @@ class Optimizers(Lockstep):
                 old.recoded()
             w.p.set(old.p.value, old.p.error)
             w.m, w.v, w.v_max, w.steps, w.pending = old.m, old.v, old.v_max, old.steps, old.pending
+            w.ratio = old.ratio
         self.model.groups = copy.deepcopy(saved["groups"])
         self._near()
         self._compare()
@@ -328,7 +330,7 @@ class Optimizers(Lockstep):
             if hides_weights(w.precision):  # theirs has no more than the parameter shows
                 w.p = Number(numbers(self.sides[0].params[i]))
             entry = theirs.state[clone]
-            w.steps = int(entry["step"])
+            w.steps, w.ratio = int(entry["step"]), math.inf
             w.m, w.v = (Number(numbers(entry[key])) for key in ("exp_avg", "exp_avg_sq"))
             w.v_max = (
                 Number(numbers(entry["max_exp_avg_sq"])) if "max_exp_avg_sq" in entry else None

@@ -52,27 +52,42 @@ def rounded(dtype: torch.dtype, x: Array, ulps: float = 0.5) -> Array:
     return ulps * (info.eps * x + info.tiny * info.eps)
 
 
-def signed_codes(x: Array) -> Array:
-    """8 bits, values scale * (c / 127)^2, to nearest: half of the largest distance between codes
-    around x.
+def lattice_step(v: Number) -> float:
+    """A bound of how far 8-bit storage moves a second moment, relative to it: one step.
 
-    The scale is at most the largest x, rounded up to bfloat16. A group has at most all elements,
-    and a larger scale
-    has larger distances: so the largest of all serves every group.
+    A step is the smallest of 2^-6 to 2^-2 of a binade of which 252 span the group. A group has at
+    most all elements, and a larger span has a larger step: so that of all serves every group.
     """
-    unit = _scale(x) / 127**2
-    return ((np.sqrt(x / unit) + 1) + 0.5) * unit * (1 + 2**-20)
+    least = np.min(np.maximum(v.value - v.error, 0), where=v.reach > 0, initial=math.inf)
+    largest = float(v.reach.max(initial=0.0))
+    if largest == 0:
+        return 2.0**-6
+    # Bits of floats run ahead of logarithms by 0.09 binades at most.
+    binades = math.log2(largest / least) + 0.1 if least > 0 else math.inf
+    return next((step for step in (2.0**-i for i in (6, 5, 4, 3)) if 252 * step >= binades), 0.25)
 
 
-def unsigned_codes(x: Array) -> Array:
-    """8 bits, values scale * (c / 255)^4, to one of the two values around x."""
-    unit = _scale(x) / 255**4
-    c = (x / unit) ** 0.25
-    return ((c + 1) ** 4 - c**4) * unit * (1 + 2**-20)
+def coded(m: Number, v: Number, ratio: float) -> tuple[Array, Array]:
+    """Errors of both moments stored in 8 bits: v as steps on a lattice, m as m / root(v).
 
-
-def _scale(x: Array) -> float:
-    return max(float(x.max(initial=0.0)) * (1 + 2**-7), 2.0**-92)
+    Args:
+        ratio: a bound of |m| / sqrt(v), beside what the numbers say. The first moment's code counts
+            1/126.9 of the group's largest ratio, rounded up to bfloat16.
+    """
+    step = lattice_step(v)
+    # An element without momentum may be raised to 2^-15 of the group's largest, and a step more.
+    largest = float(v.reach.max(initial=0.0))
+    raised = np.where(v.value - v.error < largest * 2.0**-14, largest * 2.0**-14, 0.0)
+    v_error = step * v.reach + raised
+    # root is between the square root and 1.0607 of it; it moves by half as many bits as v.
+    # Where v has underflowed, its root is down to half of what its square root was.
+    subnormal = bool(((v.reach > 0) & (v.reach < 2.0**-110)).any())
+    least = np.sqrt(np.maximum(v.value - v.error, 0))
+    known = np.where(m.reach == 0, 0.0, m.reach / np.maximum(least, 1e-150))
+    ratio = min(ratio, float(known.max(initial=0.0)))
+    code = ratio / 126.9 * (1 + 2**-7) * (2 if subnormal else 1)
+    m_error = code * 1.0607 * np.sqrt(v.reach + step * v.reach) + m.reach * (step / 2 + 2**-12)
+    return np.minimum(m_error, 1e30) + 2.0**-140, v_error + 2.0**-131
 
 
 FORMATS = {
@@ -84,8 +99,16 @@ FORMATS = {
     "24 bits": lambda x: (
         2.0**8 * rounded(torch.float32, x, ulps=1)
     ),  # the low 8 bits go, stochastically
-    "signed codes": signed_codes,
-    "unsigned codes": unsigned_codes,
+}
+
+
+# What storing the moments makes of a bound of |m| / sqrt(v): m up, v down by the last place.
+STORED_RATIO = {
+    "float64": 1 + 2.0**-51,
+    "float32": 1 + 2.0**-22,
+    "float16": 1 + 2.0**-9,
+    "bfloat16": 1 + 2.0**-6,
+    "random bfloat16": 1 + 2.0**-6,
 }
 
 
@@ -100,7 +123,7 @@ def formats(precision: str | None, dtype: torch.dtype) -> tuple[str, str, str, s
         "": ("float32",) * 3,
         "fp32": ("float32",) * 3,
         "bf16": ("bfloat16", "random bfloat16", "bfloat16"),
-        "int8": ("signed codes", "unsigned codes", "bfloat16"),
+        "int8": ("ratio codes", "lattice codes", "bfloat16"),
     }[states]
     return weight, m, v, v_max
 
@@ -132,6 +155,7 @@ class Weights:
     v_max: Number | None = None
     steps: int = 0
     pending: bool = False  # the next step stores the moments anew
+    ratio: float = 0.0  # a bound of the implementation's |m| / sqrt(v); inf: nothing is known
 
     def numbers(self) -> Iterator[tuple[str, Number, str]]:
         """What is there: its name in torch's state, the number, its format."""
@@ -159,8 +183,7 @@ class Weights:
         if dtype != self.dtype:
             self.p.error += rounded(dtype, self.p.reach)
         self.dtype, self.precision, self.pending = dtype, precision, True
-        for _, number, kind in self.numbers():
-            number.error += FORMATS[kind](number.reach)
+        self._store("param", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
     def recoded(self) -> None:
         """The parameter may lie in another order: 8-bit moments, whose groups follow the memory,
@@ -168,8 +191,28 @@ class Weights:
         """
         self.pending = True
         self.decode()
-        for name, number, kind in self.numbers():
-            if name != "param" and kind.endswith("codes"):
+        if "codes" in formats(self.precision, self.dtype)[1]:
+            self._store("exp_avg", "exp_avg_sq")
+
+    def _store(self, *names: str) -> None:
+        """Round these numbers to their formats."""
+        numbers = {name: (number, kind) for name, number, kind in self.numbers() if name in names}
+        moments = [numbers[name] for name in ("exp_avg", "exp_avg_sq") if name in numbers]
+        if moments and moments[0][1].endswith("codes"):
+            (m, _), (v, _) = moments
+            m_error, v_error = coded(m, v, self.ratio)
+            m.error += m_error
+            v.error += v_error
+            # Up by a code of 126.9, and read back by a root of up to 1.0607 of the square root.
+            self.ratio *= (1 + 1.01 / 126.9) * 1.0607
+        elif moments:
+            self.ratio *= STORED_RATIO[moments[1][1]]
+            if moments[1][1] == "float16" and self.v is not None:
+                # Squares that float16 has no normal number for may be stored as zero.
+                small = (self.v.reach > 0) & (self.v.value - self.v.error < 2.0**-14)
+                self.ratio = math.inf if small.any() else self.ratio
+        for number, kind in numbers.values():
+            if not kind.endswith("codes"):
                 number.error += FORMATS[kind](number.reach)
 
     def copy(self) -> Weights:
@@ -180,6 +223,7 @@ class Weights:
             *(x and x.copy() for x in (self.m, self.v, self.v_max)),
             self.steps,
             self.pending,
+            self.ratio,
         )
 
     def begin(self, o: dict[str, Any]) -> None:
@@ -261,11 +305,17 @@ class Weights:
         if lr != 0:
             error += u * (np.abs(value) + error)
             p.set(value, error + FORMATS[kinds[0]](np.abs(value) + error))
-        stored = zip(
-            (m, v, v_max) if o["amsgrad"] else (m, v), (new_m, new_v, x), kinds[1:], strict=False
-        )
-        for old, new, kind in stored:
-            old.set(new.value, new.error + FORMATS[kind](new.reach))
+        # Cauchy and Schwarz: (b1 m + (1 - b1) g)^2 <= (b1^2 m^2 / (b2 v) + (1 - b1)^2 / (1 - b2)) *
+        # (b2 v + (1 - b2) g^2).
+        kept = self.ratio * beta1 / math.sqrt(beta2) if beta1 > 0 and beta2 > 0 else 0.0
+        self.ratio = math.hypot(kept, (1 - beta1) / math.sqrt(1 - beta2)) * (1 + 2.0**-18)
+        if beta1 > 0 and beta2 == 0:
+            self.ratio = math.inf
+        m.set(new_m.value, new_m.error)
+        v.set(new_v.value, new_v.error)
+        if o["amsgrad"]:
+            v_max.set(x.value, x.error)
+        self._store("exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if o["amsgrad"] else []))
 
     @staticmethod
     def _update(

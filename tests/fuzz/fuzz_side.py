@@ -168,19 +168,30 @@ class Side:
             found["param"] = numbers(
                 ((param.view(torch.int16).to(torch.int32) << 16) + low).view(torch.float32)
             )
-        for key, largest, power in (("exp_avg", 127, 2), ("exp_avg_sq", 255, 4)):
-            if f"{key}_code" in entry:
-                found[key] = numbers(
-                    decoded(entry[f"{key}_code"], entry[f"{key}_scale"], largest, power)
-                )
+        if "exp_avg_ratio" in entry:
+            found |= decoded(entry)
         found |= {key: numbers(entry[key]) for key in MOMENTS if key in entry}
         return found
 
 
-def decoded(code: Tensor, scale: Tensor, largest: int, power: int) -> Tensor:
-    """8-bit codes, whose groups of 32 follow the order of the memory."""
-    flat = code.as_strided((code.numel(),), (1,)).double()
-    scales = scale.double().repeat_interleave(32)[: code.numel()]
-    return (scales * flat.sign() * (flat.abs() / largest) ** power).as_strided(
-        code.shape, code.stride()
-    )
+def decoded(entry: dict[str, Tensor]) -> dict[str, np.ndarray]:
+    """The moments of 8-bit codes, whose groups of 32 follow the order of the memory."""
+    ratio, lattice = entry["exp_avg_ratio"], entry["exp_avg_sq_lattice"]
+
+    def per_element(scale: Tensor) -> Tensor:
+        return scale.repeat_interleave(32)[: ratio.numel()]
+
+    def in_place_of(codes: Tensor, values: Tensor) -> np.ndarray:
+        return numbers(values.as_strided(codes.shape, codes.stride()))
+
+    codes = lattice.as_strided((lattice.numel(),), (1,)).long()
+    scale = per_element(entry["exp_avg_sq_lattice_scale"].view(torch.int16).long() << 16)
+    half_step = scale & -scale
+    v = torch.where(codes == 0, 0, (scale - half_step) + 2 * half_step * codes)
+    root = ((v >> 1) + (127 << 22)).to(torch.int32).view(torch.float32).double()
+    m = ratio.as_strided((ratio.numel(),), (1,)).double() * root
+    m = m * per_element(entry["exp_avg_ratio_scale"]).double()
+    return {
+        "exp_avg": in_place_of(ratio, m),
+        "exp_avg_sq": in_place_of(lattice, v.to(torch.int32).view(torch.float32)),
+    }

@@ -185,14 +185,14 @@ def parameters_that_moved_unnoticed(patch):
     patch.setattr(watch.PlanGuard, "__init__", blind)
 
 
-def second_moments_rounded_two_codes_up(patch):
-    encode_v = codecs.encode_v
+def second_moments_rounded_eight_codes_up(patch):
+    encode_moments = codecs.encode_moments
 
-    def biased(v, noise):
-        code, scale = encode_v(v, noise)
-        return (code.int() + 2).clamp(max=255).to(torch.uint8), scale
+    def biased(m, v, noise):
+        m_code, v_code, *scales = encode_moments(m, v, noise)
+        return m_code, (v_code.int() + 8).clamp(max=255).to(torch.uint8), *scales
 
-    patch.setattr(codecs, "encode_v", biased)
+    patch.setattr(codecs, "encode_moments", biased)
 
 
 def decay_after_the_update(patch):
@@ -215,7 +215,7 @@ FAULTS = [
     gradients_scaled_in_place,
     poisoned_steps_done,
     parameters_that_moved_unnoticed,
-    second_moments_rounded_two_codes_up,
+    second_moments_rounded_eight_codes_up,
     decay_after_the_update,
 ]
 

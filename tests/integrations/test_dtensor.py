@@ -240,18 +240,18 @@ def layout(rank):
     for param in params:
         entry = optimizer.state[param]
         assert type(entry["step"]) is torch.Tensor
-        for key in ("exp_avg_code", "exp_avg_sq_code", "remainder", "max_exp_avg_sq"):
+        for key in ("exp_avg_ratio", "exp_avg_sq_lattice", "remainder", "max_exp_avg_sq"):
             assert isinstance(entry[key], DTensor) and entry[key].shape == param.shape
             assert (
                 entry[key].placements == param.placements
                 and entry[key].device_mesh == param.device_mesh
             )
             assert entry[key].stride() == param.stride()
-        assert isinstance(entry["exp_avg_scale"], DTensor)
+        assert isinstance(entry["exp_avg_ratio_scale"], DTensor)
     before = params[0].to_local().detach().clone()
-    codes = optimizer.state[params[0]]["exp_avg_code"]
+    codes = optimizer.state[params[0]]["exp_avg_ratio"]
     codes.to_local().fill_(100)  # what users see is what the step reads
-    optimizer.state[params[0]]["exp_avg_scale"].to_local().fill_(1.0)
+    optimizer.state[params[0]]["exp_avg_ratio_scale"].to_local().fill_(1.0)
     train(optimizer, 1)
     moved = (params[0].to_local().detach() - before).abs().max()
     return moved.item(), int(codes.to_local().flatten()[0])

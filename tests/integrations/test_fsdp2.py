@@ -154,7 +154,8 @@ def test_8_bit_state_cut_within_groups_loads_in_the_same_world(flat, tmp_path):
         assert same_bits(found, saved)
     # Elsewhere it would be cut anew: torch refuses, naming the entry and both sizes.
     with pytest.raises(
-        RuntimeError, match=r"(?s)Size mismatch.*exp_avg_scale|exp_avg_scale.*Size mismatch"
+        RuntimeError,
+        match=r"(?s)Size mismatch.*exp_avg_ratio_scale|exp_avg_ratio_scale.*Size mismatch",
     ):
         run_ranks(1, loads, 1, str(tmp_path), torch.bfloat16, options, flat, False)
 

@@ -1,5 +1,7 @@
 """Codecs: exactness, unbiasedness, and the same bits from the torch and the Triton twin."""
 
+import functools
+import itertools
 import math
 import sys
 
@@ -92,39 +94,41 @@ def noise_for(x, seed=0):
 # --- Random bits
 
 
-def philox_by_hand(seed, c0, c1, c2, c3):
-    """Philox-4x32-10 in Python's own integers, as the paper writes it."""
+def philox_by_hand(seed, c0, c1, c2, c3, rounds=10):
+    """Philox-4x32 in Python's own integers, as the paper writes it."""
     k0, k1 = seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF
-    for _ in range(10):
+    for _ in range(rounds):
         x, y = 0xD2511F53 * c0, 0xCD9E8D57 * c2
         c0, c1, c2, c3 = (y >> 32) ^ c1 ^ k0, y & 0xFFFFFFFF, (x >> 32) ^ c3 ^ k1, x & 0xFFFFFFFF
         k0, k1 = k0 + 0x9E3779B9 & 0xFFFFFFFF, k1 + 0xBB67AE85 & 0xFFFFFFFF
     return c0, c1, c2, c3
 
 
+PI = ((0xA4093822, 0x299F31D0), (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344))
+
+
 @pytest.mark.parametrize(
-    ("key", "counter", "expected"),
+    ("rounds", "key", "counter", "expected"),
     [  # from Random123's kat_vectors
-        ((0, 0), (0, 0, 0, 0), "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
-        ((0xFFFFFFFF,) * 2, (0xFFFFFFFF,) * 4, "408f276d 41c83b0e a20bc7c6 6d5451fd"),
-        (
-            (0xA4093822, 0x299F31D0),
-            (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
-            "d16cfe09 94fdcceb 5001e420 24126ea1",
-        ),
+        (10, (0, 0), (0, 0, 0, 0), "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+        (10, (0xFFFFFFFF,) * 2, (0xFFFFFFFF,) * 4, "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+        (10, *PI, "d16cfe09 94fdcceb 5001e420 24126ea1"),
+        (7, (0, 0), (0, 0, 0, 0), "5f6fb709 0d893f64 4f121f81 4f730a48"),
+        (7, (0xFFFFFFFF,) * 2, (0xFFFFFFFF,) * 4, "5207ddc2 45165e59 4d8ee751 8c52f662"),
+        (7, *PI, "4dfccaba 190a87f0 c47362ba b6b5242a"),
     ],
 )
-def test_philox_gives_the_published_answers(key, counter, expected):
-    words = codecs.philox(key[0] | key[1] << 32, *(torch.tensor([c]) for c in counter))
+def test_philox_gives_the_published_answers(rounds, key, counter, expected):
+    words = codecs.philox(key[0] | key[1] << 32, *(torch.tensor([c]) for c in counter), rounds)
     assert " ".join(f"{int(word):08x}" for word in words) == expected
 
 
 SEEDS = [0, -1, 2**63 - 1, 0x123456789ABCDEF]
-PLACES = [
+PLACES = [  # first element, step, ordinal
     (0, 1, 0),
     (2**32 - 8, 2**24, 3),
     (2**34 + 4, 77, 2**31 - 1),
-]  # first element, step, ordinal
+]
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -133,15 +137,44 @@ def test_words_are_keyed_by_element_step_and_ordinal(first, step, ordinal, seed)
     words = codecs.random_words(seed, first, step, ordinal, 16, CPU)
     for i in range(16):
         quad = (first + i) // 4
-        expected = philox_by_hand(seed, quad & 0xFFFFFFFF, quad >> 32, step, ordinal)[
-            (first + i) % 4
-        ]
-        assert int(words[i]) & 0xFFFFFFFF == expected
+        counter = quad & 0xFFFFFFFF, quad >> 32, step, ordinal
+        assert int(words[i]) & 0xFFFFFFFF == philox_by_hand(seed, *counter)[(first + i) % 4]
     for start in range(1, 9):  # whoever begins in the middle of a draw gets the same words
         assert torch.equal(
             codecs.random_words(seed, first + start, step, ordinal, 7, CPU),
             words[start : start + 7],
         )
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize(("first", "step", "ordinal"), PLACES)
+def test_8_bit_states_draw_once_for_eight_elements(first, step, ordinal, seed):
+    """Seven rounds, and 16 bits for each element: a weight takes those of the second next one."""
+    words = codecs.random_words(seed, first, step, ordinal, 16, CPU, share=8)
+    for i in range(16):
+        octet, place = divmod(first + i, 8)
+        counter = octet & 0xFFFFFFFF, octet >> 32, step, ordinal
+        draw = philox_by_hand(seed, *counter, rounds=7)
+        halves = [half for word in draw for half in (word & 0xFFFF, word >> 16)]
+        assert int(codecs.state_noise(words)[i]) == halves[place]
+        assert int(codecs.weight_noise(words)[i]) == halves[(place + 2) % 8]
+    for start in range(1, 9):
+        assert torch.equal(
+            codecs.random_words(seed, first + start, step, ordinal, 7, CPU, share=8),
+            words[start : start + 7],
+        )
+
+
+def test_the_bits_of_one_element_are_independent():
+    """Upper and lower byte of the moments' bits, and the weight's: 16 classes of each pair are
+    equally frequent among a million. Chi-square of 255 degrees of freedom: 400 is 1e-8.
+    """
+    words = codecs.random_words(3, 0, 5, 1, 1 << 20, CPU, share=8)
+    state, weight = codecs.state_noise(words), codecs.weight_noise(words)
+    bits = {"v": state >> 12, "m": state >> 4 & 15, "weight": weight >> 12, "low": weight >> 4 & 15}
+    for first, second in itertools.combinations(bits.values(), 2):
+        count = torch.bincount(first << 4 | second, minlength=256).double()
+        assert float(((count - 4096).square() / 4096).sum()) < 400
 
 
 def test_the_users_generator_is_not_touched():
@@ -152,51 +185,64 @@ def test_the_users_generator_is_not_touched():
 
 @triton.jit
 def words_kernel(
-    quads_ptr, singles_ptr, seed_ptr, first_ptr, step, ordinal, origin_ptr, N: tl.constexpr
+    together_ptr,
+    singles_ptr,
+    seed_ptr,
+    first_ptr,
+    step,
+    ordinal,
+    origin_ptr,
+    SHARE: tl.constexpr,
+    N: tl.constexpr,
 ):
     offs = tl.arange(0, N)
     seed, first, origin = tl.load(seed_ptr), tl.load(first_ptr), tl.load(origin_ptr)
-    tl.store(quads_ptr + offs, jit.random_words(seed, first, step, ordinal, origin, N))
-    tl.store(singles_ptr + offs, jit.random_word(seed, first + offs, step, ordinal, origin))
+    together = jit.random_words(seed, first, step, ordinal, origin, N, SHARE)
+    tl.store(together_ptr + offs, together)
+    tl.store(singles_ptr + offs, jit.random_word(seed, first + offs, step, ordinal, origin, SHARE))
 
 
 @adversarial
+@pytest.mark.parametrize("share", [4, 8])
 @pytest.mark.parametrize("origin", [0, 8, 2**31 + 3, 2**34 - 4, 2**34 + 4, 7 << 40])
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize(("first", "step", "ordinal"), PLACES)
-def test_twins_draw_the_same_words(first, step, ordinal, seed, origin, kernel_device):
-    quads, singles = torch.zeros(2, 1024, dtype=torch.int32, device=kernel_device)
+def test_twins_draw_the_same_words(first, step, ordinal, seed, origin, share, kernel_device):
+    together, singles = torch.zeros(2, 1024, dtype=torch.int32, device=kernel_device)
     seed_first_origin = torch.tensor([[seed], [first], [origin]], device=kernel_device)
     places = (*seed_first_origin[:2], step, ordinal, seed_first_origin[2])
-    words_kernel[(1,)](quads, singles, *places, N=1024, enable_fp_fusion=False)
-    expected = codecs.random_words(seed, first, step, ordinal, 1024, CPU, origin)
+    words_kernel[(1,)](together, singles, *places, SHARE=share, N=1024, enable_fp_fusion=False)
+    expected = codecs.random_words(seed, first, step, ordinal, 1024, CPU, origin, share)
     assert same(singles, expected)
-    if origin % 4 == 0:  # others take the tail's path
-        assert same(quads, expected)
+    if origin % share == first % share == 0:  # others take the tail's path
+        assert same(together, expected)
 
 
+@pytest.mark.parametrize("share", [4, 8])
 @pytest.mark.parametrize("cut", [1, 4, 30, 2**33 + 2])
-def test_words_are_the_same_however_a_parameter_is_cut(cut):
-    whole = codecs.random_words(5, cut, 3, 2, 100, CPU)
-    assert torch.equal(codecs.random_words(5, 0, 3, 2, 100, CPU, cut), whole)
-    assert torch.equal(codecs.random_words(5, 40, 3, 2, 60, CPU, cut), whole[40:])
+def test_words_are_the_same_however_a_parameter_is_cut(cut, share):
+    whole = codecs.random_words(5, cut, 3, 2, 100, CPU, share=share)
+    assert torch.equal(codecs.random_words(5, 0, 3, 2, 100, CPU, cut, share), whole)
+    assert torch.equal(codecs.random_words(5, 40, 3, 2, 60, CPU, cut, share), whole[40:])
 
 
 def test_torchs_default_dtype_does_not_matter():
     """For what a user may have set it to: float64."""
-    x = awkward()[:8192]
-    expected = [
-        *codecs.encode_m(x),
-        *codecs.encode_v(x.abs(), noise_for(x) & 0xFFFF),
-        *codecs.split24(x, noise_for(x)),
-    ]
+    x, bits = awkward()[:8192], noise_for(awkward()[:8192])
+
+    def everything():
+        moments = codecs.encode_moments(x, x.abs(), bits & 0xFFFF)
+        return [
+            *moments,
+            *codecs.decode_moments(*moments),
+            *codecs.split24(x, bits),
+            codecs.random_words(1, 0, 1, 0, 64, CPU, share=8),
+        ]
+
+    expected = everything()
     torch.set_default_dtype(torch.float64)
     try:
-        found = [
-            *codecs.encode_m(x),
-            *codecs.encode_v(x.abs(), noise_for(x) & 0xFFFF),
-            *codecs.split24(x, noise_for(x)),
-        ]
+        found = everything()
     finally:
         torch.set_default_dtype(torch.float32)
     for left, right in zip(found, expected, strict=True):
@@ -400,42 +446,38 @@ def test_decay_alone_shrinks_weights_stored_stochastically():
 
 
 def groups():
-    """Groups of 32 of every kind; the two first ones are NaN's and infinity's."""
+    """(m, v) of groups of 32 of every kind: shape (G, 32) both."""
     generator = torch.Generator().manual_seed(3)
-    rows = [torch.randn(32, generator=generator) * 10.0**e for e in range(-45, 39)]
-    rows += [torch.exp(4 * torch.randn(32, generator=generator)) for _ in range(64)]
-    poisoned = torch.ones(3, 32)
-    poisoned[0, 5], poisoned[1, 7], poisoned[2, 9] = math.nan, math.inf, -math.inf
-    one_large = torch.zeros(1, 32)
-    one_large[0, 3] = 3.4e38  # above the largest finite bfloat16
-    codes_m = torch.arange(0, 128).square() / 16129.0  # decoded values and their neighbours
-    codes_v = (torch.arange(0, 256) / 255.0) ** 4
-    near = [
-        torch.cat([x, torch.nextafter(x, x + 1), torch.nextafter(x, x - 1).abs()])
-        for x in (codes_m, codes_v)
-    ]
-    near = torch.cat(near).view(-1, 32)
-    near[:, 0] = 1.0
-    # Where m's code changes, and its neighbours, for scales whose reciprocals round.
-    change = (torch.arange(128) * torch.arange(1, 129) + 0.5) / 16129.0
-    scales = (1 + torch.rand(16, 1, generator=generator)).bfloat16().float()
-    change = (scales * change).view(-1)
-    change = torch.stack(
-        [change, torch.nextafter(change, change + 1), torch.nextafter(change, change - 1)]
-    )
-    change = change.view(3, 16, 4, 32)
-    change[..., 0] = scales
-    near = torch.cat([near, change.view(-1, 32)])
-    return torch.cat(
-        [
-            poisoned,
-            torch.zeros(1, 32),
-            one_large,
-            torch.stack(rows),
-            near,
-            awkward()[:9984].view(-1, 32),
-        ]
-    )
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    # v of every size, and spans from one value to all of float32's.
+    v = [10.0 ** (e + normal(32)) for e in range(-45, 38)]
+    v += [torch.exp(spread * normal(32)) for spread in torch.arange(128) / 8]
+    v += [float_of(torch.linspace(1, top, 32).long()) for top in range(1 << 20, LARGEST_V, 1 << 23)]
+    v += [torch.full((32,), x) for x in (1.0, 2.0**-149, 1e-30, 0.0)]
+    v = torch.stack(v)
+    m = v.sqrt() * normal(*v.shape)
+    # Elements without momentum, without either, and with momentum alone; at the edges of codes.
+    several = torch.rand(v.shape, generator=generator)
+    m = torch.where(several < 0.1, 0.0, m)
+    v = torch.where((several > 0.05) & (several < 0.15), 0.0, v)
+    edges_v = float_of((torch.arange(512).view(16, 32) << 15) + 0x3F7F8000)
+    edges_v = torch.cat([edges_v, torch.nextafter(edges_v, edges_v + 1)])
+    edges_m = (torch.arange(1024).view(32, 32) - 512) / 256
+    # Whatever m and v may be to each other.
+    others = awkward()[:9984].view(-1, 32)
+    ms = [m, -m.flip(0), edges_m, others, others.flip(0)]
+    vs = [v, v, edges_v, others.abs(), others.abs()]
+    poisoned = torch.ones(6, 32)
+    for row, value in enumerate((math.nan, math.inf, -math.inf, math.nan, math.inf, 3e38)):
+        poisoned[row, 3 * row + 1] = value
+    one = torch.ones(3, 32)
+    return torch.cat([poisoned[:3], one, *ms]), torch.cat([one, poisoned[3:], *vs])
+
+
+LARGEST_V = codecs.LARGEST_V
 
 
 @triton.jit
@@ -444,54 +486,47 @@ def moments_kernel(
     v_ptr,
     words_ptr,
     m_code_ptr,
-    m_scale_ptr,
-    m_back_ptr,
     v_code_ptr,
+    m_scale_ptr,
     v_scale_ptr,
+    m_back_ptr,
     v_back_ptr,
     N: tl.constexpr,
 ):
     offs = tl.program_id(0) * N + tl.arange(0, N)
     span = tl.program_id(0) * (N // 8) + tl.arange(0, N // 8)
-    code, scale = jit.encode_m(tl.load(m_ptr + offs))
-    tl.store(m_code_ptr + offs, code)
-    tl.store(m_scale_ptr + span // 4, jit.spread_to_threads(scale, N, 8), mask=span % 4 == 0)
-    tl.store(m_back_ptr + offs, jit.decode_m(code, scale))
     words = tl.load(words_ptr + offs).to(tl.uint32, bitcast=True)
-    code, scale = jit.encode_v(tl.load(v_ptr + offs), jit.state_noise(words))
-    tl.store(v_code_ptr + offs, code)
-    tl.store(v_scale_ptr + span // 4, jit.spread_to_threads(scale, N, 8), mask=span % 4 == 0)
-    tl.store(v_back_ptr + offs, jit.decode_v(code, scale))
+    m_code, v_code, m_scale, v_scale = jit.encode_moments(
+        tl.load(m_ptr + offs), tl.load(v_ptr + offs), jit.state_noise(words)
+    )
+    m, v = jit.decode_moments(m_code, v_code, m_scale, v_scale)
+    tl.store(m_code_ptr + offs, m_code)
+    tl.store(v_code_ptr + offs, v_code)
+    for_groups = span % 4 == 0
+    m_scale, v_scale = jit.spread_to_threads(m_scale, N, 8), jit.spread_to_threads(v_scale, N, 8)
+    tl.store(m_scale_ptr + span // 4, jit.to_storage(m_scale, tl.bfloat16), mask=for_groups)
+    tl.store(v_scale_ptr + span // 4, jit.to_storage(v_scale, tl.bfloat16), mask=for_groups)
+    tl.store(m_back_ptr + offs, m)
+    tl.store(v_back_ptr + offs, v)
 
 
 @adversarial
 def test_twins_encode_moments_to_the_same_bits(kernel_device):
-    m = groups().view(-1)
-    m = torch.nn.functional.pad(m, (0, 32768 - m.numel()))
-    v = m.abs()
+    m, v = (torch.nn.functional.pad(x.view(-1), (0, -x.numel() % 1024)) for x in groups())
     words = noise_for(m, seed=4)
-    out = []
-    for code in (torch.int8, torch.uint8):
-        out += [
-            torch.empty(32768, dtype=code),
-            torch.empty(1024, dtype=torch.bfloat16),
-            torch.empty(32768),
-        ]
+    numel = m.numel()
+    out = [
+        torch.empty(numel, dtype=torch.int8),
+        torch.empty(numel, dtype=torch.uint8),
+        *(torch.empty(numel // 32, dtype=torch.bfloat16) for _ in range(2)),
+        *torch.empty(2, numel),
+    ]
     out = [x.to(kernel_device) for x in out]
     inputs = (x.to(kernel_device) for x in (m, v, words))
     # One program for all would take the compiler 40 s.
-    moments_kernel[(32,)](*inputs, *out, N=1024, enable_fp_fusion=False)
-    m_code, m_scale = codecs.encode_m(m)
-    v_code, v_scale = codecs.encode_v(v, codecs.state_noise(words))
-    expected = [
-        m_code,
-        m_scale,
-        codecs.decode_m(m_code, m_scale),
-        v_code,
-        v_scale,
-        codecs.decode_v(v_code, v_scale),
-    ]
-    for left, right in zip(out, expected, strict=True):
+    moments_kernel[(numel // 1024,)](*inputs, *out, N=1024, enable_fp_fusion=False)
+    stored = codecs.encode_moments(m, v, codecs.state_noise(words))
+    for left, right in zip(out, (*stored, *codecs.decode_moments(*stored)), strict=True):
         assert same(left, right)
 
 
@@ -504,12 +539,14 @@ from test_codecs import moments_kernel, words_kernel, weights_kernel
 
 found = {}
 for kernel, types in {
-    moments_kernel: "*fp32 *fp32 *i32 *i8 *bf16 *fp32 *u8 *bf16 *fp32",
+    moments_kernel: "*fp32 *fp32 *i32 *i8 *u8 *bf16 *bf16 *fp32 *fp32",
     weights_kernel: "*fp32 *i32 *bf16 *bf16 *bf16 *i16 *fp32 *bf16 *i8 *fp32",
-    words_kernel: "*i32 *i32 *i64 *i64 i32 i32 *i64",
+    words_kernel: "*i32 *i32 *i64 *i64 i32 i32 *i64 constexpr",
 }.items():
     signature = dict(zip(kernel.arg_names, [*types.split(), "constexpr"]))
-    source = ASTSource(kernel, signature, {(len(signature) - 1,): 128})
+    constants = {"N": 128, "SHARE": 8}
+    places = {(i,): constants[name] for i, name in enumerate(signature) if name in constants}
+    source = ASTSource(kernel, signature, places)
     options = {"num_warps": 4, "enable_fp_fusion": False}
     ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
     for name in re.findall(r"^\\s*(?:@%p\\d+ )?([a-z][\\w.]*)", ptx, re.M):
@@ -520,136 +557,304 @@ print(json.dumps(found))
 
 
 def test_a_gpu_rounds_as_the_interpreter_does():
-    """For sm_90, one element per thread: nothing is approximate but the guesses, one root for m and
-    two for v.
-    """
+    """For sm_90: nothing is approximate or fused, not even a guess."""
     found = outside_the_interpreter("-c", f"import sys; sys.path[:0] = {sys.path!r}\n{COMPILE}")
-    assert found == {"sqrt.approx.ftz.f32": 3, "div.rn.f32": 2}
+    assert found == {}
 
 
 def finite_groups():
-    x = groups()
-    return x[(x.abs() <= LARGEST).all(1)]
+    """Groups whose moments are finite, and related as those of a step are: |m| / sqrt(v) <= 10."""
+    m, v = groups()
+    fine = (v < 1e38).all(1) & (m.abs() <= 10 * v.sqrt()).all(1)
+    assert fine.sum() > 200
+    return m[fine].view(-1), v[fine].view(-1)
 
 
-def test_scales_are_rounded_up():
-    x = groups().abs()
-    x = x[x.isfinite().all(1)]
-    scale = codecs.group_scale(x.view(-1)).float()
-    top = x.abs().amax(1)
-    low, high = top < 2.0**-92, top > LARGEST
-    assert low.any() and high.any()
-    assert (scale[low] == 2.0**-92).all() and scale[high].isnan().all()
-    between = ~low & ~high
-    assert (scale >= top)[between].all()
-    below = (bits_of(scale) - 0x10000).view(torch.float32)
-    assert (below < top)[between].all()
+def encode(m, v, noise):
+    """All elements with the same noise."""
+    return codecs.encode_moments(m, v, torch.full(m.shape, noise, dtype=torch.int32))
 
 
-def test_m_is_nearest():
-    x = finite_groups()
-    code, scale = codecs.encode_m(x.view(-1))
-    assert int(code.min()) == -127 and int(code.max()) == 127
-    tried = [codecs.decode_m(torch.full_like(code, c), scale).double() for c in range(-127, 128)]
-    error = (codecs.decode_m(code, scale).double() - x.view(-1)).abs()
-    best = torch.stack([(t - x.view(-1)).abs() for t in tried]).amin(0)
-    largest = codecs.spread(scale.double())
-    # Beside a change of code both errors are equal but for four roundings, each of 2^-24 at most,
-    # twice.
-    assert (error <= best + largest * 2.0**-21).all()
+def step_of(v_scale):
+    """In bits of float32: twice the lowest bit that is set."""
+    lattice = v_scale.view(torch.int16).to(torch.int32) << 16
+    return 2 * (lattice & -lattice)
 
 
-def test_v_is_one_of_two_neighbours_in_proportion():
-    """64 noises spread evenly for every kind of value: the mean is the value, but for what 64
-    cannot resolve.
+def test_inverse_is_within_4e_5_on_average_exact():
+    x = torch.arange(0x3F800000, 0x40800000, 5, dtype=torch.int32)  # two binades: all there is
+    error = codecs.inverse(x).double() * x.view(torch.float32).double() - 1
+    assert error.abs().max() < 4e-5 and abs(error.mean()) < 1e-5
+
+
+def test_root_is_between_the_square_root_and_7_percent_more():
+    v = awkward()
+    v = v[(v > 2.0**-126) & v.isfinite()]
+    excess = codecs.root(bits_of(v)).view(torch.float32).double() / v.double().sqrt() - 1
+    assert -1e-7 < excess.min() and excess.max() < 0.0607
+    assert (codecs.root(torch.zeros(1, dtype=torch.int32)).view(torch.float32) > 0).all()
+
+
+def test_codes_of_m_use_their_range():
+    """Largest ratios have code 126 or 127, never 128: it would wrap."""
+    m, v = finite_groups()
+    for noise in (0, 0x80, 0xFF):
+        m_code, _, m_scale, _ = encode(m, v, noise)
+        assert int(m_code.min()) >= -127
+        tops = m_code.view(-1, 32).int().abs().amax(1)
+        assert (tops[m_scale.float() > 2.0**-92] >= 125).all()  # a bfloat16 scale is up to 1 % high
+
+
+@pytest.mark.parametrize("rows", [slice(0, 3), slice(3, 6)])
+def test_rounding_is_exactly_unbiased(rows):
+    """All 65,536 noises of groups with fine, middle and coarse steps: the means are the values, and
+    each has two codes at most, which are neighbours.
     """
-    v = finite_groups().abs()
-    total, v = torch.zeros(v.numel(), dtype=torch.float64), v.view(-1)
-    codes, scale = [], codecs.group_scale(v)
-    for noise in range(512, 65536, 1024):
-        code, _ = codecs.encode_v(v, torch.full(v.shape, noise, dtype=torch.int32))
-        codes.append(code.int())
-        total += codecs.decode_v(code, scale).double()
-    lowest, highest = torch.stack(codes).amin(0), torch.stack(codes).amax(0)
-    assert (highest - lowest <= 1).all()
-    low, high = (
-        codecs.decode_v(c.to(torch.uint8), scale).double() for c in (highest - 1, lowest + 1)
-    )
-    smallest = codecs.decode_v(torch.ones_like(code), scale).double()
-    kept = v > smallest
-    assert kept.float().mean() > 0.5
-    unit_error = codecs.spread(scale.double()) * 2.0**-22
-    gap = torch.maximum(high - total / 64, total / 64 - low)
-    assert ((total / 64 - v).abs() <= gap / 64 + unit_error)[kept].all()
-    assert (lowest == 1)[(v > 0) & ~kept].all()
-    assert (highest == 0)[v == 0].all()
+    generator = torch.Generator().manual_seed(1)
+    spread = torch.tensor([[0.1], [0.7], [1.5], [3.0], [6.0], [9.0]])[rows]
+    v = torch.exp(spread * torch.randn(len(spread), 32, generator=generator)).view(-1)
+    m = v.sqrt() * torch.randn(v.shape, generator=generator)
+    ratio = m.double() / codecs.root(bits_of(v)).view(torch.float32).double()
+    v_sum, ratio_sum = torch.zeros(2, v.numel(), dtype=torch.float64)
+    codes = []
+    for noise in torch.arange(65536, dtype=torch.int32).view(64, 1024, 1):
+        wide = noise.expand(1024, v.numel()).reshape(-1)
+        m_code, v_code, m_scale, v_scale = codecs.encode_moments(
+            m.repeat(1024), v.repeat(1024), wide
+        )
+        _, v_back = codecs.decode_moments(m_code, v_code, m_scale, v_scale)
+        v_sum += v_back.view(1024, -1).double().sum(0)
+        ratios = m_code.double() * codecs.spread(m_scale.double())
+        ratio_sum += ratios.view(1024, -1).sum(0)
+        codes.append(torch.stack([m_code.int(), v_code.int()]).view(2, 1024, -1).aminmax(dim=1))
+    lowest = torch.stack([code.min for code in codes]).amin(0)
+    highest = torch.stack([code.max for code in codes]).amax(0)
+    assert (highest - lowest <= 1).all() and (highest - lowest == 1).float().mean() > 0.9
+    # The chance of going up has a resolution of 2^-16, and a float32 one of 2^-24.
+    step = codecs.spread(step_of(v_scale[: v.numel() // 32])) / 2**23  # in binades
+    assert ((v_sum / 65536 / v.double() - 1).abs() <= step / 2**16 + 2.0**-23).all()
+    # Two inverses of 4e-5, and half of 1/256 of a code.
+    code = codecs.spread(m_scale[: v.numel() // 32].double())
+    assert ((ratio_sum / 65536 - ratio).abs() < 8e-5 * ratio.abs() + code / 512).all()
+
+
+def test_m_follows_where_v_is_rounded_to():
+    """The ratio stays within a code, however far v is rounded."""
+    m, v = finite_groups()
+    for noise in (0, 0x7F00, 0xFFFF):
+        stored = encode(m, v, noise)
+        back_m, back_v = codecs.decode_moments(*stored)
+        ratios = [
+            x.double() / codecs.root(bits_of(y)).view(torch.float32).double()
+            for x, y in ((m, v), (back_m, back_v))
+        ]
+        code = codecs.spread(stored[2].double())
+        assert ((ratios[0] - ratios[1]).abs() <= 1.01 * code + 1e-4 * ratios[0].abs()).all()
 
 
 @pytest.mark.parametrize("noise", [0, 0xFFFF])
 def test_no_positive_v_decodes_to_zero(noise):
+    """All magnitudes in one group, and spans up to all of float32: codes are in 1..255."""
     v = torch.nn.functional.pad(float_of(torch.arange(1, 0x7F7F0000, 99991)), (0, 31))
     v = (
         v[: v.numel() // 32 * 32].view(32, -1).T.reshape(-1).contiguous()
     )  # 32 magnitudes to a group
-    code, scale = codecs.encode_v(v, torch.tensor(noise, dtype=torch.int32))
-    assert torch.equal(codecs.decode_v(code, scale) > 0, v > 0)
+    for m in (torch.zeros_like(v), v.sqrt()):
+        stored = encode(m, v, noise)
+        assert torch.equal(codecs.decode_moments(*stored)[1] > 0, v > 0)
+    for span in range(0, 62 << 23, 0x23456):  # to 2^62
+        v = float_of((torch.linspace(0, 1, 32) * span).long() + 0x2F000001)
+        back = codecs.decode_moments(*encode(v.sqrt(), v, noise))[1]
+        assert ((back / v - 1).abs() < 0.25).all()
+
+
+def test_a_span_of_all_of_float32_raises_the_smallest():
+    """Beyond 2^63 the smallest become the smallest that the group reaches: updates shrink."""
+    v = torch.ones(32)
+    v[5], v[6] = 1e-38, 1e-17
+    m, back = codecs.decode_moments(*encode(v.sqrt(), v, 0x8000))
+    assert ((back[6:] / v[6:] - 1).abs() < 0.25).all()
+    assert 1e-38 < back[5] < 2.0**-60 and (m.abs() <= 1.1 * back.sqrt()).all()
+
+
+def test_elements_without_momentum_do_not_widen_the_group_for_ever():
+    """One of 1e-15 among 1: with momentum the steps are coarse, without it they are 2^-4 of a
+    binade, and it is raised to 2^-15. Zeros do not count, and where all are idle none is raised.
+    """
+    v = torch.exp(0.1 * torch.randn(32, generator=torch.Generator().manual_seed(1)))
+    v[3] = 1e-15
+    m = v.sqrt()
+    nearest = 0x8000
+
+    def error(m, v):
+        back = codecs.decode_moments(*encode(m, v, nearest))[1]
+        return back, float((back / v - 1).abs()[4:].max())
+
+    back, coarse = error(m, v)
+    assert coarse > 0.05 and abs(back[3] / v[3] - 1) < 0.15
+    m[3] = 0
+    back, fine = error(m, v)
+    assert fine < 2.0**-5 and 2.0**-17 < back[3] < 2.0**-13
+    v[3] = 0
+    back, finest = error(m, v)
+    assert finest < 2.0**-7 and back[3] == 0
+    v[3] = 1e-15
+    back, _ = error(torch.zeros(32), v)
+    assert abs(back[3] / v[3] - 1) < 0.15
 
 
 def test_zeros_stay_zeros():
     zeros = torch.zeros(64)
-    assert (codecs.decode_m(*codecs.encode_m(zeros)) == 0).all()
-    assert (codecs.decode_v(*codecs.encode_v(zeros, torch.tensor(0xFFFF))) == 0).all()
+    for noise in (0, 0xFFFF):
+        for x in codecs.decode_moments(*encode(zeros, zeros, noise)):
+            assert (x == 0).all()
+        m, v = zeros.clone(), zeros.clone()
+        m[:32], v[:40] = 1.0, 2.0
+        m[0], v[1] = 0.0, 0.0  # beside others that are not
+        back_m, back_v = codecs.decode_moments(*encode(m, v, noise))
+        assert torch.equal(back_v == 0, v == 0) and (back_m[m == 0] == 0).all()
     fresh = torch.zeros(64, dtype=torch.uint8)  # zeroed memory is a valid state
-    assert (
-        codecs.decode_m(fresh.view(torch.int8), torch.zeros(2, dtype=torch.bfloat16)) == 0
-    ).all()
-    assert (codecs.decode_v(fresh, torch.zeros(2, dtype=torch.bfloat16)) == 0).all()
+    scales = torch.zeros(2, 2, dtype=torch.bfloat16)
+    for x in codecs.decode_moments(fresh.view(torch.int8), fresh, *scales):
+        assert (x == 0).all()
 
 
-@pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
-def test_poison_stays_in_its_group_and_shows(poison):
-    x = torch.ones(96)
-    x[40] = poison
-    for back in (
-        codecs.decode_m(*codecs.encode_m(x)),
-        codecs.decode_v(*codecs.encode_v(x.abs(), torch.tensor(7))),
-    ):
-        assert not back[32:64].isfinite().any()
-        assert (back[:32] == 1).all() and (back[64:] == 1).all()
+@pytest.mark.parametrize("moment", ["m", "v"])
+@pytest.mark.parametrize("poison", [math.nan, -math.nan, math.inf, -math.inf, 3e38])
+def test_poison_stays_in_its_group_and_shows(poison, moment):
+    """m of its group is NaN and stays so, v stays finite, and no bit is a payload's."""
+    clean, poisoned = torch.ones(96), torch.ones(96)
+    poisoned[40] = poison
+    if moment == "v" and poison < 0:
+        return
+    m, v = (poisoned, clean) if moment == "m" else (clean, poisoned)
+    stored = encode(m, v, 7)
+    for code, expected in zip(stored, encode(clean, clean, 7), strict=True):
+        size = code.numel() // 3
+        assert torch.equal(bits_of(code)[:size], bits_of(expected)[:size])
+        assert torch.equal(bits_of(code)[-size:], bits_of(expected)[-size:])
+    back_m, back_v = codecs.decode_moments(*stored)
+    if (moment, poison) != ("m", 3e38):  # that is finite, and so is its ratio
+        assert back_m[32:64].isnan().all() and back_v.isfinite().all()
+        again = codecs.decode_moments(*encode(back_m, back_v, 7))
+        assert again[0][32:64].isnan().all() and again[1].isfinite().all()
+    other = poisoned.clone().view(torch.int32)
+    if math.isnan(poison):
+        other[40] = 0x7F812345  # a NaN with another payload
+        other = other.view(torch.float32)
+        m, v = (other, clean) if moment == "m" else (clean, other)
+        for left, right in zip(encode(m, v, 7), stored, strict=True):
+            assert torch.equal(bits_of(left), bits_of(right))
 
 
 def test_what_is_decoded_encodes_to_itself():
-    """Storing m without a change drifts nowhere."""
-    code = torch.arange(-127, 128, dtype=torch.int8)
-    code = torch.cat([code, code[-1:]])
-    for scale in (1.0, 0.3, 1e-9, 1e20):
-        scale = torch.full((8,), scale).bfloat16()
-        code[::32] = 127
-        again, scale_again = codecs.encode_m(codecs.decode_m(code, scale))
-        assert same(again, code) and same(scale_again, scale)
+    """v is on the lattice already: no noise moves it, unless its group has another step now."""
+    m, v = finite_groups()
+    stored = encode(m, v, 0x8000)
+    m, v = codecs.decode_moments(*stored)
+    for noise in (0, 0xFFFF):
+        again = encode(m, v, noise)
+        # Not those at the limit of 2^63, where the smallest of a group are raised.
+        step, before = step_of(again[3]), step_of(stored[3])
+        kept = codecs.spread((step <= before) & (before < 1 << 21))
+        kept &= (m != 0) | (v == 0)  # others have become idle, and may be raised
+        assert kept.float().mean() > 0.5
+        assert torch.equal(codecs.decode_moments(*again)[1][kept], v[kept])
 
 
 # --- What the moments become over thousands of steps
 
+# One place for all bounds. Measured: 0.052, 0.074; 1.0 to 1.14; 0.992 to 1.001.
+RMSE = {"spread 0.5": 0.057, "spread 1": 0.08}  # of the update, relative to its own, beta2 0.999
+LARGEST_UPDATE = 2.0  # relative to fp32's
+MEAN_OF_V = (0.98, 1.02)  # relative to fp32's
+MOVED_AFTER_THE_END = 0.1  # rms, in units of lr, over 2,000 steps
+DRIFT = 0.03  # of what nearly idle elements move, relative
+DEAD_NEIGHBOUR = 3.0  # times the error without one
 
-@pytest.mark.parametrize("drop", [False, True], ids=["stationary", "gradients drop"])
-@pytest.mark.parametrize("store", [quality.bf16, quality.int8], ids=lambda f: f.__name__)
-def test_second_moments_do_not_go_stale(store, drop):
-    found = quality.update_quality(store, 1.0, drop=drop)
-    assert 0.98 <= found["v_ratio"] <= 1.02
-    assert (
-        found["largest"] <= 5 * found["largest_fp32"]
-    )  # no zero in v, in groups whose v spans many decades
+
+@pytest.fixture(scope="module")
+def int8_quality():
+    """`update_quality` of a scenario, once for all tests."""
+    return functools.cache(lambda name: quality.update_quality(quality.int8, **scenario(name)))
+
+
+def scenario(name):
+    return {**quality.SCENARIOS[name], "numel": 2048}
+
+
+@pytest.mark.parametrize("name", RMSE)
+def test_8_bit_updates_have_small_errors(int8_quality, name):
+    assert int8_quality(name).rmse <= RMSE[name]
+
+
+@pytest.mark.parametrize("name", ["spread 2", "outlier", "90 % zeros"])
+def test_8_bit_updates_have_no_spikes(int8_quality, name):
+    """One outlier per group of 32, or v over fifty binades: no small v falls to zero."""
+    assert int8_quality(name).largest <= LARGEST_UPDATE
+
+
+@pytest.mark.parametrize("name", ["spread 0.5", "spread 1", "drop"])
+def test_second_moments_do_not_go_stale(int8_quality, name):
+    """Also where gradients fall tenfold in mid-training."""
+    assert MEAN_OF_V[0] <= int8_quality(name).v_ratio <= MEAN_OF_V[1]
+
+
+@pytest.mark.parametrize("name", ["spread 1", "drop"])
+def test_bf16_second_moments_do_not_go_stale(name):
+    found = quality.update_quality(quality.bf16, **scenario(name))
+    assert MEAN_OF_V[0] <= found.v_ratio <= MEAN_OF_V[1]
+    assert found.largest <= LARGEST_UPDATE
 
 
 def test_nearest_second_moments_go_stale():
     """The same measure tells the peers' way apart."""
-    assert quality.update_quality(quality.nearest_bf16, 1.0, drop=True)["v_ratio"] > 2
+    assert quality.update_quality(quality.nearest_bf16, **scenario("drop")).v_ratio > 2
 
 
 @pytest.mark.parametrize("store", [quality.bf16, quality.int8], ids=lambda f: f.__name__)
 def test_error_does_not_depend_on_the_gradients_scale(store):
     errors = [
-        quality.update_quality(store, 0.5, std=10.0**-e, steps=300)["rmse"] for e in range(3, 10)
+        quality.update_quality(store, 0.5, std=10.0**-e, steps=300, numel=8192).rmse
+        for e in range(3, 10)
     ]
     assert max(errors) <= 1.1 * min(errors)
+
+
+@pytest.mark.parametrize("who", ["half of the elements", "all elements"])
+def test_elements_whose_gradient_stops_stand_still(who):
+    """m and v decay together. From 100 steps after the end fp32 moves by 0.001 lr."""
+
+    def stop(deviation):
+        deviation[:: 1 if who == "all elements" else 2] = 0
+
+    found = quality.update_quality(
+        quality.int8, beta2=0.95, change=stop, at=201, since=301, steps=2200, numel=1024
+    )
+    assert found.moved[::2].square().mean().sqrt() <= MOVED_AFTER_THE_END
+
+
+@pytest.mark.parametrize("beta2", [0.95, 0.999])
+def test_nearly_idle_elements_move_without_bias(beta2):
+    """Gradients of every second element are a thousand times smaller than their neighbours'."""
+
+    def shrink(deviation):
+        deviation[::2] /= 1000
+
+    found = quality.update_quality(
+        quality.int8, beta2=beta2, change=shrink, at=1, since=500, steps=1500, numel=1024
+    )
+    assert float(found.moved[::2].sum()) == pytest.approx(
+        float(found.moved_fp32[::2].sum()), rel=DRIFT
+    )
+
+
+def test_one_dead_element_per_group_leaves_its_neighbours_exact():
+    def die(deviation):
+        deviation[:: quality.GROUP] = 0
+
+    alive = torch.arange(1024) % quality.GROUP != 0
+    options = {"beta2": 0.95, "only": alive, "steps": 1000, "numel": 1024}
+    without = quality.update_quality(quality.int8, **options).rmse
+    beside = quality.update_quality(quality.int8, change=die, at=20, **options).rmse
+    assert beside <= DEAD_NEIGHBOUR * without

@@ -155,10 +155,10 @@ def test_state_entries():
     shape, groups = torch.Size([5, 13]), torch.Size([3])  # 65 elements: the last group holds one
     assert parse("split24-int8").state(BF16, shape, False) == {
         "remainder": (torch.int8, shape),
-        "exp_avg_code": (torch.int8, shape),
-        "exp_avg_sq_code": (torch.uint8, shape),
-        "exp_avg_scale": (BF16, groups),
-        "exp_avg_sq_scale": (BF16, groups),
+        "exp_avg_ratio": (torch.int8, shape),
+        "exp_avg_sq_lattice": (torch.uint8, shape),
+        "exp_avg_ratio_scale": (BF16, groups),
+        "exp_avg_sq_lattice_scale": (BF16, groups),
     }
     assert parse("master32-bf16").state(FP16, shape, True) == {
         "master_weight": (FP32, shape),
@@ -170,7 +170,7 @@ def test_state_entries():
         torch.int16,
         torch.Size([]),
     )
-    assert parse("native-int8").state(FP32, torch.Size([0]), False)["exp_avg_scale"] == (
+    assert parse("native-int8").state(FP32, torch.Size([0]), False)["exp_avg_ratio_scale"] == (
         BF16,
         torch.Size([0]),
     )
@@ -187,10 +187,12 @@ def test_codecs_write_what_the_recipe_says(name):
         )
         assert state["remainder"] == (remainder.dtype, remainder.shape)
     if recipe.states == "int8":
-        for name, (code, scale) in {
-            "exp_avg": codecs.encode_m(x),
-            "exp_avg_sq": codecs.encode_v(x, noise),
-        }.items():
-            assert state[f"{name}_code"] == (code.dtype, code.shape)
-            assert state[f"{name}_scale"] == (scale.dtype, scale.shape)
+        codes_and_scales = codecs.encode_moments(x, x, noise)
+        for stored, names in zip(
+            (codes_and_scales[:2], codes_and_scales[2:]),
+            zip(*precision.CODED.values(), strict=True),
+            strict=True,
+        ):
+            for entry, name in zip(stored, names, strict=True):
+                assert state[name] == (entry.dtype, entry.shape)
     assert recipe.random == (recipe.weights in ("split24", "sr") or recipe.states != "fp32")

@@ -689,7 +689,7 @@ def test_a_group_of_another_dtype_may_have_its_own_recipe():
     plain, coded = (optimizer.state[p] for p in members(optimizer)[-2:])
     assert (
         list(plain) == ["step", "exp_avg", "exp_avg_sq"]
-        and coded["exp_avg_code"].dtype == torch.int8
+        and coded["exp_avg_ratio"].dtype == torch.int8
     )
 
 
