@@ -275,6 +275,11 @@ COMMANDS = {
             "--steps": text(whole_number(1, 10_000), "N", "default: 100"),
         },
     ),
+    "schemes": Command(
+        "compare ways of storing Adam's moments in few bits, ours and other projects'",
+        ("--device", "--json", "--quick", "--steps"),
+        {"--steps": text(whole_number(2, 100_000), "N", "default: 2500")},
+    ),
     "verify": Command(
         "check the promised bits and the memory's speed, in about a minute; a block to paste",
         ("--device", "--json", "--quick", "--threads"),

@@ -6,7 +6,7 @@ import argparse
 import re
 from pathlib import Path
 
-from . import convergence, demo, env, suite, verify
+from . import convergence, demo, env, schemes, suite, verify
 from .harness.console import Screen, Table, markdown_lines
 from .harness.results import Record, read
 from .harness.session import TableMaker, all_tables, draw
@@ -16,6 +16,7 @@ TABLES: dict[str, TableMaker] = {
     **suite.PART_TABLES,
     "env": env.tables,
     "suite": suite.tables,
+    "schemes": schemes.tables,
     "demo": demo.tables,
     "convergence": convergence.tables,
     "recipes": convergence.tables,  # its name in older records

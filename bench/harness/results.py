@@ -4,7 +4,7 @@ Schema "fused-adam-bench/1". A reader refuses another name. A new key does not c
 another meaning of a key does.
 
     schema     "fused-adam-bench/1"
-    command    "step", "host", "memory", "accuracy", "verify", "suite", "demo", "env",
+    command    "step", "host", "memory", "accuracy", "schemes", "verify", "suite", "demo", "env",
                "convergence" ("recipes" in older records); parts of a suite: "tests", "ceiling",
                "sweep"
     arguments  the command's options by name: text, numbers, booleans, or lists of them
