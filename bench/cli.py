@@ -158,6 +158,13 @@ def recipe(text: str) -> object:
     return recipe_names(text)
 
 
+def peer(text: str) -> None:
+    """Another project's optimizer for `convergence`. Raises ValueError."""
+    from .convergence import check_peer
+
+    check_peer(text)
+
+
 # Options and commands.
 
 
@@ -303,7 +310,10 @@ COMMANDS = {
     ),
     "convergence": Command(
         "train a small GPT under precision recipes, and with torch's AdamW in fp32 and bf16",
-        ("--device", "--json", "--plot", "--quick", "--precision", "--steps", "--seed", "--seeds"),
+        (
+            *("--device", "--json", "--plot", "--quick"),
+            *("--precision", "--peers", "--steps", "--seed", "--seeds"),
+        ),
         {
             "--plot": {
                 "default": "convergence.png",
@@ -314,6 +324,11 @@ COMMANDS = {
                 "type": list_of(checked(recipe)),
                 "default": "all",
                 "help": "default: `all` recommended ones",
+            },
+            "--peers": {
+                "type": list_of(checked(peer)),
+                "default": [],
+                "help": "other projects' optimizers too: bitsandbytes-8-bit, torchao-8-bit",
             },
             "--steps": {"help": "training steps (default: 1000)"},
         },

@@ -1,5 +1,5 @@
 """`convergence`: one GPT trained under each precision recipe, over seeds, and compared with torch's
-AdamW in fp32 and bf16.
+AdamW in fp32 and bf16 and, if wanted, other projects' 8-bit optimizers.
 
 Weights, gradients and states are stored as the recipe says; the model computes in float32 on the
 weights as they are stored, so that what differs between the runs is the optimizer alone (and since
@@ -16,9 +16,12 @@ import os
 import statistics
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch.func import functional_call
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fused_adam import FusedAdamW
 from fused_adam.precision import parse
@@ -36,6 +39,8 @@ from .harness.gpt import (
     schedule,
     state_tensors,
 )
+from .harness.optimizers import peers
+from .harness.oracle import AdamWOptions
 from .harness.results import Record, Result
 from .harness.session import Session, hold_interrupts
 
@@ -50,6 +55,9 @@ RECOMMENDED = (
     "native-bf16",
     "native-int8",
 )
+# Other projects' optimizers that can be compared: fp32 weights, 8-bit moments. Each leaves small
+# parameters in fp32, as is its default.
+PEERS = ("bitsandbytes-8-bit", "torchao-8-bit")
 # 3 seeds of 10 runs of 1000 steps took 25 minutes on 2 busy cores.
 STEPS, SEEDS = 1000, 3
 QUICK_STEPS, QUICK_SEEDS = 50, 2
@@ -93,7 +101,8 @@ def run(arguments: argparse.Namespace) -> int:
     results: list[Result] = []
     with session.measuring() as progress:
         try:
-            results = train(arguments.precision, arguments.steps, seeds, session.device, progress)
+            everyone = (FP32, BF16, *arguments.precision, *arguments.peers)
+            results = train(everyone, arguments.steps, seeds, session.device, progress)
         except Interrupted as stop:
             recorder.results, recorder.arguments["seeds"] = stop.results, stop.seeds
             raise
@@ -111,15 +120,51 @@ def recipe_names(text: str) -> list[str]:
     return [text]
 
 
+def check_peer(name: str) -> None:
+    """Raises ValueError if there is no such optimizer to compare with, or none installed."""
+    if name not in PEERS:
+        raise ValueError(f"{name!r} is not one of {', '.join(PEERS)}")
+    try:
+        make_optimizer(name, [{"params": [torch.nn.Parameter(torch.zeros(1))]}])
+    except ImportError as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
+def make_optimizer(name: str, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """The optimizer of this name: torch's, another project's, or ours with this recipe."""
+    if name in (FP32, BF16):
+        return torch.optim.AdamW(groups, lr=LR)
+    if name in PEERS:
+        params: Any = groups  # as every optimizer takes them, besides tensors
+        return peers()[name].make(params, AdamWOptions(lr=LR))
+    return FusedAdamW(groups, lr=LR, precision=name)
+
+
 def weights_dtype(name: str) -> torch.dtype:
-    """Of the weights that this run trains: fp32 only where the recipe stores them as they are."""
-    return torch.float32 if name == FP32 or name.startswith("native") else torch.bfloat16
+    """Of the weights that this run trains: fp32 where the optimizer keeps them as they are."""
+    exact = name in (FP32, *PEERS) or name.startswith("native")
+    return torch.float32 if exact else torch.bfloat16
 
 
-def stated_bytes(name: str) -> float:
-    """State bytes per parameter as documented; step counters not counted."""
+def stated_bytes(name: str) -> float | None:
+    """State bytes per parameter as documented, step counters not counted; None of others."""
+    if name in PEERS:
+        return None
     dtype = weights_dtype(name)
     return 2.0 * dtype.itemsize if name in (FP32, BF16) else parse(name).held_bytes(dtype)
+
+
+def held_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of the optimizer's state, step counters not counted; what is shared counts once."""
+    tensors = [tensor for tensor in state_tensors(optimizer) if tensor.dim()]
+    parts: list[Tensor] = []
+    for tensor in tensors:
+        if is_traceable_wrapper_subclass(tensor):  # torchao's hold their codes and scales
+            names, _ = tensor.__tensor_flatten__()
+            parts += [getattr(tensor, name) for name in names]
+        else:
+            parts.append(tensor)
+    return sum({part.data_ptr(): part.nbytes for part in parts}.values())
 
 
 def train_run(name: str, steps: int, seed: int, device: torch.device) -> Result:
@@ -136,16 +181,12 @@ def train_run(name: str, steps: int, seed: int, device: torch.device) -> Result:
         torch.manual_seed(seed)
         model = GPT(shape).to(device, weights_dtype(name))
         groups = param_groups(model)
-        optimizer: torch.optim.Optimizer
-        if name in (FP32, BF16):
-            optimizer = torch.optim.AdamW(groups, lr=LR)
-        else:
-            optimizer = FusedAdamW(groups, lr=LR, precision=name)
+        optimizer = make_optimizer(name, groups)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule(steps))
 
-        def loss_of(batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        def loss_of(batch: tuple[Tensor, Tensor]) -> Tensor:
             weights = {key: param.float() for key, param in model.named_parameters()}
-            loss: torch.Tensor = functional_call(model, weights, tuple(x.to(device) for x in batch))
+            loss: Tensor = functional_call(model, weights, tuple(x.to(device) for x in batch))
             return loss
 
         generator, losses = torch.Generator().manual_seed(seed), []
@@ -161,7 +202,6 @@ def train_run(name: str, steps: int, seed: int, device: torch.device) -> Result:
             batch = draw_batch(corpus.validation, VALIDATION_EXCERPTS, shape.context, excerpts)
             validation = loss_of(batch).item()
     parameters = sum(param.numel() for param in model.parameters())
-    held = sum(tensor.nbytes for tensor in state_tensors(optimizer) if tensor.dim())
     points = min(CURVE_POINTS, steps)
     ends = [steps * i // points for i in range(points + 1)]
     return {
@@ -169,22 +209,21 @@ def train_run(name: str, steps: int, seed: int, device: torch.device) -> Result:
         "validation_loss": validation,
         "curve": [statistics.fmean(losses[a:b]) for a, b in itertools.pairwise(ends)],
         "parameters": parameters,
-        "state_bytes": held / parameters,
+        "state_bytes": held_bytes(optimizer) / parameters,
     }
 
 
 def train(
     names: Sequence[str], steps: int, seeds: Sequence[int], device: torch.device, tell: Progress
 ) -> list[Result]:
-    """Train torch's two and all `names` with all seeds, each run in a process with one thread; then
-    compare. Returns one result per name.
+    """Train all `names`, torch's two first, with all seeds, each run in a process with one thread;
+    then compare. Returns one result per name.
 
     Args:
         tell: called with words and the share done, after each run.
 
     Raises Interrupted if an interrupt leaves at least one seed complete.
     """
-    names = (FP32, BF16, *names)
     jobs = [(name, seed) for seed in seeds for name in names]
     runs: dict[tuple[str, int], Result] = {}
     workers = min(len(jobs), os.cpu_count() or 1) if device.type == "cpu" else 1
@@ -242,8 +281,8 @@ def add_verdicts(results: Sequence[Result]) -> None:
     """Add difference (mean validation loss less fp32 AdamW's), limit, within_limit and passed.
 
     A recipe passes if its mean is at most torch bf16 AdamW's and |difference| at most `limit`:
-    SPREAD_FACTOR times what lies between fp32 AdamW's best and worst seed. The two of torch are
-    what recipes are compared with: `passed` is None, but `within_limit` says for all whether the
+    SPREAD_FACTOR times what lies between fp32 AdamW's best and worst seed. For other projects'
+    optimizers `passed` is None, but `within_limit` says for all whether the
     limit alone is met. torch bf16 AdamW within it means that this run is too short or too small to
     tell. One seed gives no limit, and no verdict.
     """
@@ -257,7 +296,7 @@ def add_verdicts(results: Sequence[Result]) -> None:
         within = None if limit is None else abs(result["difference"]) <= limit
         better = means[name] <= means[BF16] or not math.isfinite(means[BF16])
         result["within_limit"] = within
-        judged = within is not None and name not in (FP32, BF16)
+        judged = within is not None and name not in (FP32, BF16, *PEERS)
         result["passed"] = bool(within and better) if judged else None
 
 
@@ -274,13 +313,14 @@ def tables(record: Record) -> list[Table]:
             result["name"],
             result["weights"],
             exact_bytes(result["state_bytes"]),
-            exact_bytes(result["stated_state_bytes"]),
+            "-" if stated is None else exact_bytes(stated),
             mean_and_range(result["train_losses"]),
             mean_and_range(result["validation_losses"]),
             "-" if result["difference"] is None else f"{result['difference']:+.4f}",
             verdict(result),
         ]
         for result in results
+        for stated in [result["stated_state_bytes"]]
     ]
     fp32, bf16 = results[0], results[1]
     title = (

@@ -282,9 +282,11 @@ def convergence_figure(record: Record) -> Figure:
     return figure
 
 
-def row_color(place: int) -> str:
-    """fp32 AdamW comes first, torch's bf16 AdamW second, then ours."""
-    return (GREY, RED)[place] if place < 2 else BLUE
+def row_color(place: int, result: Result) -> str:
+    """fp32 AdamW comes first, torch's bf16 AdamW second, then ours and others."""
+    if place < 2:
+        return (GREY, RED)[place]
+    return SAND if result["stated_state_bytes"] is None else BLUE
 
 
 def draw_ends(axes: Axes, results: list[Result]) -> None:
@@ -295,7 +297,7 @@ def draw_ends(axes: Axes, results: list[Result]) -> None:
         label = "as far as fp32 AdamW's seeds are apart"
         axes.axvspan(-limit, limit, color="#dbe7f5", linewidth=0, label=label)
     for place, result in enumerate(results):
-        color = row_color(place)
+        color = row_color(place, result)
         ends = [finite(loss) - center for loss in result["validation_losses"]]
         axes.plot(ends, [place] * len(ends), "o", color=color, alpha=0.45, markersize=6)
         axes.plot([statistics.fmean(ends)], [place], "|", color=color, ms=15, mew=3.5)
@@ -323,8 +325,9 @@ def draw_ways(axes: Axes, results: list[Result], steps: int) -> None:
         style: dict[str, Any] = (
             {"linewidth": 2.6} if place == 1 else {"linewidth": 1.2, "alpha": 0.7}
         )
-        label = {1: result["name"], 2: "each of the recipes"}.get(place)
-        axes.plot(places, mean, color=row_color(place), label=label, **style)
+        color = row_color(place, result)
+        label = result["name"] if color in (RED, SAND) else "each of the recipes"
+        axes.plot(places, mean, color=color, label=label, **style)
     axes.axhline(0, color=INK, linewidth=0.8)
     axes.set_xlim(0, steps)
     title = "Training loss less fp32 AdamW's on the same batches, mean over seeds"

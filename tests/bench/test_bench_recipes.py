@@ -3,14 +3,18 @@ steps long.
 """
 
 import copy
+import dataclasses
 import json
 import math
+import sys
 
 import pytest
 import torch
+from torch.testing._internal.two_tensor import TwoTensor
 
 from bench import cli, convergence
 from bench.harness import plots, session
+from bench.harness.optimizers import peers
 from bench.harness.results import read
 
 NAMES = ["split32-bf16", "native-int8"]
@@ -44,6 +48,7 @@ def test_the_record_holds_what_was_trained(short_run):
     assert (record["schema"], record["command"]) == ("fused-adam-bench/1", "convergence")
     assert record["arguments"] == {
         "precision": NAMES,
+        "peers": [],
         "steps": 3,
         "quick": False,
         "seed": 4,
@@ -176,7 +181,8 @@ def test_all_means_the_recommended_ones(monkeypatch):
     with pytest.raises(ZeroDivisionError):
         cli.main(["convergence", "--precision", "sr-bf16,all", "--device", "cpu"])
     names, steps, seeds = asked[0]
-    assert sorted(names) == sorted(convergence.RECOMMENDED) and names[0] == "sr-bf16"
+    assert names[:3] == (convergence.FP32, convergence.BF16, "sr-bf16")
+    assert sorted(names[2:]) == sorted(convergence.RECOMMENDED)
     assert (steps, list(seeds)) == (convergence.STEPS, [0, 1, 2]) == (1000, [0, 1, 2])
 
 
@@ -215,3 +221,64 @@ def test_bad_arguments_are_named_with_what_is_allowed(arguments, said, capsys):
         cli.main(["convergence", *arguments])
     assert stop.value.code == 2
     assert said in capsys.readouterr().err
+
+
+# --- Other projects' optimizers
+
+
+@pytest.fixture
+def peer(monkeypatch):
+    """A stand-in for what is not installed here: torch's AdamW, under another project's name."""
+
+    def make(groups, options):
+        return torch.optim.AdamW(groups, lr=options.lr)
+
+    name = "bitsandbytes-8-bit"
+    spec = dataclasses.replace(peers()[name], make=make)
+    monkeypatch.setattr(convergence, "peers", lambda: {name: spec})
+    return name
+
+
+def test_a_peer_trains_fp32_weights_beside_ours(peer):
+    result = convergence.train_run(peer, 2, 0, torch.device("cpu"))
+    expected = convergence.train_run(convergence.FP32, 2, 0, torch.device("cpu"))
+    assert result == expected
+
+
+def test_a_peer_is_compared_but_not_judged(peer):
+    run = convergence.train_run(peer, 1, 0, torch.device("cpu"))
+    names = (convergence.FP32, convergence.BF16, "native-int8", peer)
+    runs = {
+        (name, seed): run | {"validation_loss": 2.0 + seed} for name in names for seed in (0, 1)
+    }
+    results = convergence.summaries(names, runs, (0, 1))
+    assert [result["passed"] for result in results] == [None, None, True, None]
+    record = {"results": results, "arguments": {"steps": 1, "seeds": 2}}
+    [table] = convergence.tables(record)
+    assert (table.rows[3][0], table.rows[3][3], table.rows[3][7]) == (peer, "-", "-")
+    upper, lower = plots.convergence_figure(record).axes
+    assert upper.get_yticklabels()[3].get_text().startswith(peer)
+    assert peer in [text.get_text() for text in lower.get_legend().get_texts()]
+
+
+def test_a_peer_that_is_not_there_is_refused(capsys, monkeypatch):
+    with pytest.raises(SystemExit):
+        cli.main(["convergence", "--peers", "apex"])
+    error = capsys.readouterr().err
+    assert "argument --peers: 'apex' is not one of bitsandbytes-8-bit, torchao-8-bit" in error
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(SystemExit):
+        cli.main(["convergence", "--peers", "bitsandbytes-8-bit"])
+    assert "bitsandbytes-8-bit: not installed: pip install bits" in capsys.readouterr().err
+
+
+def test_state_is_measured_as_it_is_stored():
+    """What several parameters share counts once, and wrappers count what they hold."""
+    p = torch.nn.Parameter(torch.zeros(64))
+    q = torch.nn.Parameter(torch.zeros(64))
+    optimizer = torch.optim.SGD([p, q])
+    table = torch.zeros(256)
+    for param in (p, q):
+        codes = TwoTensor(torch.zeros(64), torch.zeros(64))
+        optimizer.state[param] = {"step": torch.zeros(()), "codes": codes, "table": table}
+    assert convergence.held_bytes(optimizer) == 2 * 2 * 64 * 4 + 256 * 4
