@@ -73,3 +73,21 @@ def trained(
 def weights(optimizer):
     """float32, as the recipe holds them."""
     return list(optimizer.export_fp32()["params"].values())
+
+
+def within_int8(found, stored):
+    """Whether 8-bit moments, rounded to nearest, are as near to what was stored as they can be.
+
+    Args:
+        found, stored: dicts with `exp_avg` and `exp_avg_sq`, float32.
+    """
+    m, v = stored["exp_avg"].abs(), stored["exp_avg_sq"]
+    m_error, v_error = ((found[key] - stored[key]).abs() for key in ("exp_avg", "exp_avg_sq"))
+    # Half of the largest step on the lattice, a quarter of a binade.
+    v_within = v_error <= v * 2**-3
+    # m is a ratio to v's root, which moves half as far as v; and half of a code, which counts
+    # 1 / 126.9 of the largest ratio, rounded up to bfloat16. The codec's root is at most 1.0607 of
+    # the square root. Here is the largest ratio of all groups.
+    code = (m / v.sqrt()).nan_to_num().max() / 126.9 * (1 + 2**-7)
+    m_within = m_error <= m * 2**-4 + code / 2 * 1.0607 * v.sqrt()
+    return bool((v_within & m_within & ((v == 0) | (found["exp_avg_sq"] > 0))).all())

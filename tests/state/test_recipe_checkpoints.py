@@ -19,6 +19,7 @@ from recipes import (
     train,
     trained,
     weights,
+    within_int8,
 )
 from torch import nn
 from training import results, same_bits, values
@@ -193,17 +194,8 @@ def close(got, want, states, weight_bits=24):
                 assert torch.equal(x[key], y[key])
             elif states == "bf16" or key == "max_exp_avg_sq":
                 assert (error <= y[key].abs() * 2**-8).all()
-            elif key == "exp_avg_sq":
-                # Half of the largest step on the lattice, a quarter of a binade.
-                assert (error <= y[key] * 2**-3).all()
-                assert (x[key][y[key] > 0] > 0).all()
             else:
-                # A ratio to v's root, which moves half as far as v; and half of a code, which
-                # counts 1 / 126.9 of the largest ratio, rounded up to bfloat16. The codec's root is
-                # at most 1.0607 of the square root.
-                root = y["exp_avg_sq"].sqrt()
-                code = (y[key].abs() / root).nan_to_num().max() / 126.9 * (1 + 2**-7)
-                assert (error <= y[key].abs() * 2**-4 + code / 2 * 1.0607 * root).all()
+                assert within_int8(x, y)
         assert ((x["weight"] - y["weight"]).abs() <= y["weight"].abs() * 2.0**-weight_bits).all()
 
 
