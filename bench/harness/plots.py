@@ -301,7 +301,7 @@ def draw_ends(axes: Axes, results: list[Result]) -> None:
         ends = [finite(loss) - center for loss in result["validation_losses"]]
         axes.plot(ends, [place] * len(ends), "o", color=color, alpha=0.45, markersize=6)
         axes.plot([statistics.fmean(ends)], [place], "|", color=color, ms=15, mew=3.5)
-    names = [f"{result['name']}, {result['state_bytes']:.6g} B" for result in results]
+    names = [f"{result['name']}, {result['state_bytes']:.4g} B" for result in results]
     axes.set_yticks(range(len(results)), names, fontsize=10)
     axes.set_ylim(len(results) - 0.4, -0.6)
     title = "Validation loss at the end: dots are seeds, bars their mean"
@@ -316,6 +316,11 @@ def draw_ways(axes: Axes, results: list[Result], steps: int) -> None:
     reference = results[0]["curves"]
     points = len(reference[0])
     places = [steps * (i + 0.5) / points for i in range(points)]
+    labels = {
+        RED: results[1]["name"],
+        BLUE: "each of the recipes",
+        SAND: "8-bit optimizers of other projects",
+    }
     for place, result in enumerate(results[1:], start=1):
         differences = [
             [finite(a) - finite(b) for a, b in zip(own, fp32, strict=True)]
@@ -326,7 +331,7 @@ def draw_ways(axes: Axes, results: list[Result], steps: int) -> None:
             {"linewidth": 2.6} if place == 1 else {"linewidth": 1.2, "alpha": 0.7}
         )
         color = row_color(place, result)
-        label = result["name"] if color in (RED, SAND) else "each of the recipes"
+        label = labels.pop(color, None)
         axes.plot(places, mean, color=color, label=label, **style)
     axes.axhline(0, color=INK, linewidth=0.8)
     axes.set_xlim(0, steps)

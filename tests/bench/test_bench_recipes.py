@@ -258,7 +258,8 @@ def test_a_peer_is_compared_but_not_judged(peer):
     assert (table.rows[3][0], table.rows[3][3], table.rows[3][7]) == (peer, "-", "-")
     upper, lower = plots.convergence_figure(record).axes
     assert upper.get_yticklabels()[3].get_text().startswith(peer)
-    assert peer in [text.get_text() for text in lower.get_legend().get_texts()]
+    legend = [text.get_text() for text in lower.get_legend().get_texts()]
+    assert legend == [convergence.BF16, "each of the recipes", "8-bit optimizers of other projects"]
 
 
 def test_a_peer_that_is_not_there_is_refused(capsys, monkeypatch):
