@@ -198,6 +198,20 @@ def largest_magnitude(x: Tensor) -> Tensor:
     return (bits_of(x) & 0x7FFFFFFF).amax(1)
 
 
+def lattice(bottom: Tensor, top: Tensor) -> tuple[Tensor, Tensor]:
+    """Return `shift` and `base` of a group whose v have bits from `bottom` to `top`.
+
+    A step on the lattice is 2^shift, and code c stands for the bits (base + c) << shift. 252 steps
+    span the group at most, as rounding adds up to one at either end and code 0 is taken. 252 steps
+    are 63/64 of 2^(shift + 8).
+    """
+    span = (top - bottom).to(torch.int64)  # the sum below may pass 2^31
+    exponent = bits_of((span + (span >> 6)).to(torch.float32)) >> 23
+    shift = (exponent - 134).clamp(17, 21)
+    base = torch.maximum((bottom >> shift) - 1, (top >> shift) - 254)
+    return shift, base.clamp(min=0)
+
+
 def decode_moments(
     m_code: Tensor, v_code: Tensor, m_scale: Tensor, v_scale: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -207,9 +221,10 @@ def decode_moments(
         m_code, v_code: int8 and uint8, shape (N,).
         m_scale, v_scale: bfloat16, shape (N / 32,).
     """
-    lattice = v_scale.view(torch.int16).to(torch.int32) << 16
-    half_step = lattice & -lattice  # the lowest bit that is set
-    v_bits = v_code.to(torch.int32) * spread(half_step + half_step) + spread(lattice - half_step)
+    scale_bits = v_scale.view(torch.int16).to(torch.int32) << 16
+    half_step = scale_bits & -scale_bits  # the lowest bit that is set
+    step, base = half_step + half_step, scale_bits - half_step
+    v_bits = v_code.to(torch.int32) * spread(step) + spread(base)
     v_bits = torch.where(v_code == 0, 0, v_bits)
     m = m_code.to(torch.float32) * spread(m_scale.to(torch.float32)) * float_of(root(v_bits))
     return m, float_of(v_bits)
@@ -268,12 +283,7 @@ def encode_moments(m: Tensor, v: Tensor, noise: Tensor) -> tuple[Tensor, Tensor,
     reached = torch.where(m == 0, torch.maximum(reached, spread(floor)), reached)
     bottom = torch.minimum(groups_of(reached).amin(1), top - 1) + 1
 
-    # A step of 2^shift: 252 of them span the group at most, as rounding adds up to one at either
-    # end and code 0 is taken. 252 steps are 63/64 of 2^(shift + 8).
-    span = (top - bottom).to(torch.int64)  # the sum below may pass 2^31
-    exponent = bits_of((span + (span >> 6)).to(torch.float32)) >> 23
-    shift = (exponent - 134).clamp(17, 21)
-    base = torch.maximum((bottom >> shift) - 1, (top >> shift) - 254).clamp(min=0)
+    shift, base = lattice(bottom, top)
     half_step = torch.ones_like(shift) << shift - 1
     noise_below = noise * spread(half_step >> 15)  # below one step
     v_code = (v_bits + noise_below >> spread(shift)) - spread(base)

@@ -15,6 +15,7 @@ from .codecs import (
     decode_moments,
     elements_per_draw,
     encode_moments,
+    has_extra,
     load_weight,
     random_word,
     random_words,
@@ -22,6 +23,7 @@ from .codecs import (
     state_noise,
     stochastic_bf16,
     store_weight,
+    takes_random_bits,
     to_compute,
     to_storage,
 )
@@ -63,10 +65,76 @@ class RandomKey(NamedTuple):
 
 
 @triton.jit
-def aligned(address, DTYPE: tl.constexpr, HINT: tl.constexpr):
-    """A pointer that promises an alignment of `HINT` bytes."""
-    # The promise must follow the cast: before it, it is lost.
+def load_addresses(row_ptr):
+    """Where the operands of one row are, as numbers."""
+    return Pointers(
+        p=tl.load(row_ptr + table.PARAM),
+        g=tl.load(row_ptr + table.GRAD),
+        m=tl.load(row_ptr + table.EXP_AVG),
+        v=tl.load(row_ptr + table.EXP_AVG_SQ),
+        v_max=tl.load(row_ptr + table.MAX_EXP_AVG_SQ),
+        extra=tl.load(row_ptr + table.EXTRA),
+        m_scale=tl.load(row_ptr + table.EXP_AVG_SCALE),
+        v_scale=tl.load(row_ptr + table.EXP_AVG_SQ_SCALE),
+    )
+
+
+@triton.jit
+def typed(
+    at,  # Pointers, as numbers
+    PARAM: tl.constexpr,
+    GRAD: tl.constexpr,
+    M: tl.constexpr,
+    V: tl.constexpr,
+    V_MAX: tl.constexpr,
+    EXTRA: tl.constexpr,
+):
+    """Pointers to elements of these types."""
+    return Pointers(
+        p=at.p.to(tl.pointer_type(PARAM)),
+        g=at.g.to(tl.pointer_type(GRAD)),
+        m=at.m.to(tl.pointer_type(M)),
+        v=at.v.to(tl.pointer_type(V)),
+        v_max=at.v_max.to(tl.pointer_type(V_MAX)),
+        extra=at.extra.to(tl.pointer_type(EXTRA)),
+        m_scale=at.m_scale.to(tl.pointer_type(tl.bfloat16)),
+        v_scale=at.v_scale.to(tl.pointer_type(tl.bfloat16)),
+    )
+
+
+@triton.jit
+def multiple(address, DTYPE: tl.constexpr, HINT: tl.constexpr):
+    """A pointer that promises to be a multiple of `HINT` bytes."""
+    # The promise must follow the cast: before it, or in a caller, it is lost.
     return tl.multiple_of(address.to(tl.pointer_type(DTYPE)), HINT)
+
+
+@triton.jit
+def aligned(
+    at,  # Pointers, as numbers
+    PARAM: tl.constexpr,
+    GRAD: tl.constexpr,
+    M: tl.constexpr,
+    V: tl.constexpr,
+    V_MAX: tl.constexpr,
+    EXTRA: tl.constexpr,
+    PARAM_HINT: tl.constexpr,
+    GRAD_HINT: tl.constexpr,
+    MOMENT_HINT: tl.constexpr,
+    V_MAX_HINT: tl.constexpr,
+    EXTRA_HINT: tl.constexpr,
+):
+    """As `typed`, with a promise to be multiples of so many bytes."""
+    return Pointers(
+        p=multiple(at.p, PARAM, PARAM_HINT),
+        g=multiple(at.g, GRAD, GRAD_HINT),
+        m=multiple(at.m, M, MOMENT_HINT),
+        v=multiple(at.v, V, MOMENT_HINT),
+        v_max=multiple(at.v_max, V_MAX, V_MAX_HINT),
+        extra=multiple(at.extra, EXTRA, EXTRA_HINT),
+        m_scale=at.m_scale.to(tl.pointer_type(tl.bfloat16)),
+        v_scale=at.v_scale.to(tl.pointer_type(tl.bfloat16)),
+    )
 
 
 @triton.jit
@@ -86,35 +154,36 @@ def load_scalars(ptr):
 
 
 @triton.jit
-def update_block(
-    ptrs,  # Pointers
-    s,  # Scalars
-    key,  # RandomKey
-    first,  # i64: first element of the block
-    limit,  # i64: end of the elements that may be updated
-    SHARED_DRAWS: tl.constexpr,  # one draw for 4 or 8 elements; else one for each: same bits
-    N: tl.constexpr,  # elements per block
-    VEC: tl.constexpr,  # elements per thread and access
-    COMPUTE: tl.constexpr,  # type of the arithmetic
+def load_key(row_ptr, s_ptr):
+    """The key of one row's random bits at this step."""
+    return RandomKey(
+        seed=tl.load(row_ptr + table.SEED),
+        param_index=tl.load(row_ptr + table.PARAM_INDEX).to(tl.int32),
+        global_offset=tl.load(row_ptr + table.GLOBAL_OFFSET),
+        step=tl.load(s_ptr + table.STEP_NUMBER).to(tl.int32),
+    )
+
+
+@triton.jit
+def load_block(
+    ptrs,
+    first,
+    limit,
+    N: tl.constexpr,
+    COMPUTE: tl.constexpr,
     WEIGHTS: tl.constexpr,
     STATES: tl.constexpr,
     AMSGRAD: tl.constexpr,
 ):
-    """Load, update and store elements [first, first + N) of one parameter, up to `limit`."""
-    HAS_EXTRA: tl.constexpr = WEIGHTS == "master32" or WEIGHTS == "split32" or WEIGHTS == "split24"
-    RANDOM_WEIGHTS: tl.constexpr = WEIGHTS == "split24" or WEIGHTS == "sr"
-    RANDOM_STATES: tl.constexpr = STATES == "bf16" or STATES == "int8"
-    SHARE: tl.constexpr = elements_per_draw(STATES)
+    """Return p, g, m, v and v_max (without AMSGrad: v) of a block as values of type COMPUTE."""
     # 64 bits: a parameter may have more than 2^31 elements.
     offs = first + tl.arange(0, N).to(tl.int64)
     mask = offs < limit
-
-    # Load.
     p = tl.load(ptrs.p + offs, mask=mask, other=0.0)
     g = to_compute(tl.load(ptrs.g + offs, mask=mask, other=0.0), COMPUTE)
     m = tl.load(ptrs.m + offs, mask=mask, other=0)
     v = tl.load(ptrs.v + offs, mask=mask, other=0)
-    if HAS_EXTRA:
+    if has_extra(WEIGHTS):
         extra = tl.load(ptrs.extra + offs, mask=mask, other=0)
     else:
         extra = p
@@ -132,25 +201,56 @@ def update_block(
         v_max = to_compute(tl.load(ptrs.v_max + offs, mask=mask, other=0.0), COMPUTE)
     else:
         v_max = v
+    return p, g, m, v, v_max
 
-    # Update.
-    p, m, v, v_max = adam_update(p, g, m, v, v_max, s, AMSGRAD)
 
-    # Store. One word of random bits per element serves weight and state: 16 bits each.
-    if RANDOM_WEIGHTS or RANDOM_STATES:
-        if SHARED_DRAWS:
-            bits = random_words(
-                key.seed, first, key.step, key.param_index, key.global_offset, N, SHARE
-            )
-        else:
-            bits = random_word(key.seed, offs, key.step, key.param_index, key.global_offset, SHARE)
+@triton.jit
+def block_bits(
+    key,
+    first,
+    N: tl.constexpr,
+    SHARED_DRAWS: tl.constexpr,
+    WEIGHTS: tl.constexpr,
+    STATES: tl.constexpr,
+):
+    """One word of random bits per element of a block, if its recipe rounds by them.
+
+    It serves weight and state: 16 bits each.
+    """
+    SHARE: tl.constexpr = elements_per_draw(STATES)
+    if not takes_random_bits(WEIGHTS, STATES):
+        return 0
+    elif SHARED_DRAWS:
+        return random_words(key.seed, first, key.step, key.param_index, key.global_offset, N, SHARE)
     else:
-        bits = 0
-    # A step of size zero leaves parameters as they are: p - 0 would turn -0.0 into 0.0.
-    if (s.step_size != 0) | (s.lr_wd != 0):
+        offs = first + tl.arange(0, N).to(tl.int64)
+        return random_word(key.seed, offs, key.step, key.param_index, key.global_offset, SHARE)
+
+
+@triton.jit
+def store_block(
+    ptrs,
+    p,
+    m,
+    v,
+    v_max,
+    bits,
+    moves,  # whether the parameter is stored
+    first,
+    limit,
+    N: tl.constexpr,
+    VEC: tl.constexpr,
+    WEIGHTS: tl.constexpr,
+    STATES: tl.constexpr,
+    AMSGRAD: tl.constexpr,
+):
+    """Round a block to what is stored, by its random bits, and store it."""
+    offs = first + tl.arange(0, N).to(tl.int64)
+    mask = offs < limit
+    if moves:
         new_p, new_extra = store_weight(p, bits, WEIGHTS, ptrs.p.dtype.element_ty)
         tl.store(ptrs.p + offs, new_p, mask=mask)
-        if HAS_EXTRA:
+        if has_extra(WEIGHTS):
             tl.store(ptrs.extra + offs, new_extra, mask=mask)
     if STATES == "int8":
         m, v, m_scale, v_scale = encode_moments(m, v, state_noise(bits))
@@ -174,6 +274,30 @@ def update_block(
     tl.store(ptrs.v + offs, v, mask=mask)
     if AMSGRAD:
         tl.store(ptrs.v_max + offs, to_storage(v_max, ptrs.v_max.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def update_block(
+    ptrs,  # Pointers
+    s,  # Scalars
+    key,  # RandomKey
+    first,  # i64: first element of the block
+    limit,  # i64: end of the elements that may be updated
+    SHARED_DRAWS: tl.constexpr,  # one draw for 4 or 8 elements; else one for each: same bits
+    N: tl.constexpr,  # elements per block
+    VEC: tl.constexpr,  # elements per thread and access
+    COMPUTE: tl.constexpr,  # type of the arithmetic
+    WEIGHTS: tl.constexpr,
+    STATES: tl.constexpr,
+    AMSGRAD: tl.constexpr,
+):
+    """Load, update and store elements [first, first + N) of one parameter, up to `limit`."""
+    p, g, m, v, v_max = load_block(ptrs, first, limit, N, COMPUTE, WEIGHTS, STATES, AMSGRAD)
+    p, m, v, v_max = adam_update(p, g, m, v, v_max, s, AMSGRAD)
+    bits = block_bits(key, first, N, SHARED_DRAWS, WEIGHTS, STATES)
+    # A step of size zero leaves parameters as they are: p - 0 would turn -0.0 into 0.0.
+    moves = (s.step_size != 0) | (s.lr_wd != 0)
+    store_block(ptrs, p, m, v, v_max, bits, moves, first, limit, N, VEC, WEIGHTS, STATES, AMSGRAD)
 
 
 @triton.jit
@@ -208,55 +332,27 @@ def adam_kernel(
     s_ptr = scalars_ptr + row * table.SCALARS
     # A skipped step has no elements.
     n = tl.where(tl.load(s_ptr + table.SKIP) == 0, tl.load(row_ptr + table.NUMEL), 0)
-    p = tl.load(row_ptr + table.PARAM)
-    g = tl.load(row_ptr + table.GRAD)
-    m = tl.load(row_ptr + table.EXP_AVG)
-    v = tl.load(row_ptr + table.EXP_AVG_SQ)
-    v_max = tl.load(row_ptr + table.MAX_EXP_AVG_SQ)
-    extra = tl.load(row_ptr + table.EXTRA)
-    m_scale = tl.load(row_ptr + table.EXP_AVG_SCALE).to(tl.pointer_type(tl.bfloat16))
-    v_scale = tl.load(row_ptr + table.EXP_AVG_SQ_SCALE).to(tl.pointer_type(tl.bfloat16))
-    key = RandomKey(
-        seed=tl.load(row_ptr + table.SEED),
-        param_index=tl.load(row_ptr + table.PARAM_INDEX).to(tl.int32),
-        global_offset=tl.load(row_ptr + table.GLOBAL_OFFSET),
-        step=tl.load(s_ptr + table.STEP_NUMBER).to(tl.int32),
-    )
+    at = load_addresses(row_ptr)
+    key = load_key(row_ptr, s_ptr)
     s = load_scalars(s_ptr)
     COMPUTE: tl.constexpr = scalars_ptr.dtype.element_ty
 
     # The body: vector accesses, for rows whose operands are all aligned to 16 bytes and whose
     # random bits come in whole draws. The compiler vectorizes a masked access only if it sees that
     # the bound is a multiple of the vector: hence 32, which is also a group of 8-bit codes.
-    misaligned = (p | g | m | v | v_max | extra) & 15 | (
-        key.global_offset & (elements_per_draw(STATES) - 1)
-    )
+    addresses = at.p | at.g | at.m | at.v | at.v_max | at.extra
+    misaligned = addresses & 15 | (key.global_offset & (elements_per_draw(STATES) - 1))
     body_end = tl.where(misaligned == 0, n, 0) // 32 * 32
-    body = Pointers(
-        p=aligned(p, PARAM, PARAM_HINT),
-        g=aligned(g, GRAD, GRAD_HINT),
-        m=aligned(m, M, MOMENT_HINT),
-        v=aligned(v, V, MOMENT_HINT),
-        v_max=aligned(v_max, V_MAX, V_MAX_HINT),
-        extra=aligned(extra, EXTRA, EXTRA_HINT),
-        m_scale=m_scale,
-        v_scale=v_scale,
-    )
+    body = aligned(
+        at, PARAM, GRAD, M, V, V_MAX, EXTRA,
+        PARAM_HINT, GRAD_HINT, MOMENT_HINT, V_MAX_HINT, EXTRA_HINT,
+    )  # fmt: skip
     update_block(body, s, key, start, body_end, True, BLOCK, VEC, COMPUTE, WEIGHTS, STATES, AMSGRAD)
 
     # The tail: what is left, at any alignment. A block of TAIL elements has too few per thread to
     # draw random bits for four at once.
     if TAIL > 0:
-        tail = Pointers(
-            p=p.to(tl.pointer_type(PARAM)),
-            g=g.to(tl.pointer_type(GRAD)),
-            m=m.to(tl.pointer_type(M)),
-            v=v.to(tl.pointer_type(V)),
-            v_max=v_max.to(tl.pointer_type(V_MAX)),
-            extra=extra.to(tl.pointer_type(EXTRA)),
-            m_scale=m_scale,
-            v_scale=v_scale,
-        )
+        tail = typed(at, PARAM, GRAD, M, V, V_MAX, EXTRA)
         end = tl.minimum(start + BLOCK, n)
         for first in range(tl.maximum(start, body_end), end, TAIL):
             update_block(

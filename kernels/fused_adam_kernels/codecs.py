@@ -48,6 +48,18 @@ def to_compute(x, COMPUTE: tl.constexpr):
 
 
 @triton.constexpr_function
+def has_extra(weights):
+    """Whether something is stored next to the parameter: a master weight or a remainder."""
+    return weights in ("master32", "split32", "split24")
+
+
+@triton.constexpr_function
+def takes_random_bits(weights, states):
+    """Whether something of this recipe is rounded stochastically."""
+    return weights in ("split24", "sr") or states in ("bf16", "int8")
+
+
+@triton.constexpr_function
 def elements_per_draw(states):
     """How many elements share one draw: 8-bit moments need 16 random bits, all else 32."""
     return 8 if states == "int8" else 4
@@ -262,6 +274,21 @@ def largest_magnitude(x):
 
 
 @triton.jit
+def lattice(bottom, top):
+    """Return `shift` and `base` of a group whose v have bits from `bottom` to `top`.
+
+    A step on the lattice is 2^shift, and code c stands for the bits (base + c) << shift. 252 steps
+    span the group at most, as rounding adds up to one at either end and code 0 is taken. 252 steps
+    are 63/64 of 2^(shift + 8).
+    """
+    span = top - bottom
+    exponent = (bits_of((span + (span >> 6)).to(tl.float32)) >> 23).to(tl.int32)
+    shift = tl.minimum(tl.maximum(exponent - 134, 17), 21)
+    base = tl.maximum((bottom >> shift).to(tl.int32) - 1, (top >> shift).to(tl.int32) - 254)
+    return shift, tl.maximum(base, 0)
+
+
+@triton.jit
 def decode_moments(m_code, v_code, m_scale, v_scale):
     """Return the float32 moments of what `encode_moments` stored.
 
@@ -270,11 +297,10 @@ def decode_moments(m_code, v_code, m_scale, v_scale):
         m_scale, v_scale: float32, shape (N // 32,).
     """
     N: tl.constexpr = v_code.shape[0]
-    lattice = bits_of(v_scale)
-    half_step = lattice & (0 - lattice)  # the lowest bit that is set
-    v_bits = v_code.to(tl.uint32) * spread(half_step + half_step, N) + spread(
-        lattice - half_step, N
-    )
+    scale_bits = bits_of(v_scale)
+    half_step = scale_bits & (0 - scale_bits)  # the lowest bit that is set
+    step, base = half_step + half_step, scale_bits - half_step
+    v_bits = v_code.to(tl.uint32) * spread(step, N) + spread(base, N)
     v_bits = tl.where(v_code == 0, 0, v_bits)
     m = m_code.to(tl.float32) * spread(m_scale, N) * float_of(root(v_bits))
     return m, float_of(v_bits)
@@ -332,13 +358,7 @@ def encode_moments(m, v, noise):
     reached = tl.where(m == 0, tl.maximum(v_bits - 1, spread(floor, N)), v_bits - 1)
     bottom = tl.minimum((tl.min(groups_of(reached), axis=1) & 0x7FFFFFFF) + 1, top)
 
-    # A step of 2^shift: 252 of them span the group at most, as rounding adds up to one at either
-    # end and code 0 is taken. 252 steps are 63/64 of 2^(shift + 8).
-    span = top - bottom
-    exponent = (bits_of((span + (span >> 6)).to(tl.float32)) >> 23).to(tl.int32)
-    shift = tl.minimum(tl.maximum(exponent - 134, 17), 21)
-    base = tl.maximum((bottom >> shift).to(tl.int32) - 1, (top >> shift).to(tl.int32) - 254)
-    base = tl.maximum(base, 0)
+    shift, base = lattice(bottom, top)
     half_step = tl.full(shift.shape, 1, tl.uint32) << (shift - 1)
     noise_below = noise * spread(half_step >> 15, N)  # below one step
     v_code = ((v_bits + noise_below) >> spread(shift, N)).to(tl.int32) - spread(base, N)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from .codecs import INTERPRET
+from .codecs import INTERPRET, takes_random_bits
 
 
 class Config(NamedTuple):
@@ -52,7 +52,7 @@ def kind_of(param: torch.dtype, grad: torch.dtype, weights: str, states: str) ->
         "16-bit": 16-bit parameters and gradients. A block moves half the bytes of one in fp32.
         "32-bit": everything else.
     """
-    if weights in ("split24", "sr") or states in ("bf16", "int8"):
+    if takes_random_bits(weights, states):
         return "random"
     if param == torch.float64:
         return "64-bit"

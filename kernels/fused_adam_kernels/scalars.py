@@ -35,6 +35,22 @@ def clip_coefficient(norm, max_norm):
     return tl.where(max_norm < 0, 1.0, clip)
 
 
+@triton.jit
+def judge(hyper_ptr, found_inf_ptr, square_sum_ptr, grad_scale, stats_ptr):
+    """Return the clip coefficient of this step, and whether it is skipped. Keeps the statistics."""
+    norm = tl.sqrt(tl.load(square_sum_ptr)) / grad_scale
+    clip = clip_coefficient(norm, tl.load(hyper_ptr + table.HYPER_MAX_GRAD_NORM))
+    finite = norm < float("inf")  # false for a NaN too
+    skip = (tl.load(found_inf_ptr) != 0) | (
+        (tl.load(hyper_ptr + table.HYPER_SKIP_NONFINITE) != 0) & (finite == 0)
+    )
+    if tl.program_id(0) == 0:
+        tl.store(stats_ptr + table.GRAD_NORM, norm)
+        skipped = tl.load(stats_ptr + table.SKIPPED_STEPS)
+        tl.store(stats_ptr + table.SKIPPED_STEPS, tl.where(skip, skipped + 1.0, skipped))
+    return clip, skip
+
+
 @triton.jit(
     do_not_specialize=["num_rows"],
     # The user's own tensors, which may be anywhere in memory.
@@ -58,16 +74,7 @@ def prologue_kernel(
     0, 1 and 0 in their place, so that one variant serves all steps.
     """
     grad_scale = tl.load(grad_scale_ptr).to(tl.float64)
-    norm = tl.sqrt(tl.load(square_sum_ptr)) / grad_scale
-    clip = clip_coefficient(norm, tl.load(hyper_ptr + table.HYPER_MAX_GRAD_NORM))
-    finite = norm < float("inf")  # false for a NaN too
-    skip = (tl.load(found_inf_ptr) != 0) | (
-        (tl.load(hyper_ptr + table.HYPER_SKIP_NONFINITE) != 0) & (finite == 0)
-    )
-    if tl.program_id(0) == 0:
-        tl.store(stats_ptr + table.GRAD_NORM, norm)
-        skipped = tl.load(stats_ptr + table.SKIPPED_STEPS)
-        tl.store(stats_ptr + table.SKIPPED_STEPS, tl.where(skip, skipped + 1.0, skipped))
+    clip, skip = judge(hyper_ptr, found_inf_ptr, square_sum_ptr, grad_scale, stats_ptr)
 
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = row < num_rows
