@@ -12,7 +12,7 @@ import pytest
 import torch
 
 # Helpers that assert show values when they fail, as test files do.
-pytest.register_assert_rewrite("report_runs")
+pytest.register_assert_rewrite("next_to_torch", "report_runs")
 
 torch.set_num_threads(1)  # two workers share two cores; results do not depend on it
 

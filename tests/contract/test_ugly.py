@@ -35,14 +35,14 @@ What others have (`test_the_list_is_right` checks that they exist):
 - an overflow flag of two that does not skip:
   contract/test_amp.py::test_g5_g6_any_found_inf_but_zero_skips
 - swapped data, swapped tensors, moved gradients:
-  contract/test_optimizer.py::test_swapped_data_is_noticed,
-  contract/test_optimizer.py::test_swapped_tensors_are_noticed,
+  contract/test_outside_changes.py::test_swapped_data_is_noticed,
+  contract/test_outside_changes.py::test_swapped_tensors_are_noticed,
   numerics/test_kernel.py::test_gradients_move_between_steps
 - another dtype at the same address:
-  contract/test_optimizer.py::test_a_gradient_of_another_dtype_at_the_same_address_is_noticed
+  contract/test_outside_changes.py::test_a_gradient_of_another_dtype_at_the_same_address_is_noticed
 - parameters that overlap or are listed twice:
-  contract/test_optimizer.py::test_parameters_that_overlap_are_stepped_in_order,
-  contract/test_optimizer.py::test_a_parameter_listed_twice_is_stepped_twice
+  contract/test_overlaps.py::test_parameters_that_overlap_are_stepped_in_order,
+  contract/test_overlaps.py::test_a_parameter_listed_twice_is_stepped_twice
 - writes that autograd does not see:
   contract/test_optimizer.py::test_autograd_notices_that_a_step_changed_a_saved_tensor
 - a wait per parameter and step (pytorch#128208):
