@@ -29,7 +29,7 @@ What others have (`test_the_list_is_right` checks that they exist):
 - second moments in 8 bits that go stale:
   numerics/test_recipes.py::test_second_moments_do_not_go_stale
 - one stream of random bits for all tensors (llm.c#597):
-  numerics/test_codecs.py::test_words_are_keyed_by_element_step_and_ordinal
+  numerics/test_codec_words.py::test_words_are_keyed_by_element_step_and_ordinal
 - clipping before unscaling (apex#1512):
   numerics/test_clip.py::test_under_a_scaler_the_norm_is_of_unscaled_gradients
 - an overflow flag of two that does not skip:
