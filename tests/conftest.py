@@ -11,6 +11,9 @@ import signal
 import pytest
 import torch
 
+# Helpers that assert show values when they fail, as test files do.
+pytest.register_assert_rewrite("next_to_torch", "report_runs")
+
 torch.set_num_threads(1)  # two workers share two cores; results do not depend on it
 
 # A kernel that hangs must not take the whole run with it. Compiling for a dtype mix takes seconds.
