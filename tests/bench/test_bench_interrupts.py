@@ -331,7 +331,7 @@ def test_bytes_are_not_rounded():
     [upper, _] = plots.convergence_figure(record).axes
     labels = [label.get_text() for label in upper.get_yticklabels()]
     for label, result in zip(labels, record["results"], strict=True):
-        assert label == f"{result['name']}, {result['state_bytes']:.6g} B"
+        assert label == f"{result['name']}, {result['state_bytes']:.4g} B"
         assert abs(float(label.split()[-2]) - result["state_bytes"]) < 5e-4
     assert torch.tensor([r["state_bytes"] for r in record["results"]]).min() < 3
 
