@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 
 from ..distributed import local, to_local
 from ..numerics import codecs
-from ..precision import CODED, ENTRIES, GROUP, Recipe
+from ..precision import CODED, CODES_AND_SCALES, ENTRIES, GROUP, Recipe
 from .memory import align, as_flat, dense_layout, is_dense
 
 # In place of 32 random bits: half of the high 16, which round moments, and half of the low 8, which
@@ -39,12 +39,11 @@ def same_storage(source: Recipe, target: Recipe, param: Tensor, entry: Mapping[s
 
 def reorder(entry: dict[str, Any], param: Tensor, recipe: Recipe) -> None:
     """Encode 8-bit moments anew if the parameter's elements lie in another order than they do."""
-    coded = [name for names in CODED.values() for name in names]
-    if coded[0] not in entry:
+    if CODES_AND_SCALES[0] not in entry:
         return
     part = local(param).detach()
     if not same_storage(recipe, recipe, part, parts_of_entry(entry, param)):
-        moments = {key: entry[key] for key in coded}
+        moments = {key: entry[key] for key in CODES_AND_SCALES}
         entry.update(convert(parts_of_entry(moments, param), part, recipe))
 
 
