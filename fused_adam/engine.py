@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import operator
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from itertools import chain, compress, count, repeat
 from typing import Any
 
@@ -381,7 +380,7 @@ class Engine:
                 transform.record(self.skip_nonfinite)
         for i, runner in enumerate(cached.runners):
             # The first one records norm and skip; all of them would count a skipped step twice.
-            runner.run(hypers, transform if i == 0 else replace(transform, stats=None))
+            runner.run(hypers, transform if i == 0 else transform._replace(stats=None))
         self.redistributed.clear()
         self.arena.note_counters()
         torch.autograd.graph.increment_version(cached.versions_to_bump)
@@ -406,7 +405,7 @@ class Engine:
             with outside_inference_mode():
                 stats = torch.zeros(table.STATS, dtype=torch.float64, device=total.device)
                 self.stats = stats if self.stats is None else stats.copy_(self.stats)
-        return replace(transform, square_sum=total, stats=self.stats)
+        return transform._replace(square_sum=total, stats=self.stats)
 
     def _keep_for_replays(self, cached: CachedPlan) -> None:
         memory: list[Any] = [self.stats]

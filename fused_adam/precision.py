@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import difflib
 import operator
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -70,8 +69,7 @@ class EntrySpec(NamedTuple):
     shape: torch.Size
 
 
-@dataclass(frozen=True, slots=True)
-class Recipe:
+class Recipe(NamedTuple):
     """How weights and moments are stored; made by `parse`.
 
     Both names are None for torch's semantics: everything has the parameter's dtype.

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from numbers import Real
 from typing import Any, NamedTuple
 
@@ -102,8 +101,7 @@ def clip_coefficient(norm: float, max_norm: float) -> float:
     return 1.0 if max_norm < 0 or clip > 1.0 else clip
 
 
-@dataclass(frozen=True, slots=True)
-class GradTransform:
+class GradTransform(NamedTuple):
     """What happens to a step's gradients as they are read: one-element tensors, on any device.
 
     Attributes:
@@ -152,8 +150,7 @@ class GradTransform:
         return GradTransformValues(grad_scale, norm, clip_coefficient(norm, max_norm), skip)
 
 
-@dataclass(frozen=True, slots=True)
-class GradTransformValues:
+class GradTransformValues(NamedTuple):
     """A GradTransform as numbers on the host."""
 
     grad_scale: float
