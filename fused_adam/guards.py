@@ -215,14 +215,12 @@ class PlanGuard:
         self.layouts = LayoutGuard(memory)
         # A plan updates gradients in our flat buffers together, so they must stay there and others
         # must stay out. -1 is no address; that of an empty gradient is 0.
-        slots = buffers.grad_addresses if buffers else {}
-        self.slots = [slots.get(param, -1) for param in stepped]
+        flat_params = buffers.flat_params if buffers else {}
+        self.slots = [
+            flat_params[param].grad.address if param in flat_params else -1 for param in stepped
+        ]
         self.in_slot = list(map(operator.eq, self.grad_addresses, self.slots))
-        self.flat_params = (
-            [buffers.flat_params[param] for param in compress(stepped, self.in_slot)]
-            if buffers
-            else []
-        )
+        self.flat_params = [flat_params[param] for param in compress(stepped, self.in_slot)]
         # If every gradient is the very view that we made, comparing objects replaces comparing
         # layouts.
         views = [flat_param.grad_view for flat_param in self.flat_params]

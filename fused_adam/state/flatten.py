@@ -131,7 +131,6 @@ class FlatBuffers:
 
     def __init__(self, params: Sequence[Tensor]) -> None:
         self.flat_params: dict[Tensor, FlatParam] = {}
-        self.grad_addresses: dict[Tensor, int] = {}
         self.grad_segments: list[Tensor] = []
         self.params = list(params)
         # Whether gradients are written or zeroed in ways that change no version, such as replays of
@@ -156,7 +155,6 @@ class FlatBuffers:
         param.data = slot.view(param).copy_(param.detach())
         view = grad_slot.view(param)
         self.flat_params[param] = FlatParam(slot, grad_slot, view, view._version)
-        self.grad_addresses[param] = grad_slot.address
         _our_storages.add(param.untyped_storage())
 
     def read(self, params: Sequence[Tensor]) -> list[Tensor | None]:
@@ -223,7 +221,6 @@ class FlatBuffers:
         known = set(map(id, params))
         for param in [param for param in self.flat_params if id(param) not in known]:
             flat_param = self.flat_params.pop(param)
-            del self.grad_addresses[param]
             # Its gradient is somebody else's now, so it leaves the memory that we zero.
             if param.grad is flat_param.grad_view:
                 is_none = flat_param.is_zeroed() and not self.always
