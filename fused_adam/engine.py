@@ -201,9 +201,8 @@ class Engine:
         grads = self.read_grads(self.params)
         # Without a Python frame per parameter: experts come here in every step.
         positions = tuple(compress(count(), map(operator.is_not, grads, repeat(None))))
-        return PlanKey(
-            False, positions, self.flat.in_buffers(self.params, grads) if self.flat else ()
-        )
+        in_buffers = self.flat.in_buffers(self.params, grads) if self.flat else ()
+        return PlanKey(False, positions, in_buffers)
 
     def _gradients_if_valid(self, cached: CachedPlan, state: State) -> Gradients | None:
         """Return this step's gradients of the plan, or None if it no longer fits."""
@@ -343,9 +342,9 @@ class Engine:
             read=self.read_attribute,
             redistributed=self.redistributed,
             arena=self.arena,
-            state_guard=StateGuard(state, stepped, rows),
+            state_guard=StateGuard(state, rows),
         )
-        cached = bind(launch_groups, names, self.needs_norm, stepped, guard)
+        cached = bind(launch_groups, names, self.needs_norm, guard)
         self._cache(key, cached)
         gradients = cached.guard.gradients(state)
         assert gradients is not None

@@ -73,11 +73,6 @@ class Row:
         """What the step computes in: float32 holds all that the smaller dtypes do."""
         return torch.float64 if self.param.dtype == torch.float64 else torch.float32
 
-    @property
-    def dtypes(self) -> dict[str, torch.dtype]:
-        """State entry -> its dtype."""
-        return {key: dtype for key, (dtype, _) in self.entries.items()}
-
 
 @dataclass(slots=True, eq=False)
 class CoalescedRows:
