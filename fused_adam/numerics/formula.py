@@ -190,12 +190,8 @@ def recipe_step(
         param.copy_(new_p)
         if extra is not None and new_extra is not None:
             extra.copy_(new_extra)
-    new_m, new_v, new_m_scale, new_v_scale = codecs.store_moments(recipe.states, m, v, bits)
-    m_stored.copy_(new_m)
-    v_stored.copy_(new_v)
-    if m_scale is not None and new_m_scale is not None:
-        m_scale.copy_(new_m_scale)
-    if v_scale is not None and new_v_scale is not None:
-        v_scale.copy_(new_v_scale)
-    if v_max is not None and new_v_max is not None:
-        v_max.copy_(new_v_max)
+    stored = (m_stored, v_stored, m_scale, v_scale, v_max)
+    values = (*codecs.store_moments(recipe.states, m, v, bits), new_v_max)
+    for tensor, value in zip(stored, values, strict=True):
+        if tensor is not None and value is not None:
+            tensor.copy_(value)
