@@ -22,6 +22,8 @@ from .convert import convert, decode, parts_of_entry, same_storage, widened
 from .memory import Slot, with_own_storage
 from .validate import check_entry, check_state_dict
 
+OWN_KEYS = ("precision", "seed")  # what we add to torch's param groups
+
 
 def exported(state_dict: dict[str, Any], arena: Arena) -> dict[str, Any]:
     """The state_dict with steps of its own, and with moments that other processes can be sent.
@@ -173,10 +175,15 @@ def _checked_copy(number: object, entry: Any, saved: _Saved) -> dict[str, Any]:
     return parts_of_entry(copy, saved.param)
 
 
+def _without_own(group: Mapping[str, Any]) -> dict[str, Any]:
+    """The param group as torch.optim has it."""
+    return {key: value for key, value in group.items() if key not in OWN_KEYS}
+
+
 def _merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     """The saved group with our parameters, their names and precision; the seed is the saved one."""
-    merged = {key: value for key, value in new.items() if key not in ("precision", "seed")}
-    merged |= {key: old[key] for key in ("precision", "seed") if key in old}
+    merged = _without_own(new)
+    merged |= {key: old[key] for key in OWN_KEYS if key in old}
     seed = as_seed(new.get("seed", 0))
     merged |= {"seed": seed} if "seed" in old and "seed" in new else {}
     if "param_names" in old:
@@ -204,11 +211,9 @@ def export_fp32(groups: Sequence[dict[str, Any]], state_dict: dict[str, Any]) ->
     names = [name for group in groups for name in names_of(group)]
     params = [param for group in groups for param in group["params"]]
     for number, name, param in zip(numbers, names, params, strict=True):
+        parts = parts_of_entry(state_dict["state"].get(number, {}), param)
         # Offloaded state is on the host.
-        entry = {
-            key: value.to(param.device) if key in ENTRIES else value
-            for key, value in parts_of_entry(state_dict["state"].get(number, {}), param).items()
-        }
+        entry = {key: v.to(param.device) if key in ENTRIES else v for key, v in parts.items()}
         part = local(param).detach()
         values = decode(entry, part)
         weight = values.pop("master_weight", None)
@@ -216,21 +221,15 @@ def export_fp32(groups: Sequence[dict[str, Any]], state_dict: dict[str, Any]) ->
             weight = widened(part)
         elif "master_weight" in entry:  # as the next step will see it
             weight = codecs.load_weight("master32", part, weight)
-        weights[name if isinstance(name, str) else number] = to_dtensor(
-            param, "param", weight.clone()
-        )
+        key_of_weight = name if isinstance(name, str) else number
+        weights[key_of_weight] = to_dtensor(param, "param", weight.clone())
         if entry:
             moments = {key: to_dtensor(param, key, v.clone()) for key, v in values.items()}
             others = {key: value for key, value in entry.items() if key not in ENTRIES}
             state[number] = {**others, **moments}
-    groups_of_torch = [
-        {key: value for key, value in group.items() if key not in ("precision", "seed")}
-        for group in state_dict["param_groups"]
-    ]
-    return {
-        "params": weights,
-        "state": exported({"state": state, "param_groups": groups_of_torch}, Arena()),
-    }
+    groups_of_torch = [_without_own(group) for group in state_dict["param_groups"]]
+    torch_state = {"state": state, "param_groups": groups_of_torch}
+    return {"params": weights, "state": exported(torch_state, Arena())}
 
 
 def _settle(

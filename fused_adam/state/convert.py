@@ -72,11 +72,10 @@ def decode(entry: Mapping[str, Any], param: Tensor) -> dict[str, Tensor]:
     if "master_weight" in entry:
         values["master_weight"] = entry["master_weight"].float()
     elif "remainder" in entry:
-        high, remainder = param.detach(), entry["remainder"].to(param.device)
+        high = param.detach().contiguous()
+        remainder = entry["remainder"].to(param.device).contiguous()
         weights = "split32" if remainder.dtype == torch.int16 else "split24"
-        values["master_weight"] = codecs.load_weight(
-            weights, high.contiguous(), remainder.contiguous()
-        )
+        values["master_weight"] = codecs.load_weight(weights, high, remainder)
     return values
 
 
@@ -126,7 +125,5 @@ def _whole_groups(flat: Tensor) -> Tensor:
 
 def _in_order_of(param: Tensor, value: Tensor) -> Tensor:
     """The elements as one dimension, in the order in which the parameter's state holds them."""
-    size, stride = dense_layout(param)
-    return as_flat(
-        torch.empty_strided(size, stride, dtype=value.dtype, device=value.device).copy_(value)
-    )
+    memory = torch.empty_strided(*dense_layout(param), dtype=value.dtype, device=value.device)
+    return as_flat(memory.copy_(value))
