@@ -55,12 +55,10 @@ def step_in_backward(
         >>> optimizer.step()
     """
     _check(optimizer, bucket_bytes)
-    params = (
-        model_or_params.parameters() if isinstance(model_or_params, nn.Module) else model_or_params
-    )
-    return StepInBackward(
-        [param for param in params if param.requires_grad], optimizer, bucket_bytes
-    )
+    if isinstance(model_or_params, nn.Module):
+        model_or_params = model_or_params.parameters()
+    params = [param for param in model_or_params if param.requires_grad]
+    return StepInBackward(params, optimizer, bucket_bytes)
 
 
 def _check(optimizer: FusedAdam, bucket_bytes: int) -> None:
@@ -71,18 +69,14 @@ def _check(optimizer: FusedAdam, bucket_bytes: int) -> None:
         )
     if isinstance(bucket_bytes, bool) or not isinstance(bucket_bytes, int) or bucket_bytes <= 0:
         raise ValueError(f"bucket_bytes={bucket_bytes!r} must be a whole number of bytes above 0")
-    attribute = optimizer._grad_attribute
+    other_attribute = optimizer._grad_attribute != "grad" and optimizer._grad_attribute
     differentiable = optimizer.defaults["differentiable"]
     all_first = "needs all gradients before the first update"
     for name, value, reason in (
         ("max_grad_norm", optimizer._max_grad_norm, f"the norm {all_first}"),
         ("skip_nonfinite", optimizer._skip_nonfinite, f"it {all_first}"),
         ("flatten", optimizer._flatten, "its gradients stay where they are"),
-        (
-            "grad_attribute",
-            attribute != "grad" and attribute,
-            "backward tells when `grad` is whole",
-        ),
+        ("grad_attribute", other_attribute, "backward tells when `grad` is whole"),
         ("differentiable", differentiable, "autograd would need the gradients again"),
     ):
         if value:
