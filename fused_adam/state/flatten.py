@@ -55,16 +55,17 @@ def is_eligible(param: Tensor) -> bool:
 
 
 def _drop_grad(param: Tensor) -> bool:
-    """Set the gradient to None, unless somebody else holds it and may write to it."""
+    """Set the gradient to None, unless somebody else holds it and may write to it.
+
+    Returns whether there was a gradient, and now is none.
+    """
     grad = param.grad
     if grad is None:
-        return True
+        return False
     ref = weakref.ref(grad)
     param.grad = grad = None
-    held = ref()
-    if held is not None:
-        param.grad = held
-    return held is None
+    param.grad = ref()
+    return param.grad is None
 
 
 @dataclass(slots=True, eq=False)
@@ -239,20 +240,15 @@ class FlatBuffers:
             torch._foreach_zero_(self.grad_segments)
         others = []
         for param in self.params:
-            flat_param, grad = self.flat_params.get(param), param.grad
-            if (
-                flat_param is None
-                or not flat_param.takes(param)
-                or (grad is None and not set_to_none)
-            ):
+            flat_param = self.flat_params.get(param)
+            if flat_param is None or not flat_param.takes(param):
                 others.append(param)
                 continue
-            attached = grad is flat_param.grad_view
-            del grad  # or `_drop_grad` would find us holding it
+            attached = param.grad is flat_param.grad_view
+            if not (attached or set_to_none or _drop_grad(param)):
+                others.append(param)
+                continue
             if not attached:
-                if not set_to_none and not _drop_grad(param):
-                    others.append(param)
-                    continue
                 param.grad = flat_param.grad_view
             if set_to_none:
                 flat_param.zeroed = flat_param.grad_view._version
