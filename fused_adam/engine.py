@@ -307,9 +307,7 @@ class Engine:
         grads: list[Any] = [all_grads[i] for i in key.positions]
         if any(map(is_sharded, stepped)):
             grads = LocalShards(stepped).gradient_parts(grads, self.redistributed)
-        by_position: list[Tensor | None] = [None] * len(self.params)
-        for i, grad in zip(key.positions, grads, strict=True):
-            by_position[i] = grad
+        by_position = dict(zip(key.positions, grads, strict=True))
         devices = {param.device for param in stepped}
         names = {device: backends.choose(self.backend, device) for device in devices}
         launch_groups = plan.build(
@@ -330,7 +328,7 @@ class Engine:
         # the others may have one.
         idle: list[Tensor] = []
         if only is None:
-            idle = [p for p, grad in zip(self.params, by_position, strict=True) if grad is None]
+            idle = [param for i, param in enumerate(self.params) if i not in by_position]
         rows = [row for group in launch_groups for row in group.rows]
         for row in rows if self.in_norm else ():
             row.in_norm = self.in_norm[row.param_index]

@@ -119,7 +119,7 @@ def grouped(items: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
 
 def build(
     params: Sequence[Tensor],
-    grads: Sequence[Tensor | None],
+    grads: Mapping[int, Tensor],
     groups: Sequence[int],
     options: Sequence[Options],
     arena: Arena,
@@ -130,8 +130,8 @@ def build(
     """Decide the launches for the parameters that have gradients, and give these their state.
 
     Args:
-        params, grads: all parameters of the optimizer in order, and what is here of their gradients
-            or None.
+        params: all parameters of the optimizer in order.
+        grads: position of a parameter -> what is here of its gradient, in order, for those to step.
         groups: for each parameter, the number of its param group.
         options: for each param group.
         arena, state: where state lives, and the mapping that users see.
@@ -145,26 +145,26 @@ def build(
     """
     arena.keep(params)
     rows: list[Row] = []
-    for index, (param, grad, group) in enumerate(zip(params, grads, groups, strict=True)):
-        if grad is not None:
-            name = f"parameter {index} (group {group})"
-            part = local(param)
-            check_pair(part, grad, name)
-            row = Row(
-                grad_index=len(rows),
-                param_index=index,
-                group=group,
-                user_param=param,
-                param=as_real(part.detach()),
-                grad_dtype=grad.dtype.to_real(),
-                options=options[group],
-                entries=options[group].entries(part),
-                param_state=arena.param_states.setdefault(param, ParamState()),
-                global_offset=global_offset(param),
-            )
-            check_entry(param, name, state.get(param, {}), row.entries, row.param_state)
-            _place(row, grad, buffers, staging[part.device])
-            rows.append(row)
+    for index, grad in grads.items():
+        param, group = params[index], groups[index]
+        name = f"parameter {index} (group {group})"
+        part = local(param)
+        check_pair(part, grad, name)
+        row = Row(
+            grad_index=len(rows),
+            param_index=index,
+            group=group,
+            user_param=param,
+            param=as_real(part.detach()),
+            grad_dtype=grad.dtype.to_real(),
+            options=options[group],
+            entries=options[group].entries(part),
+            param_state=arena.param_states.setdefault(param, ParamState()),
+            global_offset=global_offset(param),
+        )
+        check_entry(param, name, state.get(param, {}), row.entries, row.param_state)
+        _place(row, grad, buffers, staging[part.device])
+        rows.append(row)
     for row in rows:
         reorder(state.get(row.user_param, {}), row.user_param, row.options.recipe)
     # What is staged together needs neighbouring state, too. A parameter that is listed twice has
