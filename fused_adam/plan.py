@@ -222,15 +222,11 @@ def _launch_groups(rows: Sequence[Row], staging: dict[torch.device, Staging]) ->
     """The rows by device and dtypes, in the order in which they have to run."""
     _mark_overlaps(rows)
     groups = grouped(rows, lambda row: (row.overlap_order, row.param.device, row.compute))
-    return [
-        LaunchGroup(
-            device,
-            compute,
-            members,
-            [_launch(part, staging[device]) for part in grouped(members, _mix).values()],
-        )
-        for (_, device, compute), members in sorted(groups.items(), key=lambda item: item[0][0])
-    ]
+    launch_groups = []
+    for (_, device, compute), members in sorted(groups.items(), key=lambda item: item[0][0]):
+        launches = [_launch(part, staging[device]) for part in grouped(members, _mix).values()]
+        launch_groups.append(LaunchGroup(device, compute, members, launches))
+    return launch_groups
 
 
 def _mix(row: Row) -> tuple[torch.dtype, torch.dtype, Recipe, bool]:
