@@ -19,7 +19,7 @@ from ..precision import ENTRIES, WEIGHTS, Recipe, as_seed, parse
 from . import shapes
 from .arena import Arena, Entries, ParamState, State
 from .convert import convert, decode, parts_of_entry, same_storage, widened
-from .memory import Slot, with_own_storage
+from .memory import Slot, is_lazy, with_own_storage
 from .validate import check_entry, check_state_dict
 
 OWN_KEYS = ("precision", "seed")  # what we add to torch's param groups
@@ -32,12 +32,9 @@ def exported(state_dict: dict[str, Any], arena: Arena) -> dict[str, Any]:
     because ours are views of one flat buffer on the device: torch.optim would advance a shared
     buffer once per parameter, and wait for the device as often.
     """
-    on_device = {
-        index
-        for group in state_dict["param_groups"]
-        if group.get("fused") or group.get("capturable")
-        for index in group["params"]
-    }
+    groups = state_dict["param_groups"]
+    groups_on_device = [x for x in groups if x.get("fused") or x.get("capturable")]
+    on_device = {index for group in groups_on_device for index in group["params"]}
     param_states = arena.param_states.values()
     slots = {id(s.view(key)): slot for s in param_states for key, slot in s.slots.items()}
     owners = {id(s.view("step")): s for s in param_states if s.counters and s.counters.ours}
@@ -69,19 +66,13 @@ def _sendable(value: Any, slots: Mapping[int, Slot]) -> Any:
     own, never one that we step on. On a GPU only whole allocations can be sent: so the value
     becomes a view of its segment.
     """
-    if not _may_be_ours(value):
+    # Not what a differentiable step or a user made: a capsule cannot hold that.
+    if type(value) is not Tensor or value.requires_grad or value.is_meta or is_lazy(value):
         return value
     if value.device.type == "cpu":
         return with_own_storage(value)
     slot = slots.get(id(value))
     return value if slot is None else slot.view_within(value)
-
-
-def _may_be_ours(value: object) -> bool:
-    """False for what a differentiable step or a user made and a capsule cannot hold."""
-    return type(value) is Tensor and not (
-        value.requires_grad or value.is_meta or value.is_conj() or value.is_neg()
-    )
 
 
 class _Saved(NamedTuple):
