@@ -191,10 +191,9 @@ class StepInBackward:
             # At the end of this backward, when autograd has joined its streams.
             torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)
             self._end_is_queued = True
-        on_host = param.device.type == "cpu"
-        stream = (
-            None if on_host else torch.get_device_module(param.device).current_stream(param.device)
-        )
+        stream = None
+        if param.device.type != "cpu":
+            stream = torch.get_device_module(param.device).current_stream(param.device)
         self._waiting.setdefault(stream, []).append(param)
         held = self._waiting_bytes.get(stream, 0) + (0 if param.grad is None else param.grad.nbytes)
         self._waiting_bytes[stream] = held

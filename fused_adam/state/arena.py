@@ -167,11 +167,8 @@ class Arena:
     def keep(self, params: Sequence[Tensor]) -> None:
         """Forget parameters that the optimizer no longer has."""
         known = set(map(id, params))
-        self.param_states = {
-            param: param_state
-            for param, param_state in self.param_states.items()
-            if id(param) in known
-        }
+        for param in [param for param in self.param_states if id(param) not in known]:
+            del self.param_states[param]
 
     def adopt(self, state: State, wanted: Mapping[Tensor, Entries], in_place: bool = True) -> None:
         """Give every parameter its state.

@@ -64,14 +64,12 @@ def to_devices(arena: Arena, state: State, origins: Origins) -> None:
 
     Nothing is changed if memory runs out.
     """
-    copies = {
-        # Does not wait: torch's allocator keeps pinned memory until the copy from it is done.
-        segment: torch.empty_like(segment, device=origins[segment]).copy_(
-            segment, non_blocking=True
-        )
-        for segment in _segments(arena)
-        if segment in origins
-    }
+    copies = {}
+    for segment in _segments(arena):
+        if segment in origins:
+            memory = torch.empty_like(segment, device=origins[segment])
+            # Does not wait: torch's allocator keeps pinned memory until the copy from it is done.
+            copies[segment] = memory.copy_(segment, non_blocking=True)
     _replace(arena, state, copies)
 
 

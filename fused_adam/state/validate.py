@@ -60,9 +60,8 @@ def check_pair(param: Tensor, grad: Tensor, name: str) -> None:
         raise RuntimeError(
             f"{name} is a conjugate or negative view, which cannot be written; use .resolve_conj()"
         )
-    if any(
-        stride == 0 and size > 1 for size, stride in zip(param.shape, param.stride(), strict=True)
-    ):
+    layout = zip(param.shape, param.stride(), strict=True)
+    if any(size > 1 and stride == 0 for size, stride in layout):
         raise RuntimeError(
             f"{name} is expanded: several of its elements share one place in memory; use .clone()"
         )
