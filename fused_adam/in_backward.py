@@ -116,6 +116,7 @@ class StepInBackward:
         self._accumulating = False
         self._end_is_queued = False  # whether `_end_backward` will be called
         self._lock = threading.RLock()  # autograd has a thread per device
+        # A parameter that is given twice gets one hook: another would report a second gradient.
         self._hooks = [
             param.register_post_accumulate_grad_hook(self._on_grad)  # type: ignore[no-untyped-call]
             for param in dict.fromkeys(params)
@@ -195,6 +196,7 @@ class StepInBackward:
         if param.device.type != "cpu":
             stream = torch.get_device_module(param.device).current_stream(param.device)
         self._waiting.setdefault(stream, []).append(param)
+        # A hook that ran before ours may have taken the gradient away.
         held = self._waiting_bytes.get(stream, 0) + (0 if param.grad is None else param.grad.nbytes)
         self._waiting_bytes[stream] = held
         if held >= self._bucket_bytes:

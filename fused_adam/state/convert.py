@@ -62,6 +62,7 @@ def decode(entry: Mapping[str, Any], param: Tensor) -> dict[str, Tensor]:
     values = {key: widened(entry[key]) for key in ("exp_avg", "exp_avg_sq") if key in entry}
     if CODED["exp_avg"][0] in entry:
         codes = [entry[code] for code, _ in CODED.values()]
+        # `as_flat` reads memory without gaps. A user's own tensor may have some.
         codes = [code if is_dense(code) else code.contiguous() for code in codes]
         scales = [entry[scale] for _, scale in CODED.values()]
         moments = codecs.decode_moments(*(_whole_groups(as_flat(code)) for code in codes), *scales)
@@ -92,6 +93,7 @@ def convert(entry: Mapping[str, Any], param: Tensor, target: Recipe) -> dict[str
         return dict(entry)
     values = decode(entry, param)
     out = {key: value for key, value in entry.items() if key not in ENTRIES}
+    # On the host whatever the user's default device, and enough for whole groups.
     half = torch.full((align(param.numel()),), HALF, dtype=torch.int32, device="cpu")
     moments = {key: values[key] for key in CODED if key in values}
     if moments and target.states == "int8":
@@ -115,6 +117,7 @@ def convert(entry: Mapping[str, Any], param: Tensor, target: Recipe) -> dict[str
     elif weight is not None and target.weights in ("split32", "split24"):
         bits = half[: param.numel()].view(param.shape).to(weight.device)
         out["remainder"] = codecs.store_weight(target.weights, weight, bits)[1]
+    # Other recipes store no more of a weight than its parameter does: the rest is lost.
     return out
 
 

@@ -26,6 +26,7 @@ def _is_fake(param: Tensor) -> bool:
 
 
 def under_fake_mode() -> bool:
+    # torch has no public question for it. Every step asks, so it has to be a cheap one.
     return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
 
 
@@ -79,11 +80,14 @@ def step(
     stepped = []
     for i, (number, param, grad) in enumerate(zip(numbers, params, grads, strict=True)):
         if grad is not None and id(param) in wanted:
+            # Local parts can be compared once a DTensor's gradient has the parameter's placements.
+            # Moving it there is a collective.
             if not is_sharded(param):
                 check_pair(param, grad, f"parameter {i} (group {number})")
             stepped.append((groups[number], param))
     stats = None
     for group, param in stepped:
+        # The mode may be off by now, but state has to be fake wherever its parameter is.
         with local(param).fake_mode:  # type: ignore[attr-defined]
             entry = state.setdefault(param, {})
             if not entry:
