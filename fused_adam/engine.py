@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from itertools import chain, compress, count, repeat
 from typing import Any
 
@@ -23,14 +23,13 @@ from .distributed import LocalShards, RankGroup, is_sharded
 from .guards import Gradients, PlanGuard, StateGuard, reader
 from .numerics.scalars import GradTransform, hyper
 from .state import shapes
-from .state.arena import Arena, State, advance_step_keys
+from .state.arena import Arena, Groups, Params, State, advance_step_keys
 from .state.flatten import FlatBuffers
 
 # Patterns of missing gradients come back (experts, frozen layers), and so should their plans. They
 # are bounded by rows, which is what takes memory: this many per parameter, over all plans.
 MAX_CACHED_ROWS = 8
 
-Groups = Sequence[dict[str, Any]]
 CheckGroup = Callable[[dict[str, Any]], None]
 
 
@@ -124,7 +123,7 @@ class Engine:
         state: State,
         transform: GradTransform,
         check_group: CheckGroup,
-        only: Sequence[Tensor] | None = None,
+        only: Params | None = None,
     ) -> None:
         """Step every parameter that has a gradient, or only the given ones.
 
@@ -158,15 +157,13 @@ class Engine:
         with outside_inference_mode():
             plan.make_state(self.params, self.group_numbers, self.options, self.arena, state)
 
-    def read_grads(self, params: Sequence[Tensor]) -> list[Tensor | None]:
+    def read_grads(self, params: Params) -> list[Tensor | None]:
         """Return the gradients; None for flat ones that nothing has written to."""
         return self.flat.read(params) if self.flat else self.read_attribute(params)
 
     # Finding a plan
 
-    def _find_plan(
-        self, groups: Groups, state: State, only: Sequence[Tensor] | None
-    ) -> Match | None:
+    def _find_plan(self, groups: Groups, state: State, only: Params | None) -> Match | None:
         """Return a cached plan whose guard holds, or None."""
         if not self._are_current(groups):
             return None
@@ -193,7 +190,7 @@ class Engine:
             and self.state_moves == self.arena.state_moves
         )
 
-    def _key(self, only: Sequence[Tensor] | None) -> PlanKey:
+    def _key(self, only: Params | None) -> PlanKey:
         if only is not None:
             # Parameters that the optimizer no longer has are left out.
             known = (self.positions.get(id(param), ()) for param in only)
@@ -224,7 +221,7 @@ class Engine:
     # Making a plan
 
     def _plan_anew(
-        self, groups: Groups, state: State, check_group: CheckGroup, only: Sequence[Tensor] | None
+        self, groups: Groups, state: State, check_group: CheckGroup, only: Params | None
     ) -> Match:
         """Make the plan for this step, and first read the groups again if they have changed."""
         if backends.is_capturing():
@@ -252,9 +249,7 @@ class Engine:
             self.flat.keep(self.params)
         self.arena.read_counters()
 
-    def _build_on_all_ranks(
-        self, groups: Groups, state: State, only: Sequence[Tensor] | None
-    ) -> Match:
+    def _build_on_all_ranks(self, groups: Groups, state: State, only: Params | None) -> Match:
         """Build the plan. Where parameters are DTensors, the first one is for all ranks or none.
 
         A rank that raised alone would leave the others waiting in a collective.
@@ -297,7 +292,7 @@ class Engine:
             for param, number, grad in zip(self.params, self.group_numbers, grads, strict=True)
         ]
 
-    def _build(self, state: State, only: Sequence[Tensor] | None) -> Match:
+    def _build(self, state: State, only: Params | None) -> Match:
         """Decide what each launch updates, make the state it needs, and cache the plan."""
         self._advance_step_keys()
         if self.flat:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .distributed import global_offset, local
 from .precision import Recipe, parse
-from .state.arena import Arena, Entries, ParamState, State
+from .state.arena import Arena, Entries, Params, ParamState, State
 from .state.convert import reorder
 from .state.flatten import FlatBuffers
 from .state.memory import Slot, align, as_flat, as_real
@@ -118,7 +118,7 @@ def grouped(items: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
 
 
 def build(
-    params: Sequence[Tensor],
+    params: Params,
     grads: Mapping[int, Tensor],
     groups: Sequence[int],
     options: Sequence[Options],
@@ -177,11 +177,7 @@ def build(
 
 
 def make_state(
-    params: Sequence[Tensor],
-    groups: Sequence[int],
-    options: Sequence[Options],
-    arena: Arena,
-    state: State,
+    params: Params, groups: Sequence[int], options: Sequence[Options], arena: Arena, state: State
 ) -> None:
     """Give every parameter that requires gradients its state, with no step counted.
 

@@ -17,6 +17,8 @@ from .memory import Slot, as_flat, as_real, dense_layout, segments
 
 Entries = dict[str, EntrySpec]  # what one parameter's state consists of, besides the step counter
 State = MutableMapping[Any, Any]  # `optimizer.state`: parameter -> its entry, a dict
+Groups = Sequence[dict[str, Any]]  # `optimizer.param_groups`
+Params = Sequence[Tensor]  # parameters of one optimizer, in its order
 
 
 def reads_cost_nothing(tensor: Tensor) -> bool:
@@ -164,7 +166,7 @@ class Arena:
         # copied into segments instead of being stepped on one by one.
         self.unpickled = False
 
-    def keep(self, params: Sequence[Tensor]) -> None:
+    def keep(self, params: Params) -> None:
         """Forget parameters that the optimizer no longer has."""
         known = set(map(id, params))
         for param in [param for param in self.param_states if id(param) not in known]:
@@ -288,7 +290,7 @@ class Arena:
                 del candidates[owner]
         return candidates
 
-    def _make_counters(self, state: State, params: Sequence[Tensor], device: torch.device) -> None:
+    def _make_counters(self, state: State, params: Params, device: torch.device) -> None:
         """One buffer of step counters for these parameters, with the counts of their entries."""
         entries = [state[param] for param in params]
         # Reading a counter waits for its device. It happens once, and only for counters that were
@@ -306,12 +308,7 @@ class Arena:
         counters.note()
 
     def _make_slots(
-        self,
-        state: State,
-        params: Sequence[Tensor],
-        key: str,
-        dtype: torch.dtype,
-        device: torch.device,
+        self, state: State, params: Params, key: str, dtype: torch.dtype, device: torch.device
     ) -> None:
         """Slots for one entry of these parameters, with the values of that entry."""
         # Scales have one element for every GROUP of the parameter.

@@ -17,7 +17,7 @@ from ..distributed import local, to_dtensor
 from ..numerics import codecs
 from ..precision import ENTRIES, WEIGHTS, Recipe, as_seed, parse
 from . import shapes
-from .arena import Arena, Entries, ParamState, State
+from .arena import Arena, Entries, Groups, ParamState, State
 from .convert import convert, decode, parts_of_entry, same_storage, widened
 from .memory import Slot, is_lazy, with_own_storage
 from .validate import check_entry, check_state_dict
@@ -84,9 +84,7 @@ class _Saved(NamedTuple):
     target: Recipe  # the optimizer's
 
 
-def _by_number(
-    groups: Sequence[Mapping[str, Any]], saved_groups: Sequence[dict[str, Any]]
-) -> dict[Any, _Saved]:
+def _by_number(groups: Groups, saved_groups: Groups) -> dict[Any, _Saved]:
     """Match saved parameters with ours by position, as torch does."""
     numbers: dict[Any, _Saved] = {}
     for group, saved in zip(groups, saved_groups, strict=True):
@@ -97,7 +95,7 @@ def _by_number(
 
 
 def load(
-    groups: Sequence[dict[str, Any]], arena: Arena, state: State, state_dict: Mapping[str, Any]
+    groups: Groups, arena: Arena, state: State, state_dict: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
     """Copy a checkpoint into the arena, tensor by tensor, and return the new param groups.
 
@@ -191,7 +189,7 @@ def names_of(group: Mapping[str, Any]) -> Sequence[Any]:
     return names if len(names) == len(group["params"]) else range(len(group["params"]))
 
 
-def export_fp32(groups: Sequence[dict[str, Any]], state_dict: dict[str, Any]) -> dict[str, Any]:
+def export_fp32(groups: Groups, state_dict: dict[str, Any]) -> dict[str, Any]:
     """Weights by name or position, and a state_dict in torch's form: all float32 copies.
 
     Returns `{"params": {name: weight}, "state": state_dict}`.

@@ -17,7 +17,7 @@ from fused_adam_kernels import table
 
 from ..distributed import group_elements, is_sharded, local, to_dtensor
 from ..precision import GROUP, GROUPED, parse
-from .arena import State
+from .arena import Groups, Params, State
 from .validate import check_pair
 
 
@@ -30,7 +30,7 @@ def under_fake_mode() -> bool:
     return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
 
 
-def are_all(params: Sequence[Tensor]) -> bool:
+def are_all(params: Params) -> bool:
     """Whether a step is over fake tensors: parameters that were made under FakeTensorMode.
 
     Raises RuntimeError if only some are fake, or if the mode is on and the parameters are real.
@@ -48,7 +48,7 @@ def are_all(params: Sequence[Tensor]) -> bool:
     return True
 
 
-def refuse(action: str, params: Sequence[Tensor]) -> None:
+def refuse(action: str, params: Params) -> None:
     """Raise RuntimeError if some of the parameters are fake, or a mode is on."""
     if under_fake_mode() or any(map(_is_fake, params)):
         raise RuntimeError(
@@ -57,10 +57,10 @@ def refuse(action: str, params: Sequence[Tensor]) -> None:
 
 
 def step(
-    groups: Sequence[dict[str, Any]],
+    groups: Groups,
     state: State,
     grads: Sequence[Tensor | None],
-    only: Sequence[Tensor] | None,
+    only: Params | None,
     needs_norm: bool,
 ) -> Tensor | None:
     """Make the state of every parameter that is stepped, and count the step.

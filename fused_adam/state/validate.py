@@ -70,11 +70,7 @@ def check_pair(param: Tensor, grad: Tensor, name: str) -> None:
 
 
 def check_entry(
-    param: Tensor,
-    name: str,
-    entry: object,
-    wanted: Entries,
-    param_state: ParamState | None = None,
+    param: Tensor, name: str, entry: object, wanted: Entries, param_state: ParamState | None = None
 ) -> None:
     """Raise ValueError unless the entry is empty, or the whole state of its parameter.
 
