@@ -149,7 +149,7 @@ class Engine:
                 self.stats = shapes.step(groups, state, grads, only, self.needs_norm)
                 return
             match = self._plan_anew(groups, state, check_group, only)
-        self._run(match.plan, match.grads, groups, transform)
+        self._run(match, groups, transform)
 
     def init_state(self, groups: Groups, state: State, check_group: CheckGroup) -> None:
         """Make the state of every parameter that requires gradients, with step count 0."""
@@ -357,10 +357,9 @@ class Engine:
 
     # Running a plan
 
-    def _run(
-        self, cached: CachedPlan, grads: Gradients, groups: Groups, transform: GradTransform
-    ) -> None:
+    def _run(self, match: Match, groups: Groups, transform: GradTransform) -> None:
         """Launch everything. Nothing here waits for a device, except where the CPU reads a norm."""
+        cached, grads = match
         hypers = [hyper(group, self.max_grad_norm, self.skip_nonfinite) for group in groups]
         capturing = backends.is_capturing()
         self.last_run = cached
