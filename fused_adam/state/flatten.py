@@ -196,13 +196,11 @@ class FlatBuffers:
         A CUDA graph of a backward pass writes such gradients, or a collective over all of them.
         Waits for the device.
         """
-        zeroed = [
-            param.grad
-            for param in self.flat_params
-            if param.grad is not None and self._is_zeroed(param, param.grad)
-        ]
-        if any(bool(view.count_nonzero()) for view in zeroed):
-            self.uncounted = self.always = True
+        for param, flat_param in self.flat_params.items():
+            view = flat_param.grad_view
+            if param.grad is view and flat_param.is_zeroed() and bool(view.count_nonzero()):
+                self.uncounted = self.always = True
+                return
 
     def find(self, param: Tensor, grad: Tensor) -> FlatParam | None:
         """The slots of parameter and gradient, if both still are in them."""
