@@ -140,12 +140,15 @@ class ParamState:
         return self.counters.steps.data_ptr() + 4 * self.counter
 
 
+Owner = tuple[Tensor, str]  # a parameter, and the name of one of its entries
+
+
 class _MemoryRange(NamedTuple):
     """Addresses of one tensor's memory; `owner` is None where the memory is ours already."""
 
     start: int
     end: int
-    owner: tuple[Tensor, str] | None
+    owner: Owner | None
 
 
 class Arena:
@@ -255,11 +258,9 @@ class Arena:
             param_state.layout = layout
             param_state.refs = {key: ref for key, ref in param_state.refs.items() if key == "step"}
 
-    def _usable(
-        self, state: State, wanted: Mapping[Tensor, Entries]
-    ) -> dict[tuple[Tensor, str], Tensor]:
+    def _usable(self, state: State, wanted: Mapping[Tensor, Entries]) -> dict[Owner, Tensor]:
         """Local tensors that the user put into `state` and that can be stepped on in place."""
-        candidates: dict[tuple[Tensor, str], Tensor] = {}
+        candidates: dict[Owner, Tensor] = {}
         ranges: list[_MemoryRange] = []
         for param, entries in wanted.items():
             entry, param_state = state.get(param, {}), self.param_states.get(param, ParamState())
@@ -385,7 +386,7 @@ def _is_writable(value: Tensor) -> bool:
     )
 
 
-def _overlapping(ranges: Iterable[_MemoryRange]) -> Iterable[tuple[Tensor, str]]:
+def _overlapping(ranges: Iterable[_MemoryRange]) -> Iterable[Owner]:
     """Owners whose memory overlaps another entry's: both would race if stepped on in place.
 
     What is ours stays, else the first of them.
