@@ -173,9 +173,8 @@ def to_local(param: Tensor, key: str, value: Tensor) -> Tensor:
             value = value.redistribute(mesh, layout.placements)
     elif value.shape == layout.shape:
         # Every rank has the whole, so it cuts its part out without asking rank 0.
-        value = distribute_tensor(
-            value.to(param.device), mesh, layout.placements, src_data_rank=None
-        )
+        whole = value.to(param.device)
+        value = distribute_tensor(whole, mesh, layout.placements, src_data_rank=None)
     else:
         return value  # not of this parameter: for the caller to refuse
     part = value._local_tensor

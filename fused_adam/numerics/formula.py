@@ -144,17 +144,11 @@ def adam_step(
             turn -0.0 into 0.0.
         sqrt: a correctly rounded square root.
     """
-    compute = scalars.dtype
+    compute, s = scalars.dtype, load_scalars(scalars)
+    old_p, grad, old_m, old_v = [memory.to(compute) for memory in (p, g, m, v)]
+    old_v_max = None if v_max is None else v_max.to(compute)
     new_p, new_m, new_v, new_v_max = adam_update(
-        p.to(compute),
-        g.to(compute),
-        m.to(compute),
-        v.to(compute),
-        None if v_max is None else v_max.to(compute),
-        load_scalars(scalars),
-        has_l2,
-        has_lr_wd,
-        sqrt,
+        old_p, grad, old_m, old_v, old_v_max, s, has_l2, has_lr_wd, sqrt
     )
     if store_param:
         p.copy_(new_p)
@@ -189,34 +183,22 @@ def recipe_step(
     m_stored = memory[m_code] if m_code in memory else memory["exp_avg"]
     v_stored = memory[v_code] if v_code in memory else memory["exp_avg_sq"]
     m_scale, v_scale = memory.get(m_scale_name), memory.get(v_scale_name)
-    v_max = memory.get("max_exp_avg_sq")
+    v_max_stored = memory.get("max_exp_avg_sq")
     extra = memory.get("master_weight", memory.get("remainder"))
 
-    p = codecs.load_weight(recipe.weights, param, extra)
+    p, g = codecs.load_weight(recipe.weights, param, extra), grad.float()
     m, v = codecs.load_moments(m_stored, v_stored, m_scale, v_scale)
-    p, m, v, new_v_max = adam_update(
-        p,
-        grad.float(),
-        m,
-        v,
-        None if v_max is None else v_max.float(),
-        load_scalars(scalars),
-        has_l2,
-        has_lr_wd,
-        exact_sqrt,
-    )
+    v_max = None if v_max_stored is None else v_max_stored.float()
+    s = load_scalars(scalars)
+    p, m, v, v_max = adam_update(p, g, m, v, v_max, s, has_l2, has_lr_wd, exact_sqrt)
 
     if store_param:
         new_p, new_extra = codecs.store_weight(recipe.weights, p, bits)
         param.copy_(new_p)
         if extra is not None and new_extra is not None:
             extra.copy_(new_extra)
-    new_m, new_v, new_m_scale, new_v_scale = codecs.store_moments(recipe.states, m, v, bits)
-    m_stored.copy_(new_m)
-    v_stored.copy_(new_v)
-    if m_scale is not None and new_m_scale is not None:
-        m_scale.copy_(new_m_scale)
-    if v_scale is not None and new_v_scale is not None:
-        v_scale.copy_(new_v_scale)
-    if v_max is not None and new_v_max is not None:
-        v_max.copy_(new_v_max)
+    stored = (m_stored, v_stored, m_scale, v_scale, v_max_stored)
+    values = (*codecs.store_moments(recipe.states, m, v, bits), v_max)
+    for tensor, value in zip(stored, values, strict=True):
+        if tensor is not None and value is not None:
+            tensor.copy_(value)
