@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from ..distributed import local, to_dtensor
+from ..distributed import as_byte_pairs, local, to_dtensor
 from ..numerics import codecs
 from ..precision import ENTRIES, WEIGHTS, Recipe, as_seed, parse
 from . import shapes
@@ -54,6 +54,8 @@ def exported(state_dict: dict[str, Any], arena: Arena) -> dict[str, Any]:
             else:
                 step = step.cpu()
             sent = {key: _sendable(entry[key], slots) for key in entry if key in ENTRIES}
+            if isinstance(sent.get("remainder"), Tensor):
+                sent["remainder"] = as_byte_pairs(sent["remainder"])
             entry = {**entry, **sent, "step": step}
         state[index] = entry
     return {**state_dict, "state": state}

@@ -8,9 +8,9 @@ import pytest
 import torch
 from ranks import run_ranks
 from sharded_runs import FEW_SHAPES, SHAPES, STEPS, in_rows, parameters, train
-from shards import whole_results
+from shards import whole, whole_results
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from training import same_bits
 
 from fused_adam import FusedAdamW
@@ -148,3 +148,37 @@ def test_state_that_a_loop_moves(move, precision, backend):
         assert same_bits(found, trained[0])
         assert all(freed) or move is copied_within or backend == "reference"
         assert types_of_entries[0] is torch.Tensor and {*types_of_entries[1:]} == {DTensor}
+
+
+def gathered(rank, placement, form):
+    """A checkpoint of split32, loaded by shards: its form, and whether its bits came through."""
+    mesh = init_device_mesh("cpu", (2,))
+    params = parameters(torch.bfloat16, [(33, 6), (3, 34), (6, 4)], mesh, (placement,))
+    optimizer = FusedAdamW(params, lr=1e-2, precision="split32")
+    train(optimizer, 2)
+    checkpoint = optimizer.state_dict()
+    for param, entry in zip(params, checkpoint["state"].values(), strict=True):
+        pairs, remainder = entry["remainder"], optimizer.state[param]["remainder"]
+        assert pairs.dtype == torch.int8 and pairs.shape == (*param.shape, 2)
+        assert pairs.placements == param.placements
+        assert pairs.to_local().data_ptr() == remainder.to_local().data_ptr()
+        assert torch.equal(pairs.full_tensor().view(torch.int16).squeeze(-1), whole(remainder))
+        if form == "int16":  # as optimizer.state has it
+            entry["remainder"] = remainder
+        elif form == "whole":
+            entry["remainder"] = pairs.full_tensor()
+        elif form == "replicated":
+            entry["remainder"] = pairs.redistribute(mesh, (Replicate(),))
+    other = FusedAdamW(copy.deepcopy(params), lr=1e-2, precision="split32")
+    other.load_state_dict(copy.deepcopy(checkpoint))
+    loaded = same_bits(whole_results(other), whole_results(optimizer))
+    for trained in (optimizer, other):
+        train(trained, 2, first=2)
+    return loaded, same_bits(whole_results(other), whole_results(optimizer))
+
+
+@pytest.mark.parametrize("form", ["pairs", "int16", "whole", "replicated"])
+@pytest.mark.parametrize("placement", [Shard(0), Shard(1)], ids=str)
+def test_split32_state_can_be_gathered(placement, form):
+    """In a state_dict remainders are pairs of bytes: collectives carry no int16."""
+    assert run_ranks(2, gathered, placement, form) == [(True, True)] * 2
