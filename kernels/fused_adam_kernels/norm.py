@@ -40,6 +40,10 @@ def add_square(total, error, g):
     The square itself is rounded to float32. float64 sums need no error.
     """
     square = g * g
+    if g.dtype == tl.float32:
+        # Changes no bit, but separates product and sum: without it ptxas 12.9 (Triton 3.6) fuses
+        # them on Blackwell, even with fusion switched off (see `inspect.py`).
+        square = tl.maximum(square, 0.0, propagate_nan=tl.PropagateNan.ALL)
     bigger = total + square
     if g.dtype != tl.float64:
         part = bigger - total
