@@ -78,4 +78,4 @@ endef
 	touch $@
 
 clean:
-	rm -rf .venv .venv-triton-* .venv-integrations .gpu build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo.png bench.png convergence.png
+	rm -rf .venv .venv-triton-* .venv-integrations .gpu build dist *.egg-info .pytest_cache .ptx_cache .mypy_cache .ruff_cache .hypothesis demo.png bench.png convergence.png
