@@ -64,16 +64,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def launches_kernels(item: pytest.Item) -> bool:
-    """Whether a test uses the kernels: by its parameters, or by the word in its text."""
+    """Whether a test uses the kernels, by its mark, parameters, fixtures or text."""
     assert isinstance(item, pytest.Function)
     if item.get_closest_marker("gpu"):
         return False
-    if "kernel_device" in item.fixturenames or "ptx_driver" in item.fixturenames:
-        return True
     params = item.callspec.params if hasattr(item, "callspec") else {}
     if "backend" in params:
-        return params["backend"] == "triton"
-    return "triton" in inspect.getsource(item.function)
+        return bool(params["backend"] == "triton")
+    if item.get_closest_marker("ptx") or "kernel_device" in item.fixturenames:
+        return True
+    return '"triton"' in inspect.getsource(item.function)
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ class Instruction(NamedTuple):
     """One instruction, as in `@%p1 ld.global.b32 { %r1 }, [ %rd1 + 0 ];`."""
 
     text: str
-    source: str  # the line of Python that it was compiled from, as in "adam.py:334", or ""
+    source: str  # where in the kernel's Python, as in "adam.py:334" or "adam.py", or ""
     guard: str  # register that decides whether a thread runs it, as in "!%p1", or ""
     name: str  # "ld"
     modifiers: list[str]  # ["global", "b32"]
@@ -75,7 +75,10 @@ def _code(body: str) -> Iterator[Instruction | Label]:
         if label := re.fullmatch(r"(\$\w+):", code):
             yield Label(label[1])
         elif code.startswith(".loc"):
-            source = comment.split()[0].rpartition(":")[0] if comment else ""
+            # "adam.py:334:25", and for what was inlined "formula.py:70:37 @[ adam.py:334:25 ]".
+            # Line 0: of no one line.
+            place = re.match(r"\S+\.py(:[1-9]\d*)?", comment)
+            source = place[0] if place else ""
         elif code and code[0] != ".":
             yield _instruction(code, source)
 
