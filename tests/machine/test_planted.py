@@ -81,7 +81,7 @@ def test_fused_multiply_adds(fresh, monkeypatch):
         ("adam_kernel", r"max\.NaN\.f32", "min.NaN.f32", {"amsgrad": True}),
         ("adam_kernel", r"mul\.hi\.u32", "mul.lo.u32", INT8),
         ("prologue_kernel", r"sqrt\.rn\.f64 (.*), (.*);", r"mov.b64 \1, \2;", {}),
-        ("square_sum_kernel", r"(shfl\..*), 1, 31", r"\1, 2, 31", CLIP),
+        ("square_sum_kernel", r"add\.rn\.f64", "sub.rn.f64", CLIP),
     ],
 )  # fmt: skip
 def test_other_arithmetic(kernel, old, new, options, fresh, monkeypatch):
@@ -122,14 +122,17 @@ def ramp_kernel(memory_ptr, address: tl.int64, N: tl.constexpr, HINT: tl.constex
     tl.store(start + offs, offs)
 
 
+NO_FUSION = {"enable_fp_fusion": False}  # said outright: Triton 3.9 warns of its default
+
+
 def test_an_alignment_hint_that_lies(ptx_driver):
     """The promise of 16 bytes makes vector stores, which the address does not allow."""
     memory = torch.zeros(1028, dtype=torch.int32)
     aligned, misaligned = memory.data_ptr(), memory[1:].data_ptr()
     assert aligned % 16 == 0
-    ramp_kernel[(1,)](memory, aligned, N=1024, HINT=16)
+    ramp_kernel[(1,)](memory, aligned, N=1024, HINT=16, **NO_FUSION)
     assert torch.equal(memory[:1024], torch.arange(1024, dtype=torch.int32))
-    ramp_kernel[(1,)](memory, misaligned, N=1024, HINT=4)
+    ramp_kernel[(1,)](memory, misaligned, N=1024, HINT=4, **NO_FUSION)
     assert torch.equal(memory[1:1025], torch.arange(1024, dtype=torch.int32))
     with pytest.raises(Fault, match="a misaligned address"):
-        ramp_kernel[(1,)](memory, misaligned, N=1024, HINT=16)
+        ramp_kernel[(1,)](memory, misaligned, N=1024, HINT=16, **NO_FUSION)
