@@ -36,10 +36,11 @@ test-long: .venv/installed
 mutants: .venv/installed
 	$(BIN)/python tests/fuzz/mutants.py
 
-# Code generation, kernels and their hash under other Tritons: GPU machines carry other versions than CI.
+# Code generation, kernels (interpreted and compiled) and their hash under other Tritons: GPU machines carry other versions than CI.
 test-triton: $(TRITONS:%=.venv-triton-%/installed)
 	@for version in $(TRITONS); do echo "triton $$version"; .venv-triton-$$version/bin/python -m pytest -q -n 2 --dist loadfile \
 	tests/numerics/test_codegen.py tests/numerics/test_inspect.py tests/numerics/test_launch.py tests/numerics/test_kernel.py tests/numerics/test_hash.py::test_short_hash_on_the_kernel \
+	&& .venv-triton-$$version/bin/python -m pytest -q -n 2 --ptx sm_90 tests/machine tests/numerics \
 	|| exit 1; done
 
 # DDP, FSDP1 and 2, DTensors and ZeRO in several processes, and training frameworks: Transformers, Accelerate, Lightning, PEFT, safetensors.

@@ -230,6 +230,23 @@ def test_threads_of_a_warp_exchange(cache):
     assert out[1].tolist() == [31] * 32 + [63] * 32
 
 
+def test_the_largest_float_of_a_warp(cache):
+    """A NaN gives way, or wins, as `max` says."""
+    out = torch.zeros(32)
+    code = """
+        cvt.rn.f32.u32 %r1, %r0;
+        setp.eq.b32 %p0, %r0, 3;
+        selp.b32 %r1, 0x7FC00000, %r1, %p0;
+        redux.sync.{how}.f32 %r2, %r1, -1;
+        mad.wide.s32 %d0, %r0, 4, %d0;
+        st.global.b32 [ %d0 + 0 ], %r2;
+        ret;"""
+    launch(cache, code.format(how="max"), out)
+    assert out.tolist() == [31] * 32
+    launch(cache, code.format(how="max.NaN"), out)
+    assert out.isnan().all()
+
+
 @pytest.mark.parametrize(
     ("code", "message"),
     [
@@ -314,6 +331,19 @@ def test_what_is_not_known_names_itself(code, cache):
     with pytest.raises(NotImplementedError) as raised:
         launch(cache, f"{code}\nret;", torch.zeros(1))
     assert code in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("ptx", "message"),
+    [
+        (".version 8.7", "without an entry"),
+        (module(0, "ret;").replace(".reqntid 32", ""), "probe without .reqntid"),
+        (module(0, "{ ret; }"), "no instruction: { ret; }"),
+    ],
+)
+def test_what_is_no_kernel_raises(ptx, message, cache):
+    with pytest.raises(NotImplementedError, match=message):
+        Machine(ptx, 0, cache)
 
 
 def test_a_fault_names_the_line_of_the_kernel(cache):
