@@ -25,11 +25,11 @@ class Label(NamedTuple):
 
 
 class Registers(NamedTuple):
-    """`count` registers of one type: their names are `prefix`0, `prefix`1, ..."""
+    """Registers of one type. Their names are the prefix and a number below `total`."""
 
     type: str  # "b32", "pred"
-    prefix: str
-    count: int
+    prefix: str  # "r": %r0, %r1, ...
+    total: int
 
 
 class Kernel(NamedTuple):
@@ -60,8 +60,8 @@ def read(ptx: str) -> Kernel:
         re.findall(r"\.param \.\w+[^,\n]* (\w+)", params),
         int(threads[1]),
         [
-            Registers(kind, prefix, int(count))
-            for kind, prefix, count in re.findall(r"\.reg \.(\w+)\s+%(\w+)<(\d+)>", body)
+            Registers(kind, prefix, int(total))
+            for kind, prefix, total in re.findall(r"\.reg \.(\w+)\s+%(\w+)<(\d+)>", body)
         ],
         list(_code(body)),
     )

@@ -56,8 +56,8 @@ def translate(kernel: Kernel, shared_bytes: int) -> str:
         params="".join(f"{name}, " for name in kernel.params),
         registers="\n".join(
             f"static uint{WIDTH[kind]}_t {register(f'%{prefix}{i}')}[THREADS];"
-            for kind, prefix, count in kernel.registers
-            for i in range(count)
+            for kind, prefix, total in kernel.registers
+            for i in range(total)
         ),
         body="\n".join(_body(kernel.code)),
     )
@@ -73,7 +73,9 @@ def _body(code: list[Instruction | Label]) -> list[str]:
             lines.extend([f"{EACH_THREAD} {{", *alone, "}"])
             alone.clear()
 
-    targets = {item.operands[0] for item in code if _is_branch(item)}
+    targets = {
+        item.operands[0] for item in code if isinstance(item, Instruction) and item.name == "bra"
+    }
     for index, item in enumerate(code):
         if isinstance(item, Label):
             # Most labels are for debuggers: nothing branches there.
@@ -89,7 +91,3 @@ def _body(code: list[Instruction | Label]) -> list[str]:
             alone.append(f"{when}{{ {text} }}")
     flush()
     return lines
-
-
-def _is_branch(item: Instruction | Label) -> bool:
-    return isinstance(item, Instruction) and item.name == "bra"

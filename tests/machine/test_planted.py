@@ -86,7 +86,11 @@ def test_fused_multiply_adds(fresh, monkeypatch):
 )  # fmt: skip
 def test_other_arithmetic(kernel, old, new, options, fresh, monkeypatch):
     plant(fresh, monkeypatch, kernel, old, new)
-    assert not agree(**options)
+    try:
+        same = agree(**options)
+    except Fault:  # Triton 3.9: threads that store one sum together no longer have the same one
+        same = False
+    assert not same
 
 
 @pytest.mark.parametrize("old", [r"sqrt\.rn\.f32", r"div\.rn\.f32"])
