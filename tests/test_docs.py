@@ -78,7 +78,8 @@ def test_every_shell_line_is_a_command_that_exists(line, monkeypatch):
         case ["python" | "python3" | ".venv/bin/python", "-m", "bench", *arguments]:
             parser, _ = cli.make_parsers()
             assert parser.parse_known_args(arguments)[1] == []
-        case [".venv/bin/python", "-m", "pytest", path, "-k", word]:
+        case [".venv/bin/python", "-m", "pytest", *options, path, "-k", word]:
+            assert options in ([], ["--ptx", "sm_90"])
             assert re.search(rf"^def test_\w*{word}", pathlib.Path(path).read_text(), re.M)
         case [python, "-m", "fused_adam_kernels.inspect", *arguments]:
             from fused_adam_kernels import inspect
