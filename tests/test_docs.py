@@ -86,7 +86,7 @@ def test_every_shell_line_is_a_command_that_exists(line, monkeypatch):
 
             assert python in ("python", ".venv/bin/python")
             options = dict(zip(arguments[::2], arguments[1::2], strict=True))
-            assert options["--arch"] in inspect.TARGETS and options["--variant"] in inspect.MIXES
+            assert options["--arch"] in inspect.TARGETS and options["--variant"] in inspect.VARIANTS
         case _:
             raise AssertionError(f"no test knows this command: {line}")
 
