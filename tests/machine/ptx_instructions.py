@@ -166,13 +166,14 @@ def _shfl(
 @does("redux", table=IN_STEP)
 def _redux(index: int, item: Instruction, d: str, a: str, members: str) -> str:
     """Each thread gets the extremum over those of its warp that take part."""
-    sync, choose, *nan, kind = item.modifiers
+    sync, choose, *how, kind = item.modifiers
     only([sync, kind], "sync", "u32", "f32")
-    only(nan, "NaN" if kind == "f32" else "")
-    function = {"min": "least", "max": "most"}[choose] + ("_nan" if nan else "")
+    only(how, *(("abs", "NaN") if kind == "f32" else ()))
+    function = {"min": "least", "max": "most"}[choose] + ("_nan" if "NaN" in how else "")
+    given = f"{bits(a)} & 0x7fffffff" if "abs" in how else bits(a)
     x, y = number(kind, d), ("F(warp[k])" if kind == "f32" else "warp[k]")
     return (
-        f"{{ uint32_t x[THREADS]; {EACH_THREAD} x[t] = {bits(a)};"
+        f"{{ uint32_t x[THREADS]; {EACH_THREAD} x[t] = {given};"
         f" {EACH_THREAD} {{ uint32_t who = {bits(members)}, *warp = x + t / 32 * 32;"
         f" if (!(who >> t % 32 & 1)) return fail(NO_MEMBER, {index}, t, who);"
         f" {bits(d)} = x[t]; for (int k = 0; k < 32; k++) if (who >> k & 1)"

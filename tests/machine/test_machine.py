@@ -247,6 +247,20 @@ def test_the_largest_float_of_a_warp(cache):
     assert out.isnan().all()
 
 
+def test_the_largest_magnitude_of_a_warp(cache):
+    """Triton 3.9 takes magnitudes in the same instruction."""
+    out = torch.zeros(32)
+    code = """
+        cvt.rn.f32.u32 %r1, %r0;
+        neg.f32 %r1, %r1;
+        redux.sync.max.abs.NaN.f32 %r2, %r1, -1;
+        mad.wide.s32 %d0, %r0, 4, %d0;
+        st.global.b32 [ %d0 + 0 ], %r2;
+        ret;"""
+    launch(cache, code, out)
+    assert out.tolist() == [31] * 32
+
+
 @pytest.mark.parametrize(
     ("code", "message"),
     [
