@@ -175,7 +175,10 @@ def load_block(
     STATES: tl.constexpr,
     AMSGRAD: tl.constexpr,
 ):
-    """Return p, g, m, v and v_max (without AMSGrad: v) of a block as values of type COMPUTE."""
+    """Return p, g, m, v and v_max (without AMSGrad: v) of a block as values of type COMPUTE.
+
+    Arguments are those of `update_block`.
+    """
     # 64 bits: a parameter may have more than 2^31 elements.
     offs = first + tl.arange(0, N).to(tl.int64)
     mask = offs < limit
