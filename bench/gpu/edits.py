@@ -26,7 +26,7 @@ class Variant:
             per block.
     """
 
-    changes: dict[str, int] = dataclasses.field(default_factory=dict)
+    changes: dict[str, int | None] = dataclasses.field(default_factory=dict)
     edits: Sequence[tuple[str, str, str]] = ()
     chunks: int = 1
     programs_per_sm: int = 0
@@ -138,8 +138,12 @@ def variants() -> dict[str, Variant]:
     """All, by name, in the order in which they promise most."""
     return {
         "today": Variant(),
+        "any registers": Variant({"max_registers": None}),
         "block 2048": Variant({"block": 2048}),
+        "72 registers": Variant({"max_registers": 72}),
         "80 registers": Variant({"max_registers": 80}),
+        "80 registers, 2 warps": Variant({"max_registers": 80, "num_warps": 2}),
+        "96 registers": Variant({"max_registers": 96}),
         "4 chunks per program": several_chunks(4),
         "8 chunks per program": several_chunks(8),
         "staying programs": staying_programs(),

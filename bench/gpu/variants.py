@@ -57,6 +57,9 @@ MIXES: dict[str, tuple[torch.dtype, str | None]] = {
     "split32-bf16": (BF16, "split32-bf16"),
     "sr-bf16": (BF16, "sr-bf16"),
     "split24-int8": (BF16, "split24-int8"),
+    "split24-bf16": (BF16, "split24-bf16"),
+    "native-bf16": (F32, "native-bf16"),
+    "native-int8": (F32, "native-int8"),
 }
 # Around a block, a group and a vector; one tensor starts off a vector's alignment.
 CHECKED = ((5000, 0), (1, 0), (33, 0), (1024, 0), (2049, 1))
