@@ -5,19 +5,20 @@ bf16 weights. All begin with the same weights and see the same batches: two char
 own library are one token.
 
 A result: {"model", "parameters", "weights", "optimizer", "family", "in_backward", "steps",
-"tokens" per step, "tokens_per_s", "peak_bytes", "state_bytes", "loss"}. `tokens_per_s`: a statistic
-over blocks of steps. `peak_bytes`: the most that torch's allocator held, null on a CPU. `state_bytes`:
-per parameter. `loss`: nats per token, the mean of the last steps.
+"tokens" per step, "tokens_per_s", "peak_bytes", "state_bytes", "first_loss", "loss"}.
+`tokens_per_s`: a statistic over blocks of steps. `peak_bytes`: the most that torch's allocator
+held, null on a CPU. `state_bytes`: per parameter. `loss`: nats per token, the mean of the last
+steps.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import importlib.util
 import statistics
 import time
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,11 +27,11 @@ from torch import Tensor, nn
 
 from fused_adam import FusedAdamW, step_in_backward
 
-from .harness.console import Progress, Table, exact_bytes, spread
+from .harness.console import Table, exact_bytes, spread
 from .harness.corpus import draw_batch, load_corpus
 from .harness.gpt import LAST_STEPS, schedule, state_tensors
 from .harness.optimizers import OURS, TORCH, recipes_of
-from .harness.results import Record, Recorder, Result, unique
+from .harness.results import Record, Recorder, unique
 from .harness.session import Session
 from .harness.timing import give_back_memory, statistic, synchronize
 from .harness.workload import one_line
@@ -68,7 +69,9 @@ LLAMA_3_8B = {
 MODELS = {
     "gpt2": Model("GPT2Config", {"resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0}, 16, 1024),
     "llama-3-8b": Model("LlamaConfig", LLAMA_3_8B, 1, 1024, checkpoints=True),
-    "tiny": Model("GPT2Config", {"n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 64}, 2, 64),
+    "tiny": Model(
+        "GPT2Config", {"n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 64}, 2, 64
+    ),
 }
 
 
@@ -104,7 +107,7 @@ def make_model(model: Model, dtype: torch.dtype, seed: int, device: torch.device
     """Random weights, the same for every optimizer up to the rounding to `dtype`."""
     if importlib.util.find_spec("transformers") is None:
         raise ValueError("train needs transformers: pip install transformers")
-    import transformers
+    transformers = importlib.import_module("transformers")
 
     config = getattr(transformers, model.kind)(**model.sizes, use_cache=False)
     torch.manual_seed(seed)
@@ -112,7 +115,8 @@ def make_model(model: Model, dtype: torch.dtype, seed: int, device: torch.device
         made: Any = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
     if model.checkpoints:
         made.gradient_checkpointing_enable()
-    return made.train()
+    model_in_training: nn.Module = made.train()
+    return model_in_training
 
 
 def make_optimizer(name: str, recipe: str | None, model: nn.Module) -> torch.optim.Optimizer:

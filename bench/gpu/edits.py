@@ -38,7 +38,7 @@ ENTRY = """    row = tl.load(blocks_ptr + 2 * program).to(tl.int64)
 BODY = "    update_block(body, s, key, start, body_end,"
 
 
-def several_chunks(number: int, stages: int = 0, **changes: int) -> Variant:
+def several_chunks(number: int, stages: int = 0, **changes: int | None) -> Variant:
     """Each program reads its row and scalars once for several blocks.
 
     stages: how many blocks' loads are under way at once, through shared memory; 0: as the compiler

@@ -35,7 +35,9 @@ def parameters(dtype: torch.dtype, device: torch.device) -> list[torch.Tensor]:
     """The same on every device."""
     generator = torch.Generator().manual_seed(1)
     return [
-        torch.nn.Parameter(torch.randn(size, generator=generator, device="cpu").to(dtype).to(device))
+        torch.nn.Parameter(
+            torch.randn(size, generator=generator, device="cpu").to(dtype).to(device)
+        )
         for size in SIZES
     ]
 

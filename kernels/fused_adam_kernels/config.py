@@ -46,9 +46,7 @@ CONFIGS = {
 INTERPRETED = Config(block=8192, tail=8192)
 
 
-def kind_of(
-    param: torch.dtype, grad: torch.dtype, weights: str, states: str, amsgrad: bool
-) -> str:
+def kind_of(param: torch.dtype, grad: torch.dtype, weights: str, states: str, amsgrad: bool) -> str:
     """Return which entry of CONFIGS serves a mix.
 
     Returns:
@@ -69,4 +67,6 @@ def launch_config(
     param: torch.dtype, grad: torch.dtype, weights: str, states: str, amsgrad: bool
 ) -> Config:
     """The launch for element types and a recipe's two halves (or "native" and "native")."""
-    return INTERPRETED if INTERPRET.value else CONFIGS[kind_of(param, grad, weights, states, amsgrad)]
+    return (
+        INTERPRETED if INTERPRET.value else CONFIGS[kind_of(param, grad, weights, states, amsgrad)]
+    )

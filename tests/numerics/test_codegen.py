@@ -33,8 +33,9 @@ SPILLED_BYTES = {"native-bf16": 8, "split32-bf16": 24, "split24-bf16": 16, "sr-b
 SPILLED_BYTES |= {"native-int8": 16, "split24-int8": 32}
 # int8 beside fp32 parameters takes 32 bits an access, and beside bf16 ones 64. What full blocks
 # run, per element, is above the memory's budget of 126 and 95: an upper bound, so that it can only
-# go down (5 of split24-int8's are what the limit of registers costs). Last: bytes of shared memory. One draw serves 8 elements, and threads of fp32 parameters
-# have 4 next to each other: half of a draw goes to a neighbour, 8 bytes per thread.
+# go down (5 of split24-int8's are what the limit of registers costs). Last: bytes of shared memory.
+# One draw serves 8 elements, and threads of fp32 parameters have 4 next to each other: half of a
+# draw goes to a neighbour, 8 bytes per thread.
 INT8 = {
     "native-int8": (({"128": 4}, {"128": 2}), 153, 1024),
     "split24-int8": (({"128": 2, "64": 3}, {"128": 1, "64": 3}), 156, 128),
