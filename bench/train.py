@@ -37,7 +37,7 @@ from .harness.timing import give_back_memory, statistic, synchronize
 from .harness.workload import one_line
 
 CHARACTERS = 20_000_000
-LR, BETAS, WEIGHT_DECAY = 6e-4, (0.9, 0.95), 0.1
+BETAS, WEIGHT_DECAY = (0.9, 0.95), 0.1
 BLOCK_STEPS = 10  # timed together: a wait per step would keep the device idle
 STEPS = 150
 TORCH_FUSED = "torch fused"
@@ -56,6 +56,7 @@ class Model:
     batch: int
     time: int
     checkpoints: bool = False
+    lr: float = 6e-4
 
 
 LLAMA_3_8B = {
@@ -68,7 +69,7 @@ LLAMA_3_8B = {
 }
 MODELS = {
     "gpt2": Model("GPT2Config", {"resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0}, 16, 1024),
-    "llama-3-8b": Model("LlamaConfig", LLAMA_3_8B, 1, 1024, checkpoints=True),
+    "llama-3-8b": Model("LlamaConfig", LLAMA_3_8B, 1, 1024, checkpoints=True, lr=3e-5),
     "tiny": Model(
         "GPT2Config", {"n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 64}, 2, 64
     ),
@@ -119,7 +120,9 @@ def make_model(model: Model, dtype: torch.dtype, seed: int, device: torch.device
     return model_in_training
 
 
-def make_optimizer(name: str, recipe: str | None, model: nn.Module) -> torch.optim.Optimizer:
+def make_optimizer(
+    name: str, recipe: str | None, model: nn.Module, lr: float
+) -> torch.optim.Optimizer:
     """Decay for matrices, none for vectors."""
     params = list(model.parameters())
     groups = [
@@ -127,8 +130,8 @@ def make_optimizer(name: str, recipe: str | None, model: nn.Module) -> torch.opt
         {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
     ]
     if name == TORCH_FUSED:
-        return torch.optim.AdamW(groups, lr=LR, betas=BETAS, fused=True)
-    return FusedAdamW(groups, lr=LR, betas=BETAS, precision=recipe)
+        return torch.optim.AdamW(groups, lr=lr, betas=BETAS, fused=True)
+    return FusedAdamW(groups, lr=lr, betas=BETAS, precision=recipe)
 
 
 def measure(
@@ -157,7 +160,7 @@ def measure(
             torch.cuda.reset_peak_memory_stats(device)
         try:
             made = make_model(model, dtype, arguments.seed, device)
-            optimizer = make_optimizer(name, recipe, made)
+            optimizer = make_optimizer(name, recipe, made, model.lr)
             if in_backward:
                 assert isinstance(optimizer, FusedAdamW)
                 step_in_backward(made, optimizer)

@@ -1,5 +1,6 @@
 """`bench train`, on a model that takes no package."""
 
+import dataclasses
 from types import SimpleNamespace
 
 import pytest
@@ -33,7 +34,8 @@ def bigrams(monkeypatch):
 
     monkeypatch.setattr(train, "make_model", make_model)
     monkeypatch.setattr(train, "CHARACTERS", 20_000)
-    monkeypatch.setattr(train, "LR", 0.05)  # learns within a few steps
+    quick = dataclasses.replace(train.MODELS["tiny"], lr=0.05)  # learns within a few steps
+    monkeypatch.setitem(train.MODELS, "tiny", quick)
 
 
 def test_every_optimizer_trains_the_same_model(bigrams, run):
@@ -65,10 +67,10 @@ def test_steps_in_backward_change_no_loss(bigrams, run):
 def test_what_memory_does_not_hold_is_left_out(bigrams, run, monkeypatch):
     make = train.make_optimizer
 
-    def fails(name, recipe, model):
+    def fails(name, *arguments):
         if name == "torch fused":
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return make(name, recipe, model)
+        return make(name, *arguments)
 
     monkeypatch.setattr(train, "make_optimizer", fails)
     code, record, said = run(*TINY, "--peers", "torch-fused")
