@@ -1,4 +1,4 @@
-"""Runs launch groups in plain torch, a chunk at a time, or through torch.compile.
+"""Runs launch groups in numpy or plain torch, a chunk at a time, or through torch.compile.
 
 Everything happens on the host, in order. On a GPU each operation is a launch of torch's own: equal
 bits, slowly.
@@ -18,13 +18,14 @@ from torch.nn.functional import pad
 from fused_adam_kernels import table
 
 from ..numerics.codecs import elements_per_draw, random_words
-from ..numerics.formula import CHUNK, adam_step, exact_sqrt, recipe_step
+from ..numerics.formula import CHUNK, COMPILED, EAGER, adam_step, recipe_step
 from ..numerics.norm import square_sum
 from ..numerics.scalars import LAST_STEP, GradTransform, Hyper, scalars
 from ..plan import CoalescedRows, Launch, LaunchGroup, Row, grouped
 from ..precision import GROUP, GROUPED
-from ..state.memory import SLOT_ALIGN, Slot, align, as_flat, as_real
+from ..state.memory import SLOT_ALIGN, Slot, align, as_flat, as_real, with_own_storage
 from ..state.staging import PackedCopies, StagedCopies, same_order
+from .array_chunks import ArrayChunk, ArrayOperand, chunks_of, step_chunks, suits
 
 Step = Callable[..., None]
 Operands = dict[str, Tensor]
@@ -122,13 +123,15 @@ class ReferenceRunner:
         counts = self.counters.advance()
         # Most rows share a param group and a step count, so they share their scalars, too.
         shared: dict[tuple[int, float], StepValues] = {}
+        pending: list[ArrayChunk] = []
         for span, index in zip(self.spans, self.count_indexes, strict=True):
             group, step = key = (span.row.group, counts[index])
             if key not in shared:
                 in_float64 = scalars(step, hyper[group], numbers)
                 values = torch.tensor(in_float64, dtype=self.compute, device="cpu")
                 shared[key] = StepValues(step, values, Flags.of(values))
-            span.update(shared[key], grads)
+            span.update(shared[key], grads, pending)
+        step_chunks(pending)
 
 
 class StepCounters:
@@ -184,6 +187,11 @@ class ReferenceRows:
             if slot
         }
         self.staged = _staged_copies(span, self.operands)
+        # What is always here is viewed once; most gradients come anew with each step.
+        self.arrays: dict[str, ArrayOperand] | None = None
+        plain = launch.recipe.weights is None and not compiled
+        if plain and suits(self.row.param.device, self.row.compute):
+            self.arrays = {key: ArrayOperand.of(x) for key, x in self.operands.items()}
         # Temporaries of a chunk stay in the CPU's cache. A GPU has none worth staying in.
         chunk = CHUNK if self.row.param.device.type == "cpu" else self.numel
         starts = range(0, self.numel, chunk)
@@ -197,15 +205,28 @@ class ReferenceRows:
         whole = align(self.numel) // (GROUP if key in GROUPED else 1)
         return min(whole, slot.segment.numel() - slot.start)
 
-    def update(self, values: StepValues, grads: Sequence[Tensor]) -> None:
-        """Step all rows. `grads`: of every parameter that has one, in order."""
+    def update(
+        self, values: StepValues, grads: Sequence[Tensor], pending: list[ArrayChunk]
+    ) -> None:
+        """Step all rows.
+
+        Args:
+            grads: of every parameter that has one, in order.
+            pending: takes the chunks of rows that can wait, to be stepped with those of others.
+        """
         operands = self.operands
+        if self.arrays is not None and not self.staged:
+            pending += self._chunks(self.arrays, values, grads)
+            return
         if self.staged:
             self.staged.load_params()
             self.staged.load_grads(grads)
         elif "grad" not in operands:
             operands = operands | {"grad": as_flat(as_real(grads[self.row.grad_index]))}
-        if self.compiled:
+        if self.arrays is not None:
+            # Pages share their memory, so this one cannot wait.
+            step_chunks(self._chunks(self.arrays, values, grads))
+        elif self.compiled:
             self._compiled(operands, values)
         elif self.launch.recipe.weights is None:
             self._plain(operands, values)
@@ -214,18 +235,27 @@ class ReferenceRows:
         if self.staged:
             self.staged.store_params()
 
+    def _chunks(
+        self, arrays: dict[str, ArrayOperand], values: StepValues, grads: Sequence[Tensor]
+    ) -> list[ArrayChunk]:
+        if "grad" not in arrays:
+            grad = as_flat(as_real(grads[self.row.grad_index]))
+            arrays = arrays | {"grad": ArrayOperand.of(with_own_storage(grad))}
+        operands = [arrays.get(key) for key in OPERANDS]
+        return chunks_of(operands, self.numel, values.scalars, values.flags)
+
     def _plain(self, operands: Operands, values: StepValues) -> None:
         for start, end in self.chunks:
             part = {key: tensor[start:end] for key, tensor in operands.items()}
             step: Step = adam_step
-            step(*map(part.get, OPERANDS), values.scalars, *values.flags, exact_sqrt)
+            step(*map(part.get, OPERANDS), values.scalars, *values.flags, EAGER)
 
     def _compiled(self, operands: Operands, values: StepValues) -> None:
         launch = self.launch
         step = compiled_adam_step((launch.param, launch.grad, launch.amsgrad), values.flags)
 
         def run(part: Operands) -> None:
-            step(*map(part.get, OPERANDS), values.scalars, *values.flags, torch.sqrt)
+            step(*map(part.get, OPERANDS), values.scalars, *values.flags, COMPILED)
 
         end, body = align(self.numel), self.numel // SLOT_ALIGN * SLOT_ALIGN
         if all(x.numel() == end for x in operands.values()):

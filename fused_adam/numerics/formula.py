@@ -6,6 +6,7 @@ The Triton twin `fused_adam_kernels/formula.py` has the same names in the same o
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
@@ -54,36 +55,82 @@ def _numpy_or_none() -> Any:
 _NUMPY = _numpy_or_none()
 
 
-def exact_sqrt(x: Tensor) -> Tensor:
+def silent() -> AbstractContextManager[None]:
+    """numpy without warnings of overflows and NaN in this thread: as torch."""
+    manager: AbstractContextManager[None] = _NUMPY.errstate(all="ignore")
+    return manager
+
+
+def exact_sqrt(x: Tensor, out: Tensor | None = None) -> Tensor:
     """Correctly rounded square root of float32; within an ulp for float64.
 
     `torch.sqrt` on CPU is off by an ulp on 17 % of float32 inputs. numpy's is the processor's own
     instruction, which rounds correctly; float64 is the detour where there is no numpy. float64
     itself has no wider type to go through.
+
+    Args:
+        out: what to write and return, of x's shape and type; None for a new tensor.
     """
     # Tensors of other classes, such as fake ones, may have no memory.
     if _NUMPY is not None and type(x) is Tensor and x.is_cpu and x.dtype == torch.float32:
-        root = torch.empty_like(x)
+        root = torch.empty_like(x) if out is None else out
         with _NUMPY.errstate(invalid="ignore"):  # NaN of what is negative: as torch, silently
             _NUMPY.sqrt(x.numpy(), out=root.numpy())
         return root
     # In place: a second float64 temporary takes a whole step from 1.5 to 2.8 ms per 256Ki elements
     # (page faults).
-    return x.to(torch.float64, copy=True).sqrt_().to(x.dtype)
+    root = x.to(torch.float64, copy=True).sqrt_().to(x.dtype)
+    return root if out is None else out.copy_(root)
+
+
+class Functions(NamedTuple):
+    """What `adam_update` computes with: functions of torch, or of numpy, which have these names.
+
+    Each takes arrays of one library, and `out`: an array for the result, or None for a new one.
+    """
+
+    multiply: Callable[..., Any]
+    subtract: Callable[..., Any]
+    maximum: Callable[..., Any]
+    sqrt: Callable[..., Any]  # correctly rounded
+
+
+EAGER = Functions(torch.multiply, torch.subtract, torch.maximum, exact_sqrt)
+# Inductor's square root is correctly rounded.
+COMPILED = EAGER._replace(sqrt=torch.sqrt)
+# numpy's functions are the processor's own instructions, which round correctly. A call costs 0.3 us
+# where torch's costs 1 us, and never waits for other threads. None without numpy.
+NUMPY = _NUMPY and Functions(_NUMPY.multiply, _NUMPY.subtract, _NUMPY.maximum, _NUMPY.sqrt)
+
+
+class Scratch(NamedTuple):
+    """Memory for what `adam_update` computes on the way: arrays of the operands' size.
+
+    None: new memory each time.
+    """
+
+    grad: Any = None
+    first: Any = None
+    second: Any = None
+
+
+NO_SCRATCH = Scratch()
 
 
 def adam_update(
-    p: Tensor,
-    g: Tensor,
-    m: Tensor,
-    v: Tensor,
-    v_max: Tensor | None,
+    p: Any,
+    g: Any,
+    m: Any,
+    v: Any,
+    v_max: Any,
     s: Scalars,
     has_l2: bool,
     has_lr_wd: bool,
-    sqrt: Callable[[Tensor], Tensor],
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Return the new (p, m, v, v_max). Kingma & Ba 2015, algorithm 1; Loshchilov & Hutter 2019.
+    store_param: bool,
+    functions: Functions,
+    scratch: Scratch = NO_SCRATCH,
+) -> None:
+    """Update p, m, v and v_max in place. Kingma & Ba 2015, algorithm 1; Loshchilov & Hutter 2019.
 
     g     = grad_multiplier * g + l2 * p
     m     = m + (1 - beta1) * (g - m)
@@ -94,32 +141,45 @@ def adam_update(
     Every operation rounds once, in the order written below, so CPU and GPU agree bit for bit.
 
     Args:
-        p, g, m, v, v_max: parameter, gradient, moments, and AMSGrad's maximum or None; one shape
-            and float type. Not changed.
+        p, g, m, v, v_max: parameter, gradient, moments, and AMSGrad's maximum or None; tensors or
+            numpy arrays of one shape and float type. g is only read.
         s: Scalars of the same type.
         has_l2, has_lr_wd: whether `s.l2` and `s.lr_wd` are not zero. As Python values they cost
             nothing to test, and torch.compile needs no branch.
-        sqrt: a correctly rounded square root.
+        store_param: False leaves p as it is, whatever the scalars say.
+        functions: of the library that the operands come from.
+        scratch: arrays of the same library, which are overwritten.
     """
-    # Below, every tensor of this function's own is reused in place: a temporary that stays in the
-    # cache is worth more than a new one.
-    g = g * s.grad_multiplier
+    multiply, subtract, maximum, sqrt = functions
+    # Below, nearly all is computed in place: memory that stays in the cache is worth more than new.
+    g = multiply(g, s.grad_multiplier, out=scratch.grad)
 
     # A weight decay of 0 must be absent, not multiplied: 0 * inf would turn an infinite p into NaN.
     if has_l2:
-        g.add_(s.l2 * p)
+        g += multiply(p, s.l2, out=scratch.first)
 
-    m = (g - m).mul_(s.one_minus_beta1).add_(m)
-    v = (s.one_minus_beta2 * g).mul_(g).add_(s.beta2 * v)
+    change = subtract(g, m, out=scratch.first)
+    change *= s.one_minus_beta1
+    m += change
+    square = multiply(g, s.one_minus_beta2, out=scratch.first)
+    square *= g
+    v *= s.beta2
+    v += square
     if v_max is not None:
-        v_max = torch.maximum(v_max, v)
+        maximum(v_max, v, out=v_max)
+    if not store_param:
+        return
     second_moment = v if v_max is None else v_max
-    update = (s.step_size * m).div_(sqrt(second_moment).mul_(s.rsqrt_bc2).add_(s.eps))
+    denominator = sqrt(second_moment, out=scratch.first)
+    denominator *= s.rsqrt_bc2
+    denominator += s.eps
+    update = multiply(m, s.step_size, out=scratch.second)
+    update /= denominator
 
     # Decay and update are subtracted together, so p rounds once and a tiny decay is not lost.
     if has_lr_wd:
-        update.add_(s.lr_wd * p)
-    return p - update, m, v, v_max
+        update += multiply(p, s.lr_wd, out=scratch.first)
+    p -= update
 
 
 def adam_step(
@@ -132,7 +192,7 @@ def adam_step(
     has_l2: bool,
     has_lr_wd: bool,
     store_param: bool,
-    sqrt: Callable[[Tensor], Tensor],
+    functions: Functions,
 ) -> None:
     """Load, update and store: p, m, v and v_max in place, each rounded once to its own dtype.
 
@@ -142,20 +202,22 @@ def adam_step(
         has_l2, has_lr_wd: whether these scalars are not zero.
         store_param: False for a step of size zero, which leaves parameters as they are: p - 0 would
             turn -0.0 into 0.0.
-        sqrt: a correctly rounded square root.
+        functions: torch's, as for `adam_update`.
     """
     compute, s = scalars.dtype, load_scalars(scalars)
-    old_p, grad, old_m, old_v = [memory.to(compute) for memory in (p, g, m, v)]
-    old_v_max = None if v_max is None else v_max.to(compute)
-    new_p, new_m, new_v, new_v_max = adam_update(
-        old_p, grad, old_m, old_v, old_v_max, s, has_l2, has_lr_wd, sqrt
+    grad = g.to(compute)
+    # What is of this type already is updated where it is.
+    wide_p, wide_m, wide_v = [memory.to(compute) for memory in (p, m, v)]
+    wide_v_max = None if v_max is None else v_max.to(compute)
+    adam_update(
+        wide_p, grad, wide_m, wide_v, wide_v_max, s, has_l2, has_lr_wd, store_param, functions
     )
     if store_param:
-        p.copy_(new_p)
-    m.copy_(new_m)
-    v.copy_(new_v)
-    if v_max is not None and new_v_max is not None:
-        v_max.copy_(new_v_max)
+        p.copy_(wide_p)
+    m.copy_(wide_m)
+    v.copy_(wide_v)
+    if v_max is not None and wide_v_max is not None:
+        v_max.copy_(wide_v_max)
 
 
 def recipe_step(
@@ -190,7 +252,7 @@ def recipe_step(
     m, v = codecs.load_moments(m_stored, v_stored, m_scale, v_scale)
     v_max = None if v_max_stored is None else v_max_stored.float()
     s = load_scalars(scalars)
-    p, m, v, v_max = adam_update(p, g, m, v, v_max, s, has_l2, has_lr_wd, exact_sqrt)
+    adam_update(p, g, m, v, v_max, s, has_l2, has_lr_wd, store_param, EAGER)
 
     if store_param:
         new_p, new_extra = codecs.store_weight(recipe.weights, p, bits)

@@ -199,9 +199,10 @@ def decay_after_the_update(patch):
     """p * (1 - lr * wd) of the new p: off by lr^2 * wd."""
     update = reference.adam_update
 
-    def late(p, g, m, v, v_max, scalars, coupled, decoupled, sqrt):
-        new = update(p, g, m, v, v_max, scalars, coupled, False, sqrt)
-        return (new[0] * (1 - scalars[7]), *new[1:]) if decoupled else new
+    def late(p, g, m, v, v_max, scalars, coupled, decoupled, store_param, *rest, **more):
+        update(p, g, m, v, v_max, scalars, coupled, False, store_param, *rest, **more)
+        if decoupled and store_param:
+            p *= 1 - scalars[7]
 
     patch.setattr(reference, "adam_update", late)
 
