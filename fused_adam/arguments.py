@@ -14,11 +14,11 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import distributed
 from .numerics.scalars import as_number, is_number
 from .precision import as_seed, parse
+from .torch_private import is_traceable_wrapper_subclass
 
 GRAD_ATTRIBUTES = ("grad", "main_grad", "decoupled_grad")
 

@@ -1,6 +1,6 @@
 """DTensor parameters: local shards, state as DTensors, what ranks compare and add up.
 
-No other file names DTensor.
+No other file looks into a DTensor.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, distributed
-from torch._subclasses import FakeTensor
 from torch.nn.functional import pad
 
 from .numerics.norm import halving_sum
 from .precision import GROUP, GROUPED
+from .torch_private import FakeTensor, make_dtensor, shape_and_offset
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -173,13 +173,7 @@ def _from_byte_pairs(param: Tensor, value: Tensor) -> Tensor:
 
 def _dtensor(value: Tensor, mesh: Any, layout: _Layout, strides: tuple[int, ...]) -> DTensor:
     """A DTensor over the memory of `value`, this rank's part."""
-    from torch.distributed.tensor import DTensor
-    from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
-
-    # Not `from_local`, which would take offloaded state back to its mesh's device.
-    meta = TensorMeta(layout.shape, strides, value.dtype)
-    spec = DTensorSpec(mesh, layout.placements, tensor_meta=meta)
-    return DTensor(value, spec, requires_grad=False)  # type: ignore[no-untyped-call]
+    return make_dtensor(value, mesh, layout.placements, layout.shape, strides)
 
 
 def to_local(param: Tensor, key: str, value: Tensor) -> Tensor:
@@ -303,11 +297,7 @@ def global_offset(param: Tensor) -> int:
 
 
 def _local_shard(param: DTensor) -> _LocalShard:
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-    shape, offset = compute_local_shape_and_global_offset(
-        param.shape, param.device_mesh, param.placements
-    )
+    shape, offset = shape_and_offset(param)
     return _LocalShard(offset, shape)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .arguments import refuse
 from .optimizer import FusedAdam
+from .torch_private import at_end_of_backward
 
 BUCKET_BYTES = 32 << 20
 
@@ -190,7 +191,7 @@ class StepInBackward:
         self._seen.add(param)
         if not self._end_is_queued:
             # At the end of this backward, when autograd has joined its streams.
-            torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)
+            at_end_of_backward(self._end_backward)
             self._end_is_queued = True
         stream = None
         if param.device.type != "cpu":

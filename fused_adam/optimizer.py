@@ -10,7 +10,7 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import ParamsT, _device_dtype_check_for_fused
+from torch.optim.optimizer import ParamsT
 
 from fused_adam_kernels import table
 
@@ -22,6 +22,7 @@ from .optimizer_state import OptimizerState
 from .precision import as_seed, parse
 from .state import checkpoint, shapes
 from .state.flatten import FlatBuffers
+from .torch_private import check_dtype_for_fused, disable_dynamo, foreach_zero_
 
 
 class FusedAdam(OptimizerState):
@@ -193,7 +194,7 @@ class FusedAdam(OptimizerState):
     def _step_supports_amp_scaling(self, value: bool) -> None:
         """Ignore torch's constructor, which assigns True with `fused=True`."""
 
-    @torch._disable_dynamo  # type: ignore[attr-defined]
+    @disable_dynamo
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a param group, as in torch. It may have a `precision` of its own.
 
@@ -227,13 +228,13 @@ class FusedAdam(OptimizerState):
         self._check_group(group)
         for param in group["params"] if group["fused"] else ():
             if param.is_meta and param.grad is not None:  # torch asks the parameters that it steps
-                _device_dtype_check_for_fused(param)
+                check_dtype_for_fused(param)
 
     @overload
     def step(self, closure: None = None) -> None: ...
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
-    @torch._disable_dynamo  # type: ignore[attr-defined]
+    @disable_dynamo
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Perform one optimization step.
 
@@ -350,7 +351,7 @@ class FusedAdam(OptimizerState):
         arguments.check_reduce_norm(function, self._engine.needs_norm)
         self._engine.reduce_norm = function
 
-    @torch._disable_dynamo  # type: ignore[attr-defined]
+    @disable_dynamo
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset all gradients.
 
@@ -398,7 +399,7 @@ class FusedAdam(OptimizerState):
             for param, _ in present:
                 setattr(param, self._grad_attribute, None)
         elif present:
-            torch._foreach_zero_([grad for _, grad in present])
+            foreach_zero_([grad for _, grad in present])
 
     def init_state(self) -> None:
         """Make the state of every parameter that requires gradients, with step count 0.

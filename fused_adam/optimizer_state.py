@@ -16,6 +16,7 @@ from .backends import choose as backends
 from .engine import Engine, outside_inference_mode
 from .state import checkpoint
 from .state import offload as offloading
+from .torch_private import disable_dynamo
 
 Self = TypeVar("Self", bound="OptimizerState")
 
@@ -51,7 +52,7 @@ class OptimizerState(torch.optim.Adam):
         """
         return checkpoint.exported(super().state_dict(), self._engine.arena)
 
-    @torch._disable_dynamo  # type: ignore[attr-defined]
+    @disable_dynamo
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load a checkpoint of this class or of torch.optim.Adam(W), in any precision.
 
@@ -93,7 +94,7 @@ class OptimizerState(torch.optim.Adam):
         """
         return checkpoint.export_fp32(self.param_groups, super().state_dict())
 
-    @torch._disable_dynamo  # type: ignore[attr-defined]
+    @disable_dynamo
     def offload(self) -> None:
         """Move moments and all other state to pinned host memory, until `reload()`.
 
@@ -126,7 +127,7 @@ class OptimizerState(torch.optim.Adam):
         self._engine.drop_plans()
         self._engine.captured.clear()
 
-    @torch._disable_dynamo  # type: ignore[attr-defined]
+    @disable_dynamo
     def reload(self) -> None:
         """Move state back to its device after `offload()`; results are as if it had never left.
 

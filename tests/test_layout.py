@@ -3,6 +3,7 @@
 import ast
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -31,7 +32,7 @@ FLOORS = [
     ["fused_adam.distributed"],
     ["fused_adam.groups"],
     ["fused_adam.numerics"],
-    ["fused_adam.precision", "fused_adam.version"],
+    ["fused_adam.precision", "fused_adam.torch_private", "fused_adam.version"],
     ["fused_adam_kernels"],
 ]
 FLOOR = {room: len(FLOORS) - i for i, rooms in enumerate(FLOORS) for room in rooms}
@@ -94,6 +95,33 @@ def test_imports_run_one_way(path):
         if module.split(".")[0] == "triton":
             assert name.startswith(IMPORT_TRITON)
             assert name != "fused_adam_kernels.table"  # the reference reads it
+
+
+def test_private_names_of_torch_stand_in_one_module():
+    """Except attributes of torch's objects, which that module's docstring lists."""
+    package = [path for path in MODULES if name_of(path).startswith("fused_adam.")]
+    apart = ROOT / "fused_adam" / "torch_private.py"
+    listed = set(
+        re.findall(r"^    \w+\.(_\w+)", ast.get_docstring(ast.parse(apart.read_text())), re.M)
+    )
+    read, imported, own = set(), set(), set()
+    for path in package:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                own.add(node.name)
+            elif isinstance(node, ast.Attribute):
+                (own if isinstance(node.ctx, ast.Store) else read).add(node.attr)
+            elif isinstance(node, ast.ImportFrom) and not node.level and path != apart:
+                imported |= {f"{node.module}.{alias.name}" for alias in node.names}
+    public = {"_fields", "_replace", "_asdict"}  # of NamedTuples
+    inside = {
+        node.attr
+        for node in ast.walk(ast.parse(apart.read_text()))
+        if isinstance(node, ast.Attribute)
+    }
+    private = {name for name in read if re.match("_[^_]", name)}
+    assert private - own - public - inside <= listed <= read
+    assert [name for name in imported if name.startswith("torch") and "._" in name] == []
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)

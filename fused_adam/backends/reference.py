@@ -25,6 +25,7 @@ from ..plan import CoalescedRows, Launch, LaunchGroup, Row, grouped
 from ..precision import GROUP, GROUPED
 from ..state.memory import SLOT_ALIGN, Slot, align, as_flat, as_real
 from ..state.staging import PackedCopies, StagedCopies, same_order
+from ..torch_private import check, foreach_add_
 
 Step = Callable[..., None]
 Operands = dict[str, Tensor]
@@ -47,7 +48,7 @@ def compiled_adam_step(*variant: object) -> Step:
 
 def _step_slots(p: Tensor, *rest: Any) -> None:
     # Else the compiler asks in every iteration whether it is the last: a fifth of the time.
-    torch._check(p.numel() % SLOT_ALIGN == 0)  # type: ignore[no-untyped-call]
+    check(p.numel() % SLOT_ALIGN == 0)
     adam_step(p, *rest)
 
 
@@ -160,7 +161,7 @@ class StepCounters:
             steps[indexes] = values
             counts += values.tolist()
         if self.alone:
-            torch._foreach_add_(self.alone, 1)
+            foreach_add_(self.alone, 1)
             counts += torch.stack(self.alone).tolist()
         return counts
 

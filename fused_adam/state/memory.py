@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..torch_private import to_dlpack
+
 # Slots start on multiples of this many elements. That is a whole 128-byte line of float32 and a
 # whole 32-byte sector of any dtype. It is counted in elements, not in bytes, so that neighbours in
 # one buffer are neighbours in every buffer, whatever their dtypes.
@@ -36,8 +38,7 @@ def as_flat(tensor: Tensor) -> Tensor:
 
 def with_own_storage(tensor: Tensor) -> Tensor:
     """The same memory, in a storage that covers this tensor alone."""
-    # Through a capsule: `Tensor.__dlpack__` refuses a GPU that is not the current one.
-    return torch.utils.dlpack.from_dlpack(torch._C._to_dlpack(tensor))
+    return torch.utils.dlpack.from_dlpack(to_dlpack(tensor))
 
 
 def dense_layout(tensor: Tensor) -> tuple[torch.Size, tuple[int, ...]]:
