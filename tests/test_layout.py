@@ -1,6 +1,7 @@
 """The house: who imports whom, what an import costs, and what every module says of itself."""
 
 import ast
+import importlib.metadata
 import os
 import pathlib
 import re
@@ -8,6 +9,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
+
+from fused_adam.backends import choose
 
 ROOT = pathlib.Path(__file__).parent.parent
 MODULES = sorted(
@@ -182,6 +186,36 @@ except RuntimeError as error:
     print(error)
 """
     assert "TRITON_INTERPRET=1 set before triton is imported" in run(code).stdout
+
+
+@pytest.mark.parametrize(
+    ("installed", "reason"),
+    [
+        (
+            {"triton": "3.6.0", "numpy": "2.4.1"},
+            "Triton 3.6.0's interpreter fails with numpy 2.4.1",
+        ),
+        ({"triton": "3.6.0+git5f", "numpy": "3.0"}, "install numpy<2.4 or triton>=3.7"),
+        ({"triton": "3.6.0"}, "Triton's interpreter needs numpy; install it, or use 'reference'"),
+        ({"triton": "3.6.0", "numpy": "2.3.5"}, None),
+        ({"triton": "3.7.0", "numpy": "2.5.0"}, None),
+    ],
+    ids=str,
+)
+def test_an_interpreter_that_fails_with_this_numpy_is_refused(installed, reason, monkeypatch):
+    def version(name):
+        if name not in installed:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return installed[name]
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    if reason is None:
+        assert choose.choose("triton", torch.device("cpu")) == "triton"
+        return
+    with pytest.raises(RuntimeError, match="backend='triton' cannot run on cpu: ") as raised:
+        choose.choose("triton", torch.device("cpu"))
+    assert reason in str(raised.value)
 
 
 def test_compiled_needs_a_compiler():

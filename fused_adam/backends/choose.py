@@ -5,6 +5,7 @@ Runs nothing itself. Triton is imported only when it is asked for.
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import os
 import shutil
@@ -111,7 +112,26 @@ def _no_triton(device: torch.device) -> str | None:
             "a CPU runs Triton kernels only with TRITON_INTERPRET=1 set before triton is "
             "imported; use 'reference'"
         )
+    return _no_interpreter() if device.type == "cpu" and _interpreting() else None
+
+
+def _no_interpreter() -> str | None:
+    """Why Triton's interpreter cannot run with the numpy that is there; None if it can."""
+    try:
+        triton, numpy = map(importlib.metadata.version, ("triton", "numpy"))
+    except importlib.metadata.PackageNotFoundError as error:
+        return f"Triton's interpreter needs {error.name}; install it, or use 'reference'"
+    if _minor(triton) < (3, 7) and _minor(numpy) >= (2, 4):
+        return (
+            f"Triton {triton}'s interpreter fails with numpy {numpy}; "
+            "install numpy<2.4 or triton>=3.7, or use 'reference'"
+        )
     return None
+
+
+def _minor(version: str) -> tuple[int, ...]:
+    """Major and minor number: (3, 6) of "3.6.0+git1a2b"."""
+    return tuple(map(int, version.split(".")[:2]))
 
 
 def _no_compiled(device: torch.device) -> str | None:
