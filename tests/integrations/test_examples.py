@@ -35,7 +35,7 @@ def run(*command, folder):
 def test_every_framework_example_runs_and_writes_what_it_says(path, tmp_path):
     run(path, folder=tmp_path)
     [said] = re.findall(r"^Writes (.*) into the current folder\.$", path.read_text(), re.M)
-    names = set(re.findall(r"[\w.]+(?=/)|[\w.]+\.safetensors", said))
+    names = set(re.findall(r"[\w.]+(?=/)|[\w.]+\.(?:safetensors|pt)", said))
     assert names and names == {each.name for each in tmp_path.iterdir()}
 
 
