@@ -34,7 +34,7 @@ test-triton: $(TRITONS:%=.venv-triton-%/installed)
 	tests/numerics/test_codegen.py tests/numerics/test_inspect.py tests/numerics/test_launch.py tests/numerics/test_kernel.py tests/numerics/test_hash.py::test_short_hash_on_the_kernel \
 	|| exit 1; done
 
-# DDP, FSDP1 and 2, DTensors and ZeRO in several processes, and training frameworks: Transformers, Accelerate, Lightning, PEFT, safetensors.
+# DDP, FSDP1 and 2, DTensors and ZeRO in several processes, and training frameworks: those of the extra, and torchtitan.
 test-integrations: .venv-integrations/installed
 	.venv-integrations/bin/python -m pytest -n 2 --dist loadfile tests/integrations
 
@@ -71,10 +71,12 @@ endef
 	.venv-triton-$*/bin/python -m pip install --quiet --disable-pip-version-check --no-deps triton==$* 'numpy<2.4'
 	touch $@
 
-# pip finds torch installed, and adds the frameworks and what they need alone.
+# pip finds torch installed, and adds the frameworks and what they need alone. Without --no-deps torchtitan would also need
+# an older `datasets` than trl, and tools for logging that its optimizers do not import.
 .venv-integrations/installed: .venv/installed
 	$(call borrowing,.venv-integrations)
 	.venv-integrations/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[integrations]'
+	.venv-integrations/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps torchtitan
 	touch $@
 
 clean:
