@@ -71,12 +71,15 @@ endef
 	.venv-triton-$*/bin/python -m pip install --quiet --disable-pip-version-check --no-deps triton==$* 'numpy<2.4'
 	touch $@
 
-# pip finds torch installed, and adds the frameworks and what they need alone. Without --no-deps torchtitan would also need
-# an older `datasets` than trl, and tools for logging that its optimizers do not import.
+# What asks for packages that cannot be here. fastai: torchvision, whose wheel does not load next to torch's CPU build (and
+# which Transformers would import), and spaCy. torchtitan: an older `datasets` than trl. Training imports none of them.
+WITHOUT_NEEDS := fastai fastcore fastdownload fastprogress fasttransform plum-dispatch torchtitan
+
+# pip finds torch installed, and adds the frameworks and what they need alone.
 .venv-integrations/installed: .venv/installed
 	$(call borrowing,.venv-integrations)
 	.venv-integrations/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[integrations]'
-	.venv-integrations/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps torchtitan
+	.venv-integrations/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps $(WITHOUT_NEEDS)
 	touch $@
 
 clean:

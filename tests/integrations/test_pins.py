@@ -28,6 +28,7 @@ def test_every_package_of_the_venv_is_pinned():
     assert {
         "accelerate",
         "deepspeed",
+        "fastai",
         "lightning",
         "peft",
         "safetensors",
