@@ -32,6 +32,9 @@ RECIPES = [{"precision": "split32-bf16"}, {"precision": "split24-int8", "seed": 
 
 def initialize(stage, dtype, config, options, optimizer_class=FusedAdamW):
     logging.disable(logging.WARNING)
+    # Its operator for several processes on one machine would be compiled here, under a lock that a
+    # killed run leaves behind for good. There is one process.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     os.environ["LOCAL_RANK"] = "0"  # as its launcher sets it; its process group is there already
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 32), nn.GELU(), nn.Linear(32, 3)).to(dtype)
