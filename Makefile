@@ -7,7 +7,10 @@ TRITONS := 3.6.0 3.9.0
 # The Python of the machine with the GPU: Triton's cache serves one build of Triton alone.
 GPU_PYTHON ?= 3.12
 
-.PHONY: demo bench test test-long mutants test-triton test-integrations gpu-run lint types wheel clean
+# What `make test-machine` compiles the kernels for.
+GPUS ?= sm_90
+
+.PHONY: demo bench test test-machine test-long mutants test-triton test-integrations gpu-run lint types wheel clean
 
 demo: .venv/installed
 	$(BIN)/python -m bench demo
@@ -20,18 +23,24 @@ test: .venv/installed
 	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; \
 	then $(BIN)/python -m pytest -m gpu; else echo "No GPU here: tests marked gpu were skipped."; fi
 
-# What takes minutes: long trainings and exhaustive sweeps, which `make test` leaves out.
+# Kernels as they are compiled for a GPU, executed on the CPU (tests/machine): needs gcc 12 or newer.
+test-machine: .venv/installed
+	@for gpu in $(GPUS); do $(BIN)/python -m pytest -n 2 --ptx $$gpu tests/machine tests/numerics || exit 1; done
+
+# What takes minutes: long trainings and exhaustive sweeps, which `make test` leaves out, and other GPUs.
 test-long: .venv/installed
 	$(BIN)/python -m pytest -m long
+	$(MAKE) test-machine GPUS="sm_80 sm_100 sm_120"
 
 # Small faults, one at a time, in a copy: do the tests notice each? (About 15 minutes on 2 cores.)
 mutants: .venv/installed
 	$(BIN)/python tests/fuzz/mutants.py
 
-# Code generation, kernels and their hash under other Tritons: GPU machines carry other versions than CI.
+# Code generation, kernels (interpreted and compiled) and their hash under other Tritons: GPU machines carry other versions than CI.
 test-triton: $(TRITONS:%=.venv-triton-%/installed)
 	@for version in $(TRITONS); do echo "triton $$version"; .venv-triton-$$version/bin/python -m pytest -q -n 2 --dist loadfile \
 	tests/numerics/test_codegen.py tests/numerics/test_inspect.py tests/numerics/test_launch.py tests/numerics/test_kernel.py tests/numerics/test_hash.py::test_short_hash_on_the_kernel \
+	&& .venv-triton-$$version/bin/python -m pytest -q -n 2 --ptx sm_90 tests/machine tests/numerics \
 	|| exit 1; done
 
 # DDP, FSDP1 and 2, DTensors and ZeRO in several processes, and training frameworks: those of the extra, and torchtitan.
@@ -83,4 +92,4 @@ WITHOUT_NEEDS := fastai fastcore fastdownload fastprogress fasttransform plum-di
 	touch $@
 
 clean:
-	rm -rf .venv .venv-triton-* .venv-integrations .gpu build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo.png bench.png convergence.png
+	rm -rf .venv .venv-triton-* .venv-integrations .gpu build dist *.egg-info .pytest_cache .ptx_cache .mypy_cache .ruff_cache .hypothesis demo.png bench.png convergence.png

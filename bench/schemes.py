@@ -248,7 +248,7 @@ def tables(record: Record) -> list[Table]:
     results = record["results"]
     cells = {(result["gradients"], result["scheme"]): result for result in results}
     schemes = {result["scheme"]: result["bytes"] for result in results}
-    heads = ["gradients", *(f"{name}, {size:.3g} B" for name, size in schemes.items())]
+    heads = ["gradients", *(f"{name}, {size:.4g} B" for name, size in schemes.items())]
     sizes = f"{results[0]['steps']} steps of {results[0]['elements']:,} elements"
     found = []
     for measure_name, title in MEASURES.items():

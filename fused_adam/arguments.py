@@ -48,7 +48,7 @@ def as_max_grad_norm(value: Any) -> float | None:
     """
     if value is None:
         return None
-    number = math.nan
+    number = math.nan  # which is not above 0
     # Python's bools, numpy's and torch's are numbers, but no norm.
     is_bool = isinstance(value, bool) or "bool" in str(getattr(value, "dtype", ""))
     if is_number(value) and not is_bool:
@@ -103,16 +103,19 @@ def complete_group(
 
     Raises TypeError or ValueError if a parameter of the group cannot be stepped.
     """
+    # Without a recipe, groups stay as torch has them: so do their checkpoints and their repr.
     if precision is not None:
         group.setdefault("precision", precision)
     recipe = parse(group.get("precision"))
     for name, param in zip(names, group["params"], strict=True):
+        # A wrapper subclass has no memory of its own: its values lie in tensors within it.
         if is_traceable_wrapper_subclass(param) and not distributed.is_sharded(param):
             raise TypeError(
                 f"a parameter is a {type(param).__name__}, but must be a plain tensor or a DTensor"
             )
         distributed.check(param)
         recipe.check(param.dtype, f"parameter {name!r} of param group {number}")
+    # Only recipes draw random bits, so other groups get no seed.
     if recipe.weights is None:
         return
     group["seed"] = as_seed(group.get("seed", seed))

@@ -63,7 +63,6 @@ def bind(
     launch_groups: Sequence[LaunchGroup],
     names: Mapping[torch.device, str],
     takes_norm: bool,
-    stepped: Sequence[Tensor],
     guard: PlanGuard,
 ) -> CachedPlan:
     """Give every launch group the runner that launches it.
@@ -72,7 +71,6 @@ def bind(
         launch_groups: what `plan.build` decided.
         names: for every device, its backend, as `backends.choose` returns it.
         takes_norm: whether the runners are asked for sums of squares.
-        stepped: the parameters that are stepped, in order.
         guard: says whether the plan still fits.
     """
     rows = [row for group in launch_groups for row in group.rows]
@@ -85,7 +83,7 @@ def bind(
         guard=guard,
         coalesced=[[row.param_state for row in span] for span in spans if len(span) > 1],
         versions_to_bump=[
-            *(param for param in stepped if not param.is_inference()),
+            *(row.user_param for row in rows if not row.user_param.is_inference()),
             *(owner.steps for owner in counters if owner and not owner.ours),
         ],
     )

@@ -131,17 +131,52 @@ def to_dtensor(param: Tensor, key: str, value: Tensor) -> Tensor:
     """
     if not is_sharded(param):
         return value
+    layout = _layout(param, key)
+    strides = param.stride()
+    if key in GROUPED:
+        strides = torch.empty(layout.shape, device="meta").stride()
+        value = value.view([1] * (len(layout.shape) - 1) + [-1])
+    return _dtensor(value, param.device_mesh, layout, strides)
+
+
+def as_byte_pairs(value: Tensor) -> Tensor:
+    """A tensor of int16 as one of int8 over the same memory, shape (..., 2); others as they are.
+
+    Neither gloo nor NCCL carries int16, so nothing could gather or move shards of it. Whole tensors
+    have the same form, because files of shards are loaded into these, too.
+    """
+    if value.dtype != torch.int16:
+        return value
+    if not is_sharded(value):
+        return value.unsqueeze(-1).view(torch.int8)
+    pairs = value._local_tensor.unsqueeze(-1).view(torch.int8)
+    strides = (*(2 * stride for stride in value.stride()), 1)
+    layout = _Layout(value.placements, torch.Size((*value.shape, 2)))
+    return _dtensor(pairs, value.device_mesh, layout, strides)
+
+
+def _from_byte_pairs(param: Tensor, value: Tensor) -> Tensor:
+    """What `as_byte_pairs` made of an entry of this parameter, in int16; others as they are."""
+    if value.dtype != torch.int8 or value.shape != (*param.shape, 2):
+        return value
+    if not is_sharded(value):
+        return value.contiguous().view(torch.int16).squeeze(-1)
+    # Moved while it can be. Other meshes are refused later.
+    if is_sharded(param) and value.device_mesh == param.device_mesh:
+        value = value.redistribute(param.device_mesh, param.placements)
+    whole = value._local_tensor.contiguous().view(torch.int16).squeeze(-1)
+    layout = _Layout(value.placements, param.shape)
+    return _dtensor(whole, value.device_mesh, layout, param.stride())
+
+
+def _dtensor(value: Tensor, mesh: Any, layout: _Layout, strides: tuple[int, ...]) -> DTensor:
+    """A DTensor over the memory of `value`, this rank's part."""
     from torch.distributed.tensor import DTensor
     from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
-    layout = _layout(param, key)
-    stride = param.stride()
-    if key in GROUPED:
-        stride = torch.empty(layout.shape, device="meta").stride()
-        value = value.view([1] * (len(layout.shape) - 1) + [-1])
     # Not `from_local`, which would take offloaded state back to its mesh's device.
-    meta = TensorMeta(layout.shape, stride, value.dtype)
-    spec = DTensorSpec(param.device_mesh, layout.placements, tensor_meta=meta)
+    meta = TensorMeta(layout.shape, strides, value.dtype)
+    spec = DTensorSpec(mesh, layout.placements, tensor_meta=meta)
     return DTensor(value, spec, requires_grad=False)  # type: ignore[no-untyped-call]
 
 
@@ -149,10 +184,13 @@ def to_local(param: Tensor, key: str, value: Tensor) -> Tensor:
     """This rank's part of state entry `key`.
 
     Args:
-        value: a DTensor of any placements, or a whole tensor that every rank has.
+        value: a DTensor of any placements, or a whole tensor that every rank has. Remainders may be
+            pairs of bytes, as `as_byte_pairs` makes them.
 
     Raises ValueError if a DTensor lies on another mesh than the parameter, or has another shape.
     """
+    if key == "remainder":
+        value = _from_byte_pairs(param, value)
     if not is_sharded(param):
         return value.full_tensor() if is_sharded(value) else value
     from torch.distributed.tensor import distribute_tensor
@@ -173,9 +211,8 @@ def to_local(param: Tensor, key: str, value: Tensor) -> Tensor:
             value = value.redistribute(mesh, layout.placements)
     elif value.shape == layout.shape:
         # Every rank has the whole, so it cuts its part out without asking rank 0.
-        value = distribute_tensor(
-            value.to(param.device), mesh, layout.placements, src_data_rank=None
-        )
+        whole = value.to(param.device)
+        value = distribute_tensor(whole, mesh, layout.placements, src_data_rank=None)
     else:
         return value  # not of this parameter: for the caller to refuse
     part = value._local_tensor

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator
 from itertools import chain, compress, count, repeat
 from typing import Any
 
@@ -24,7 +23,7 @@ from .distributed import LocalShards, RankGroup, is_sharded
 from .guards import Gradients, PlanGuard, StateGuard, reader
 from .numerics.scalars import GradTransform, hyper
 from .state import shapes
-from .state.arena import Arena, State, advance_step_keys
+from .state.arena import Arena, Groups, Params, State, advance_step_keys
 from .state.convert import keep_dtype_of_moments
 from .state.flatten import FlatBuffers
 
@@ -32,7 +31,6 @@ from .state.flatten import FlatBuffers
 # are bounded by rows, which is what takes memory: this many per parameter, over all plans.
 MAX_CACHED_ROWS = 8
 
-Groups = Sequence[dict[str, Any]]
 CheckGroup = Callable[[dict[str, Any]], None]
 
 
@@ -126,7 +124,7 @@ class Engine:
         state: State,
         transform: GradTransform,
         check_group: CheckGroup,
-        only: Sequence[Tensor] | None = None,
+        only: Params | None = None,
     ) -> None:
         """Step every parameter that has a gradient, or only the given ones.
 
@@ -152,7 +150,7 @@ class Engine:
                 self.stats = shapes.step(groups, state, grads, only, self.needs_norm)
                 return
             match = self._plan_anew(groups, state, check_group, only)
-        self._run(match.plan, match.grads, groups, transform)
+        self._run(match, groups, transform)
 
     def init_state(self, groups: Groups, state: State, check_group: CheckGroup) -> None:
         """Make the state of every parameter that requires gradients, with step count 0."""
@@ -162,15 +160,13 @@ class Engine:
         with outside_inference_mode():
             plan.make_state(self.params, self.group_numbers, self.options, self.arena, state)
 
-    def read_grads(self, params: Sequence[Tensor]) -> list[Tensor | None]:
+    def read_grads(self, params: Params) -> list[Tensor | None]:
         """Return the gradients; None for flat ones that nothing has written to."""
         return self.flat.read(params) if self.flat else self.read_attribute(params)
 
     # Finding a plan
 
-    def _find_plan(
-        self, groups: Groups, state: State, only: Sequence[Tensor] | None
-    ) -> Match | None:
+    def _find_plan(self, groups: Groups, state: State, only: Params | None) -> Match | None:
         """Return a cached plan whose guard holds, or None."""
         if not self._are_current(groups):
             return None
@@ -197,7 +193,7 @@ class Engine:
             and self.state_moves == self.arena.state_moves
         )
 
-    def _key(self, only: Sequence[Tensor] | None) -> PlanKey:
+    def _key(self, only: Params | None) -> PlanKey:
         if only is not None:
             # Parameters that the optimizer no longer has are left out.
             known = (self.positions.get(id(param), ()) for param in only)
@@ -205,9 +201,8 @@ class Engine:
         grads = self.read_grads(self.params)
         # Without a Python frame per parameter: experts come here in every step.
         positions = tuple(compress(count(), map(operator.is_not, grads, repeat(None))))
-        return PlanKey(
-            False, positions, self.flat.in_buffers(self.params, grads) if self.flat else ()
-        )
+        in_buffers = self.flat.in_buffers(self.params, grads) if self.flat else ()
+        return PlanKey(False, positions, in_buffers)
 
     def _gradients_if_valid(self, cached: CachedPlan, state: State) -> Gradients | None:
         """Return this step's gradients of the plan, or None if it no longer fits."""
@@ -229,7 +224,7 @@ class Engine:
     # Making a plan
 
     def _plan_anew(
-        self, groups: Groups, state: State, check_group: CheckGroup, only: Sequence[Tensor] | None
+        self, groups: Groups, state: State, check_group: CheckGroup, only: Params | None
     ) -> Match:
         """Make the plan for this step, and first read the groups again if they have changed."""
         if backends.is_capturing():
@@ -259,9 +254,7 @@ class Engine:
             self.flat.keep(self.params)
         self.arena.read_counters()
 
-    def _build_on_all_ranks(
-        self, groups: Groups, state: State, only: Sequence[Tensor] | None
-    ) -> Match:
+    def _build_on_all_ranks(self, groups: Groups, state: State, only: Params | None) -> Match:
         """Build the plan. Where parameters are DTensors, the first one is for all ranks or none.
 
         A rank that raised alone would leave the others waiting in a collective.
@@ -304,7 +297,7 @@ class Engine:
             for param, number, grad in zip(self.params, self.group_numbers, grads, strict=True)
         ]
 
-    def _build(self, state: State, only: Sequence[Tensor] | None) -> Match:
+    def _build(self, state: State, only: Params | None) -> Match:
         """Decide what each launch updates, make the state it needs, and cache the plan."""
         self._advance_step_keys()
         if self.flat:
@@ -314,9 +307,7 @@ class Engine:
         grads: list[Any] = [all_grads[i] for i in key.positions]
         if any(map(is_sharded, stepped)):
             grads = LocalShards(stepped).gradient_parts(grads, self.redistributed)
-        by_position: list[Tensor | None] = [None] * len(self.params)
-        for i, grad in zip(key.positions, grads, strict=True):
-            by_position[i] = grad
+        by_position = dict(zip(key.positions, grads, strict=True))
         devices = {param.device for param in stepped}
         names = {device: backends.choose(self.backend, device) for device in devices}
         launch_groups = plan.build(
@@ -337,7 +328,7 @@ class Engine:
         # the others may have one.
         idle: list[Tensor] = []
         if only is None:
-            idle = [p for p, grad in zip(self.params, by_position, strict=True) if grad is None]
+            idle = [param for i, param in enumerate(self.params) if i not in by_position]
         rows = [row for group in launch_groups for row in group.rows]
         for row in rows if self.in_norm else ():
             row.in_norm = self.in_norm[row.param_index]
@@ -349,9 +340,9 @@ class Engine:
             read=self.read_attribute,
             redistributed=self.redistributed,
             arena=self.arena,
-            state_guard=StateGuard(state, stepped, rows),
+            state_guard=StateGuard(state, rows),
         )
-        cached = bind(launch_groups, names, self.needs_norm, stepped, guard)
+        cached = bind(launch_groups, names, self.needs_norm, guard)
         self._cache(key, cached)
         gradients = cached.guard.gradients(state)
         assert gradients is not None
@@ -371,10 +362,9 @@ class Engine:
 
     # Running a plan
 
-    def _run(
-        self, cached: CachedPlan, grads: Gradients, groups: Groups, transform: GradTransform
-    ) -> None:
+    def _run(self, match: Match, groups: Groups, transform: GradTransform) -> None:
         """Launch everything. Nothing here waits for a device, except where the CPU reads a norm."""
+        cached, grads = match
         hypers = [hyper(group, self.max_grad_norm, self.skip_nonfinite) for group in groups]
         capturing = backends.is_capturing()
         self.last_run = cached
@@ -386,7 +376,7 @@ class Engine:
                 transform.record(self.skip_nonfinite)
         for i, runner in enumerate(cached.runners):
             # The first one records norm and skip; all of them would count a skipped step twice.
-            runner.run(hypers, transform if i == 0 else replace(transform, stats=None))
+            runner.run(hypers, transform if i == 0 else transform._replace(stats=None))
         self.redistributed.clear()
         self.arena.note_counters()
         torch.autograd.graph.increment_version(cached.versions_to_bump)
@@ -411,7 +401,7 @@ class Engine:
             with outside_inference_mode():
                 stats = torch.zeros(table.STATS, dtype=torch.float64, device=total.device)
                 self.stats = stats if self.stats is None else stats.copy_(self.stats)
-        return replace(transform, square_sum=total, stats=self.stats)
+        return transform._replace(square_sum=total, stats=self.stats)
 
     def _keep_for_replays(self, cached: CachedPlan) -> None:
         memory: list[Any] = [self.stats]

@@ -83,8 +83,6 @@ def _marked(module: nn.Module) -> Iterator[Tensor]:
             raise TypeError(
                 f"no_weight_decay of {type(module).__name__} has {pattern!r}, but must have names"
             )
-    if not patterns:
-        return
     for name, param in module.named_parameters(remove_duplicate=False):
         # The name of a submodule stands for all that is in it.
         if any(fnmatchcase(name, p) or fnmatchcase(name, f"{p}.*") for p in patterns):

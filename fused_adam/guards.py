@@ -17,7 +17,7 @@ from torch import Tensor
 from .distributed import LocalShards, is_sharded, local
 from .plan import Row
 from .state import shapes
-from .state.arena import Arena, ParamState, State
+from .state.arena import Arena, Entries, ParamState, State
 from .state.flatten import FlatBuffers, read_grad
 
 try:
@@ -43,7 +43,7 @@ class StoredParam(NamedTuple):
 
     param: Tensor
     param_state: ParamState
-    dtypes: dict[str, torch.dtype]  # of the entries, without the step counter
+    entries: Entries
 
 
 def reader(attribute: str) -> GradReader:
@@ -101,23 +101,22 @@ class StateGuard:
 
     Args:
         state: the optimizer's state.
-        stepped: the parameters that the plan steps, in order.
-        rows: what its tables say about them.
+        rows: what the plan's tables say about the parameters that it steps.
     """
 
     MAX_ADDRESSES = 64
 
-    def __init__(self, state: State, stepped: Sequence[Tensor], rows: Sequence[Row]) -> None:
+    def __init__(self, state: State, rows: Sequence[Row]) -> None:
         self.members = members = [
-            StoredParam(stepped[row.grad_index], row.param_state, row.dtypes)
+            StoredParam(row.user_param, row.param_state, row.entries)
             for row in sorted(rows, key=operator.attrgetter("grad_index"))
         ]
         self.params = [member.param for member in members]
         views = [
             (slot.segment, param_state.refs[key], slot.address)
-            for _, param_state, dtypes in members
+            for _, param_state, entries in members
             for key, slot in param_state.slots.items()
-            if key in dtypes
+            if key in entries
         ]
         views += [
             (param_state.counters.steps, param_state.refs["step"], param_state.step_address)
@@ -138,9 +137,8 @@ class StateGuard:
         """Take the entries as they are now for unchanged."""
         # Looking up an entry costs more than anything else here, because a tensor's hash is
         # computed in Python. Entries in the order of the parameters need no look-up.
-        self.in_order = list(map(id, state.values())) == [
-            id(state.get(param)) for param in self.params
-        ]
+        entries = [state.get(param) for param in self.params]
+        self.in_order = list(map(id, state.values())) == list(map(id, entries))
         self.versions = self._versions(state)
 
     def _versions(self, state: State) -> list[int] | None:
@@ -165,14 +163,15 @@ class StateGuard:
         return [tensor is not None and address(tensor) for tensor in tensors] == self.addresses
 
     def _same_tensors(self, state: State) -> bool:
-        for param, param_state, dtypes in self.members:
+        for param, param_state, entries in self.members:
             entry = state.get(param)
             if not isinstance(entry, dict):
                 return False
             if not param_state.holds_step(entry.get("step"), local(param).device):
                 return False
-            if not all(param_state.holds(key, entry.get(key), dtypes[key]) for key in dtypes):
-                return False
+            for key, spec in entries.items():
+                if not param_state.holds(key, entry.get(key), spec.dtype):
+                    return False
         return True
 
 
@@ -215,14 +214,12 @@ class PlanGuard:
         self.layouts = LayoutGuard(memory)
         # A plan updates gradients in our flat buffers together, so they must stay there and others
         # must stay out. -1 is no address; that of an empty gradient is 0.
-        slots = buffers.grad_addresses if buffers else {}
-        self.slots = [slots.get(param, -1) for param in stepped]
+        flat_params = buffers.flat_params if buffers else {}
+        self.slots = [
+            flat_params[param].grad.address if param in flat_params else -1 for param in stepped
+        ]
         self.in_slot = list(map(operator.eq, self.grad_addresses, self.slots))
-        self.flat_params = (
-            [buffers.flat_params[param] for param in compress(stepped, self.in_slot)]
-            if buffers
-            else []
-        )
+        self.flat_params = [flat_params[param] for param in compress(stepped, self.in_slot)]
         # If every gradient is the very view that we made, comparing objects replaces comparing
         # layouts.
         views = [flat_param.grad_view for flat_param in self.flat_params]

@@ -55,12 +55,10 @@ def step_in_backward(
         >>> optimizer.step()
     """
     _check(optimizer, bucket_bytes)
-    params = (
-        model_or_params.parameters() if isinstance(model_or_params, nn.Module) else model_or_params
-    )
-    return StepInBackward(
-        [param for param in params if param.requires_grad], optimizer, bucket_bytes
-    )
+    if isinstance(model_or_params, nn.Module):
+        model_or_params = model_or_params.parameters()
+    params = [param for param in model_or_params if param.requires_grad]
+    return StepInBackward(params, optimizer, bucket_bytes)
 
 
 def _check(optimizer: FusedAdam, bucket_bytes: int) -> None:
@@ -71,18 +69,14 @@ def _check(optimizer: FusedAdam, bucket_bytes: int) -> None:
         )
     if isinstance(bucket_bytes, bool) or not isinstance(bucket_bytes, int) or bucket_bytes <= 0:
         raise ValueError(f"bucket_bytes={bucket_bytes!r} must be a whole number of bytes above 0")
-    attribute = optimizer._grad_attribute
+    other_attribute = optimizer._grad_attribute != "grad" and optimizer._grad_attribute
     differentiable = optimizer.defaults["differentiable"]
     all_first = "needs all gradients before the first update"
     for name, value, reason in (
         ("max_grad_norm", optimizer._max_grad_norm, f"the norm {all_first}"),
         ("skip_nonfinite", optimizer._skip_nonfinite, f"it {all_first}"),
         ("flatten", optimizer._flatten, "its gradients stay where they are"),
-        (
-            "grad_attribute",
-            attribute != "grad" and attribute,
-            "backward tells when `grad` is whole",
-        ),
+        ("grad_attribute", other_attribute, "backward tells when `grad` is whole"),
         ("differentiable", differentiable, "autograd would need the gradients again"),
     ):
         if value:
@@ -122,6 +116,7 @@ class StepInBackward:
         self._accumulating = False
         self._end_is_queued = False  # whether `_end_backward` will be called
         self._lock = threading.RLock()  # autograd has a thread per device
+        # A parameter that is given twice gets one hook: another would report a second gradient.
         self._hooks = [
             param.register_post_accumulate_grad_hook(self._on_grad)  # type: ignore[no-untyped-call]
             for param in dict.fromkeys(params)
@@ -197,11 +192,11 @@ class StepInBackward:
             # At the end of this backward, when autograd has joined its streams.
             torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)
             self._end_is_queued = True
-        on_host = param.device.type == "cpu"
-        stream = (
-            None if on_host else torch.get_device_module(param.device).current_stream(param.device)
-        )
+        stream = None
+        if param.device.type != "cpu":
+            stream = torch.get_device_module(param.device).current_stream(param.device)
         self._waiting.setdefault(stream, []).append(param)
+        # A hook that ran before ours may have taken the gradient away.
         held = self._waiting_bytes.get(stream, 0) + (0 if param.grad is None else param.grad.nbytes)
         self._waiting_bytes[stream] = held
         if held >= self._bucket_bytes:

@@ -140,6 +140,8 @@ class FusedAdam(OptimizerState):
             fused=fused,
             decoupled_weight_decay=decoupled_weight_decay,
         )
+        # Refuse a backend that cannot run now, not at the first step. Parameters on meta get their
+        # device later: the first step asks for those.
         for device in {param.device for param in self._params()} - {torch.device("meta")}:
             backends.choose(backend, device)
         self._make_engine()
@@ -201,6 +203,7 @@ class FusedAdam(OptimizerState):
             TypeError, ValueError: a parameter cannot be stepped, or its dtype does not fit the
                 precision. The group is not added then.
         """
+        # torch first: it turns names and iterators into lists, and sets what the group leaves out.
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         if self._precision is not None or "precision" in group:
@@ -214,6 +217,7 @@ class FusedAdam(OptimizerState):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         """Give the group the optimizer's precision, and raise if it cannot be stepped."""
+        # By identity: `list.index` would compare tensors, which have no single truth value.
         number = next(i for i, other in enumerate(self.param_groups) if other is group)
         names = checkpoint.names_of(group)
         arguments.complete_group(group, number, names, self._precision, self._seed, self._backend)
@@ -248,6 +252,7 @@ class FusedAdam(OptimizerState):
                 function = function.__wrapped__  # this method has torch's hooks already
             result: float | None = function(self, closure)
             return result
+        # As torch's own steps begin: raises in a capture unless the groups are capturable.
         self._accelerator_graph_capture_health_check()
         self._check_not_offloaded()
         if self._engine.in_backward is not None:
@@ -378,7 +383,7 @@ class FusedAdam(OptimizerState):
             grad = param.grad
             if set_to_none or grad is None:
                 param.grad = None
-            else:  # as torch does
+            else:  # as torch does: what backward with create_graph=True made has a history to cut
                 if grad.grad_fn is not None:
                     grad.detach_()
                 else:

@@ -19,25 +19,19 @@ from .state import offload as offloading
 
 Self = TypeVar("Self", bound="OptimizerState")
 
-# The arguments that copies and pickles keep, besides torch's: everything else is made from them.
-_PICKLED = (
-    "_backend",
-    "_flatten",
-    "_grad_attribute",
-    "_max_grad_norm",
-    "_precision",
-    "_seed",
-    "_skip_nonfinite",
-)
-
 
 class OptimizerState(torch.optim.Adam):
     """The methods of FusedAdam and FusedAdamW that concern their whole state."""
 
+    # The arguments besides torch's. Copies and pickles keep what is declared here, and no more:
+    # everything else is made from it.
     _backend: str
-    _max_grad_norm: float | None
-    _skip_nonfinite: bool
+    _flatten: bool
     _grad_attribute: str
+    _max_grad_norm: float | None
+    _precision: str | None
+    _seed: int
+    _skip_nonfinite: bool
 
     def _make_engine(self) -> None:
         """Make what is derived from the arguments; also after pickle and deepcopy."""
@@ -166,7 +160,7 @@ class OptimizerState(torch.optim.Adam):
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        arguments_kept = {name: getattr(self, name) for name in _PICKLED}
+        arguments_kept = {name: getattr(self, name) for name in OptimizerState.__annotations__}
         reduce_norm = arguments.ReduceNorm(self._engine.reduce_norm)
         return {**super().__getstate__(), **arguments_kept, "_reduce_norm": reduce_norm}
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .distributed import global_offset, local
 from .precision import Recipe, parse
-from .state.arena import Arena, Entries, ParamState, State
+from .state.arena import Arena, Entries, Params, ParamState, State
 from .state.convert import reorder
 from .state.flatten import FlatBuffers
 from .state.memory import Slot, align, as_flat, as_real
@@ -73,11 +73,6 @@ class Row:
         """What the step computes in: float32 holds all that the smaller dtypes do."""
         return torch.float64 if self.param.dtype == torch.float64 else torch.float32
 
-    @property
-    def dtypes(self) -> dict[str, torch.dtype]:
-        """State entry -> its dtype."""
-        return {key: dtype for key, (dtype, _) in self.entries.items()}
-
 
 @dataclass(slots=True, eq=False)
 class CoalescedRows:
@@ -123,8 +118,8 @@ def grouped(items: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
 
 
 def build(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor | None],
+    params: Params,
+    grads: Mapping[int, Tensor],
     groups: Sequence[int],
     options: Sequence[Options],
     arena: Arena,
@@ -135,8 +130,8 @@ def build(
     """Decide the launches for the parameters that have gradients, and give these their state.
 
     Args:
-        params, grads: all parameters of the optimizer in order, and what is here of their gradients
-            or None.
+        params: all parameters of the optimizer in order.
+        grads: position of a parameter -> what is here of its gradient, in order, for those to step.
         groups: for each parameter, the number of its param group.
         options: for each param group.
         arena, state: where state lives, and the mapping that users see.
@@ -150,26 +145,26 @@ def build(
     """
     arena.keep(params)
     rows: list[Row] = []
-    for index, (param, grad, group) in enumerate(zip(params, grads, groups, strict=True)):
-        if grad is not None:
-            name = f"parameter {index} (group {group})"
-            part = local(param)
-            check_pair(part, grad, name)
-            row = Row(
-                grad_index=len(rows),
-                param_index=index,
-                group=group,
-                user_param=param,
-                param=as_real(part.detach()),
-                grad_dtype=grad.dtype.to_real(),
-                options=options[group],
-                entries=options[group].entries(part),
-                param_state=arena.param_states.setdefault(param, ParamState()),
-                global_offset=global_offset(param),
-            )
-            check_entry(param, name, state.get(param, {}), row.entries, row.param_state)
-            _place(row, grad, buffers, staging[part.device])
-            rows.append(row)
+    for index, grad in grads.items():
+        param, group = params[index], groups[index]
+        name = f"parameter {index} (group {group})"
+        part = local(param)
+        check_pair(part, grad, name)
+        row = Row(
+            grad_index=len(rows),
+            param_index=index,
+            group=group,
+            user_param=param,
+            param=as_real(part.detach()),
+            grad_dtype=grad.dtype.to_real(),
+            options=options[group],
+            entries=options[group].entries(part),
+            param_state=arena.param_states.setdefault(param, ParamState()),
+            global_offset=global_offset(param),
+        )
+        check_entry(param, name, state.get(param, {}), row.entries, row.param_state)
+        _place(row, grad, buffers, staging[part.device])
+        rows.append(row)
     for row in rows:
         reorder(state.get(row.user_param, {}), row.user_param, row.options.recipe)
     # What is staged together needs neighbouring state, too. A parameter that is listed twice has
@@ -182,11 +177,7 @@ def build(
 
 
 def make_state(
-    params: Sequence[Tensor],
-    groups: Sequence[int],
-    options: Sequence[Options],
-    arena: Arena,
-    state: State,
+    params: Params, groups: Sequence[int], options: Sequence[Options], arena: Arena, state: State
 ) -> None:
     """Give every parameter that requires gradients its state, with no step counted.
 
@@ -227,15 +218,11 @@ def _launch_groups(rows: Sequence[Row], staging: dict[torch.device, Staging]) ->
     """The rows by device and dtypes, in the order in which they have to run."""
     _mark_overlaps(rows)
     groups = grouped(rows, lambda row: (row.overlap_order, row.param.device, row.compute))
-    return [
-        LaunchGroup(
-            device,
-            compute,
-            members,
-            [_launch(part, staging[device]) for part in grouped(members, _mix).values()],
-        )
-        for (_, device, compute), members in sorted(groups.items(), key=lambda item: item[0][0])
-    ]
+    launch_groups = []
+    for (_, device, compute), members in sorted(groups.items(), key=lambda item: item[0][0]):
+        launches = [_launch(part, staging[device]) for part in grouped(members, _mix).values()]
+        launch_groups.append(LaunchGroup(device, compute, members, launches))
+    return launch_groups
 
 
 def _mix(row: Row) -> tuple[torch.dtype, torch.dtype, Recipe, bool]:

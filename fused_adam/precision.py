@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import difflib
 import operator
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -50,6 +49,7 @@ CODED = {
     "exp_avg": ("exp_avg_ratio", "exp_avg_ratio_scale"),
     "exp_avg_sq": ("exp_avg_sq_lattice", "exp_avg_sq_lattice_scale"),
 }
+CODES_AND_SCALES = tuple(name for names in CODED.values() for name in names)
 GROUPED = tuple(scale for _, scale in CODED.values())
 # What 8-bit moments were called while codes were companded values: the same shapes and dtypes, but
 # another meaning. They are refused by name, as nothing can tell how they would be misread.
@@ -58,17 +58,7 @@ COMPANDED = ("exp_avg_code", "exp_avg_sq_code", "exp_avg_scale", "exp_avg_sq_sca
 # are too few.
 MAXIMUM = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.bfloat16}
 # Every name a recipe may give to an entry of the state, besides the step counter.
-ENTRIES = (
-    "master_weight",
-    "remainder",
-    "exp_avg",
-    "exp_avg_sq",
-    "max_exp_avg_sq",
-    "exp_avg_ratio",
-    "exp_avg_ratio_scale",
-    "exp_avg_sq_lattice",
-    "exp_avg_sq_lattice_scale",
-)
+ENTRIES = ("master_weight", "remainder", *CODED, "max_exp_avg_sq", *CODES_AND_SCALES)
 NAMES = tuple(f"{weights}-{states}" for weights in WEIGHTS for states in STATES)
 
 
@@ -79,8 +69,7 @@ class EntrySpec(NamedTuple):
     shape: torch.Size
 
 
-@dataclass(frozen=True, slots=True)
-class Recipe:
+class Recipe(NamedTuple):
     """How weights and moments are stored; made by `parse`.
 
     Both names are None for torch's semantics: everything has the parameter's dtype.

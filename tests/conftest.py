@@ -1,7 +1,8 @@
 """What every test shares: where kernels run, and visible skips.
 
 `pytest` runs the real kernels in Triton's interpreter, on CPU tensors, with or without a GPU;
-`pytest -m gpu` runs the tests marked `gpu` natively. One process does one of the two: triton
+`pytest -m gpu` runs the tests marked `gpu` natively; `pytest --ptx sm_90` runs the kernels as
+compiled for that GPU, on CPU tensors (tests/machine). One process does one of the three: triton
 decides when it is imported.
 """
 
@@ -11,17 +12,23 @@ import signal
 import pytest
 import torch
 
+# Helpers that assert show values when they fail, as test files do.
+pytest.register_assert_rewrite("next_to_torch", "report_runs")
+
 torch.set_num_threads(1)  # two workers share two cores; results do not depend on it
+
+pytest_plugins = ["ptx_plugin"]
 
 # A kernel that hangs must not take the whole run with it. Compiling for a dtype mix takes seconds.
 GPU_LIMIT_S = 120
 
 
+@pytest.hookimpl(tryfirst=True)  # plugins may import triton
 def pytest_configure(config: pytest.Config) -> None:
     # Background jobs of a shell ignore Ctrl-C, and so do their children. Some tests send one.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    if config.option.markexpr == "gpu":
+    if config.option.markexpr == "gpu" or config.option.ptx:
         os.environ.pop("TRITON_INTERPRET", None)
     else:
         os.environ["TRITON_INTERPRET"] = "1"

@@ -78,14 +78,15 @@ def test_every_shell_line_is_a_command_that_exists(line, monkeypatch):
         case ["python" | "python3" | ".venv/bin/python", "-m", "bench", *arguments]:
             parser, _ = cli.make_parsers()
             assert parser.parse_known_args(arguments)[1] == []
-        case [".venv/bin/python", "-m", "pytest", path, "-k", word]:
+        case [".venv/bin/python", "-m", "pytest", *options, path, "-k", word]:
+            assert options in ([], ["--ptx", "sm_90"])
             assert re.search(rf"^def test_\w*{word}", pathlib.Path(path).read_text(), re.M)
         case [python, "-m", "fused_adam_kernels.inspect", *arguments]:
             from fused_adam_kernels import inspect
 
             assert python in ("python", ".venv/bin/python")
             options = dict(zip(arguments[::2], arguments[1::2], strict=True))
-            assert options["--arch"] in inspect.TARGETS and options["--variant"] in inspect.MIXES
+            assert options["--arch"] in inspect.TARGETS and options["--variant"] in inspect.VARIANTS
         case _:
             raise AssertionError(f"no test knows this command: {line}")
 

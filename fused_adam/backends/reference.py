@@ -125,9 +125,8 @@ class ReferenceRunner:
         for span, index in zip(self.spans, self.count_indexes, strict=True):
             group, step = key = (span.row.group, counts[index])
             if key not in shared:
-                values = torch.tensor(
-                    scalars(step, hyper[group], numbers), dtype=self.compute, device="cpu"
-                )
+                in_float64 = scalars(step, hyper[group], numbers)
+                values = torch.tensor(in_float64, dtype=self.compute, device="cpu")
                 shared[key] = StepValues(step, values, Flags.of(values))
             span.update(shared[key], grads)
 

@@ -124,12 +124,10 @@ class TritonRunner:
         rows = group.rows
         self.device, self.num_rows = group.device, len(rows)
         position = {row.grad_index: i for i, row in enumerate(rows)}
-        leaders = {
-            span.first.grad_index: span for launch in group.launches for span in launch.spans
-        }
-        self.host_rows = on_host(
-            [_table_row(row, leaders.get(row.grad_index)) for row in rows], torch.int64
-        )
+        spans = [span for launch in group.launches for span in launch.spans]
+        leaders = {span.first.grad_index: span for span in spans}
+        table_rows = [_table_row(row, leaders.get(row.grad_index)) for row in rows]
+        self.host_rows = on_host(table_rows, torch.int64)
         # Backward may put a gradient elsewhere at every step, unless it is staged or in a flat
         # buffer: these rows get new addresses.
         moving = [row for row in rows if row.slots["grad"] is None]
@@ -196,17 +194,14 @@ class TritonRunner:
             # parameters.
             if self.staged:
                 self.staged.load_params()
-            square_sum = self.no_sum
-            if transform.square_sum is not None:
-                square_sum = transform.square_sum.to(self.device, non_blocking=True)
             self.prologue(
                 self.programs,
                 self.device_rows,
                 self._hyper(hyper),
                 self.scalars,
-                self._float(transform.found_inf, self.no_overflow),
-                self._float(transform.grad_scale, self.no_scale),
-                square_sum,
+                _like(self.no_overflow, transform.found_inf),
+                _like(self.no_scale, transform.grad_scale),
+                _like(self.no_sum, transform.square_sum),
                 self.no_stats if transform.stats is None else transform.stats,
                 self.num_rows,
             )
@@ -214,10 +209,6 @@ class TritonRunner:
                 launch(len(blocks), self.device_rows, blocks, self.scalars)
             if self.staged:
                 self.staged.store_params()
-
-    def _float(self, value: Tensor | None, default: Tensor) -> Tensor:
-        """A value of the user's as the kernel reads it."""
-        return default if value is None else value.to(self.device, torch.float32, non_blocking=True)
 
     def _hyper(self, hyper: Hyper) -> Tensor:
         """The param groups' values on the device: float64, shape (G, HYPER).
@@ -228,13 +219,11 @@ class TritonRunner:
         known = [
             [x if x.__class__ is float else self._number(x) for x in values] for values in hyper
         ]
-        values = self.hyper_table.get(
-            known,
-            lambda: on_host(
-                [[0.0 if x is None else x for x in row] for row in known], torch.float64
-            ),
-            self.capturing,
-        )
+
+        def numbers() -> Tensor:
+            return on_host([[0.0 if x is None else x for x in row] for row in known], torch.float64)
+
+        values = self.hyper_table.get(known, numbers, self.capturing)
         unknown = [
             (i, j, x)
             for i, row in enumerate(hyper)
@@ -259,6 +248,11 @@ class TritonRunner:
         if self.device.type == "cpu":
             return contextlib.nullcontext()
         return torch.get_device_module(self.device).device(self.device)
+
+
+def _like(default: Tensor, value: Tensor | None) -> Tensor:
+    """The value with the device and dtype of its default, which stands for None."""
+    return default if value is None else value.to(default, non_blocking=True)
 
 
 def _mix(launch: Launch) -> tuple[torch.dtype, torch.dtype, str, str]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from fused_adam_kernels import table
 
 LANES, CHUNK = table.NORM_LANES, table.NORM_CHUNK
-BATCH = 16 * CHUNK  # elements per pass: 8 MiB as float64
+BATCH = 16 * CHUNK  # elements per pass: 4 MiB as float32
 
 
 def halving_sum(x: Tensor) -> Tensor:
@@ -34,6 +34,35 @@ def add_in_order(pieces: Tensor) -> Tensor:
     return total
 
 
+def add_squares_in_order(pieces: Tensor) -> Tensor:
+    """As above, of squares: float64. Squares and sums are rounded to the dtype of the pieces.
+
+    float32 sums keep what every addition rounds off, and get it back at the end.
+    """
+    if pieces.dtype == torch.float64:
+        return add_in_order(pieces.square())
+    total = pieces[..., 0, :].square()
+    error = torch.zeros_like(total)
+    square, bigger, part, rest = (torch.empty_like(total) for _ in range(4))
+    for k in range(1, pieces.shape[-2]):
+        # Two-sum (Knuth 1969), into memory that stays in the cache.
+        torch.square(pieces[..., k, :], out=square)
+        torch.add(total, square, out=bigger)
+        torch.sub(bigger, total, out=part)
+        torch.sub(bigger, part, out=rest)
+        total -= rest
+        square -= part
+        error += total.add_(square)
+        total, bigger = bigger, total
+    # An infinite sum has no error, but two-sum gives a NaN for it.
+    return total.double() + torch.where(total < torch.inf, error, 0.0).double()
+
+
+def _widened(grad: Tensor) -> Tensor:
+    """float64 as it is, everything else as float32."""
+    return grad if grad.dtype == torch.float64 else grad.float()
+
+
 def square_sums(grads: Sequence[Tensor]) -> list[Tensor]:
     """Sums of squares of the chunks of each gradient: float64, shape (ceil(n / CHUNK),) each.
 
@@ -45,9 +74,11 @@ def square_sums(grads: Sequence[Tensor]) -> list[Tensor]:
     # zeros at the end of a row do not change its sum.
     small = [i for i, grad in enumerate(grads) if 0 < grad.numel() <= LANES]
     if small:
-        rows = torch.nn.utils.rnn.pad_sequence([grads[i].double() for i in small], batch_first=True)
+        # float32 squares in float64 are as they are in float32.
+        squares = [_widened(grads[i]).square().double() for i in small]
+        rows = torch.nn.utils.rnn.pad_sequence(squares, batch_first=True)
         rows = torch.nn.functional.pad(rows, (0, LANES - rows.shape[1]))
-        for i, total in zip(small, halving_sum(rows.square()).unsqueeze(1), strict=True):
+        for i, total in zip(small, halving_sum(rows).unsqueeze(1), strict=True):
             sums[i] = total
     for i, grad in enumerate(grads):
         if grad.numel() > LANES:
@@ -59,9 +90,9 @@ def square_sums(grads: Sequence[Tensor]) -> list[Tensor]:
 
 def _chunk_sums(part: Tensor) -> Tensor:
     """Sums of squares of several whole chunks, or of one incomplete chunk; one per chunk."""
-    squares = part.double().square()
-    pieces = torch.nn.functional.pad(squares, (0, -squares.numel() % LANES))
-    return halving_sum(add_in_order(pieces.view(-1, min(CHUNK, pieces.numel()) // LANES, LANES)))
+    pieces = torch.nn.functional.pad(_widened(part), (0, -part.numel() % LANES))
+    pieces = pieces.view(-1, min(CHUNK, pieces.numel()) // LANES, LANES)
+    return halving_sum(add_squares_in_order(pieces))
 
 
 def square_sum(grads: Sequence[Tensor]) -> Tensor:

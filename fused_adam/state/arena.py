@@ -17,6 +17,8 @@ from .memory import Slot, as_flat, as_real, dense_layout, segments
 
 Entries = dict[str, EntrySpec]  # what one parameter's state consists of, besides the step counter
 State = MutableMapping[Any, Any]  # `optimizer.state`: parameter -> its entry, a dict
+Groups = Sequence[dict[str, Any]]  # `optimizer.param_groups`
+Params = Sequence[Tensor]  # parameters of one optimizer, in its order
 
 
 def reads_cost_nothing(tensor: Tensor) -> bool:
@@ -138,12 +140,15 @@ class ParamState:
         return self.counters.steps.data_ptr() + 4 * self.counter
 
 
+Owner = tuple[Tensor, str]  # a parameter, and the name of one of its entries
+
+
 class _MemoryRange(NamedTuple):
     """Addresses of one tensor's memory; `owner` is None where the memory is ours already."""
 
     start: int
     end: int
-    owner: tuple[Tensor, str] | None
+    owner: Owner | None
 
 
 class Arena:
@@ -164,14 +169,11 @@ class Arena:
         # copied into segments instead of being stepped on one by one.
         self.unpickled = False
 
-    def keep(self, params: Sequence[Tensor]) -> None:
+    def keep(self, params: Params) -> None:
         """Forget parameters that the optimizer no longer has."""
         known = set(map(id, params))
-        self.param_states = {
-            param: param_state
-            for param, param_state in self.param_states.items()
-            if id(param) in known
-        }
+        for param in [param for param in self.param_states if id(param) not in known]:
+            del self.param_states[param]
 
     def adopt(self, state: State, wanted: Mapping[Tensor, Entries], in_place: bool = True) -> None:
         """Give every parameter its state.
@@ -256,11 +258,9 @@ class Arena:
             param_state.layout = layout
             param_state.refs = {key: ref for key, ref in param_state.refs.items() if key == "step"}
 
-    def _usable(
-        self, state: State, wanted: Mapping[Tensor, Entries]
-    ) -> dict[tuple[Tensor, str], Tensor]:
+    def _usable(self, state: State, wanted: Mapping[Tensor, Entries]) -> dict[Owner, Tensor]:
         """Local tensors that the user put into `state` and that can be stepped on in place."""
-        candidates: dict[tuple[Tensor, str], Tensor] = {}
+        candidates: dict[Owner, Tensor] = {}
         ranges: list[_MemoryRange] = []
         for param, entries in wanted.items():
             entry, param_state = state.get(param, {}), self.param_states.get(param, ParamState())
@@ -291,7 +291,7 @@ class Arena:
                 del candidates[owner]
         return candidates
 
-    def _make_counters(self, state: State, params: Sequence[Tensor], device: torch.device) -> None:
+    def _make_counters(self, state: State, params: Params, device: torch.device) -> None:
         """One buffer of step counters for these parameters, with the counts of their entries."""
         entries = [state[param] for param in params]
         # Reading a counter waits for its device. It happens once, and only for counters that were
@@ -309,12 +309,7 @@ class Arena:
         counters.note()
 
     def _make_slots(
-        self,
-        state: State,
-        params: Sequence[Tensor],
-        key: str,
-        dtype: torch.dtype,
-        device: torch.device,
+        self, state: State, params: Params, key: str, dtype: torch.dtype, device: torch.device
     ) -> None:
         """Slots for one entry of these parameters, with the values of that entry."""
         # Scales have one element for every GROUP of the parameter.
@@ -391,7 +386,7 @@ def _is_writable(value: Tensor) -> bool:
     )
 
 
-def _overlapping(ranges: Iterable[_MemoryRange]) -> Iterable[tuple[Tensor, str]]:
+def _overlapping(ranges: Iterable[_MemoryRange]) -> Iterable[Owner]:
     """Owners whose memory overlaps another entry's: both would race if stepped on in place.
 
     What is ours stays, else the first of them.

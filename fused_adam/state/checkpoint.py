@@ -13,14 +13,16 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from ..distributed import local, to_dtensor
+from ..distributed import as_byte_pairs, local, to_dtensor
 from ..numerics import codecs
 from ..precision import ENTRIES, WEIGHTS, Recipe, as_seed, parse
 from . import shapes
-from .arena import Arena, Entries, ParamState, State
+from .arena import Arena, Entries, Groups, ParamState, State
 from .convert import convert, decode, parts_of_entry, same_storage, widened
-from .memory import Slot, with_own_storage
+from .memory import Slot, is_lazy, with_own_storage
 from .validate import check_entry, check_state_dict
+
+OWN_KEYS = ("precision", "seed")  # what we add to torch's param groups
 
 
 def exported(state_dict: dict[str, Any], arena: Arena) -> dict[str, Any]:
@@ -30,12 +32,9 @@ def exported(state_dict: dict[str, Any], arena: Arena) -> dict[str, Any]:
     because ours are views of one flat buffer on the device: torch.optim would advance a shared
     buffer once per parameter, and wait for the device as often.
     """
-    on_device = {
-        index
-        for group in state_dict["param_groups"]
-        if group.get("fused") or group.get("capturable")
-        for index in group["params"]
-    }
+    groups = state_dict["param_groups"]
+    groups_on_device = [x for x in groups if x.get("fused") or x.get("capturable")]
+    on_device = {index for group in groups_on_device for index in group["params"]}
     param_states = arena.param_states.values()
     slots = {id(s.view(key)): slot for s in param_states for key, slot in s.slots.items()}
     owners = {id(s.view("step")): s for s in param_states if s.counters and s.counters.ours}
@@ -55,6 +54,8 @@ def exported(state_dict: dict[str, Any], arena: Arena) -> dict[str, Any]:
             else:
                 step = step.cpu()
             sent = {key: _sendable(entry[key], slots) for key in entry if key in ENTRIES}
+            if isinstance(sent.get("remainder"), Tensor):
+                sent["remainder"] = as_byte_pairs(sent["remainder"])
             entry = {**entry, **sent, "step": step}
         state[index] = entry
     return {**state_dict, "state": state}
@@ -67,19 +68,13 @@ def _sendable(value: Any, slots: Mapping[int, Slot]) -> Any:
     own, never one that we step on. On a GPU only whole allocations can be sent: so the value
     becomes a view of its segment.
     """
-    if not _may_be_ours(value):
+    # Not what a differentiable step or a user made: a capsule cannot hold that.
+    if type(value) is not Tensor or value.requires_grad or value.is_meta or is_lazy(value):
         return value
     if value.device.type == "cpu":
         return with_own_storage(value)
     slot = slots.get(id(value))
     return value if slot is None else slot.view_within(value)
-
-
-def _may_be_ours(value: object) -> bool:
-    """False for what a differentiable step or a user made and a capsule cannot hold."""
-    return type(value) is Tensor and not (
-        value.requires_grad or value.is_meta or value.is_conj() or value.is_neg()
-    )
 
 
 class _Saved(NamedTuple):
@@ -91,9 +86,7 @@ class _Saved(NamedTuple):
     target: Recipe  # the optimizer's
 
 
-def _by_number(
-    groups: Sequence[Mapping[str, Any]], saved_groups: Sequence[dict[str, Any]]
-) -> dict[Any, _Saved]:
+def _by_number(groups: Groups, saved_groups: Groups) -> dict[Any, _Saved]:
     """Match saved parameters with ours by position, as torch does."""
     numbers: dict[Any, _Saved] = {}
     for group, saved in zip(groups, saved_groups, strict=True):
@@ -104,7 +97,7 @@ def _by_number(
 
 
 def load(
-    groups: Sequence[dict[str, Any]], arena: Arena, state: State, state_dict: Mapping[str, Any]
+    groups: Groups, arena: Arena, state: State, state_dict: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
     """Copy a checkpoint into the arena, tensor by tensor, and return the new param groups.
 
@@ -173,10 +166,15 @@ def _checked_copy(number: object, entry: Any, saved: _Saved) -> dict[str, Any]:
     return parts_of_entry(copy, saved.param)
 
 
+def _without_own(group: Mapping[str, Any]) -> dict[str, Any]:
+    """The param group as torch.optim has it."""
+    return {key: value for key, value in group.items() if key not in OWN_KEYS}
+
+
 def _merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     """The saved group with our parameters, their names and precision; the seed is the saved one."""
-    merged = {key: value for key, value in new.items() if key not in ("precision", "seed")}
-    merged |= {key: old[key] for key in ("precision", "seed") if key in old}
+    merged = _without_own(new)
+    merged |= {key: old[key] for key in OWN_KEYS if key in old}
     seed = as_seed(new.get("seed", 0))
     merged |= {"seed": seed} if "seed" in old and "seed" in new else {}
     if "param_names" in old:
@@ -193,7 +191,7 @@ def names_of(group: Mapping[str, Any]) -> Sequence[Any]:
     return names if len(names) == len(group["params"]) else range(len(group["params"]))
 
 
-def export_fp32(groups: Sequence[dict[str, Any]], state_dict: dict[str, Any]) -> dict[str, Any]:
+def export_fp32(groups: Groups, state_dict: dict[str, Any]) -> dict[str, Any]:
     """Weights by name or position, and a state_dict in torch's form: all float32 copies.
 
     Returns `{"params": {name: weight}, "state": state_dict}`.
@@ -204,11 +202,9 @@ def export_fp32(groups: Sequence[dict[str, Any]], state_dict: dict[str, Any]) ->
     names = [name for group in groups for name in names_of(group)]
     params = [param for group in groups for param in group["params"]]
     for number, name, param in zip(numbers, names, params, strict=True):
+        parts = parts_of_entry(state_dict["state"].get(number, {}), param)
         # Offloaded state is on the host.
-        entry = {
-            key: value.to(param.device) if key in ENTRIES else value
-            for key, value in parts_of_entry(state_dict["state"].get(number, {}), param).items()
-        }
+        entry = {key: v.to(param.device) if key in ENTRIES else v for key, v in parts.items()}
         part = local(param).detach()
         values = decode(entry, part)
         weight = values.pop("master_weight", None)
@@ -216,21 +212,15 @@ def export_fp32(groups: Sequence[dict[str, Any]], state_dict: dict[str, Any]) ->
             weight = widened(part)
         elif "master_weight" in entry:  # as the next step will see it
             weight = codecs.load_weight("master32", part, weight)
-        weights[name if isinstance(name, str) else number] = to_dtensor(
-            param, "param", weight.clone()
-        )
+        key_of_weight = name if isinstance(name, str) else number
+        weights[key_of_weight] = to_dtensor(param, "param", weight.clone())
         if entry:
             moments = {key: to_dtensor(param, key, v.clone()) for key, v in values.items()}
             others = {key: value for key, value in entry.items() if key not in ENTRIES}
             state[number] = {**others, **moments}
-    groups_of_torch = [
-        {key: value for key, value in group.items() if key not in ("precision", "seed")}
-        for group in state_dict["param_groups"]
-    ]
-    return {
-        "params": weights,
-        "state": exported({"state": state, "param_groups": groups_of_torch}, Arena()),
-    }
+    groups_of_torch = [_without_own(group) for group in state_dict["param_groups"]]
+    torch_state = {"state": state, "param_groups": groups_of_torch}
+    return {"params": weights, "state": exported(torch_state, Arena())}
 
 
 def _settle(

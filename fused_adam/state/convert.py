@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 
 from ..distributed import local, to_local
 from ..numerics import codecs
-from ..precision import CODED, ENTRIES, GROUP, STATES, WEIGHTS, Recipe
+from ..precision import CODED, CODES_AND_SCALES, ENTRIES, GROUP, STATES, WEIGHTS, Recipe
 from .arena import Arena
 from .memory import align, as_flat, dense_layout, is_dense
 
@@ -40,12 +40,11 @@ def same_storage(source: Recipe, target: Recipe, param: Tensor, entry: Mapping[s
 
 def reorder(entry: dict[str, Any], param: Tensor, recipe: Recipe) -> None:
     """Encode 8-bit moments anew if the parameter's elements lie in another order than they do."""
-    coded = [name for names in CODED.values() for name in names]
-    if coded[0] not in entry:
+    if CODES_AND_SCALES[0] not in entry:
         return
     part = local(param).detach()
     if not same_storage(recipe, recipe, part, parts_of_entry(entry, param)):
-        moments = {key: entry[key] for key in coded}
+        moments = {key: entry[key] for key in CODES_AND_SCALES}
         entry.update(convert(parts_of_entry(moments, param), part, recipe))
 
 
@@ -104,6 +103,7 @@ def decode(entry: Mapping[str, Any], param: Tensor) -> dict[str, Tensor]:
     values = {key: widened(entry[key]) for key in ("exp_avg", "exp_avg_sq") if key in entry}
     if CODED["exp_avg"][0] in entry:
         codes = [entry[code] for code, _ in CODED.values()]
+        # `as_flat` reads memory without gaps. A user's own tensor may have some.
         codes = [code if is_dense(code) else code.contiguous() for code in codes]
         scales = [entry[scale] for _, scale in CODED.values()]
         moments = codecs.decode_moments(*(_whole_groups(as_flat(code)) for code in codes), *scales)
@@ -114,11 +114,10 @@ def decode(entry: Mapping[str, Any], param: Tensor) -> dict[str, Tensor]:
     if "master_weight" in entry:
         values["master_weight"] = entry["master_weight"].float()
     elif "remainder" in entry:
-        high, remainder = param.detach(), entry["remainder"].to(param.device)
+        high = param.detach().contiguous()
+        remainder = entry["remainder"].to(param.device).contiguous()
         weights = "split32" if remainder.dtype == torch.int16 else "split24"
-        values["master_weight"] = codecs.load_weight(
-            weights, high.contiguous(), remainder.contiguous()
-        )
+        values["master_weight"] = codecs.load_weight(weights, high, remainder)
     return values
 
 
@@ -135,6 +134,7 @@ def convert(entry: Mapping[str, Any], param: Tensor, target: Recipe) -> dict[str
         return dict(entry)
     values = decode(entry, param)
     out = {key: value for key, value in entry.items() if key not in ENTRIES}
+    # On the host whatever the user's default device, and enough for whole groups.
     half = torch.full((align(param.numel()),), HALF, dtype=torch.int32, device="cpu")
     moments = {key: values[key] for key in CODED if key in values}
     if moments and target.states == "int8":
@@ -158,6 +158,7 @@ def convert(entry: Mapping[str, Any], param: Tensor, target: Recipe) -> dict[str
     elif weight is not None and target.weights in ("split32", "split24"):
         bits = half[: param.numel()].view(param.shape).to(weight.device)
         out["remainder"] = codecs.store_weight(target.weights, weight, bits)[1]
+    # Other recipes store no more of a weight than its parameter does: the rest is lost.
     return out
 
 
@@ -168,7 +169,5 @@ def _whole_groups(flat: Tensor) -> Tensor:
 
 def _in_order_of(param: Tensor, value: Tensor) -> Tensor:
     """The elements as one dimension, in the order in which the parameter's state holds them."""
-    size, stride = dense_layout(param)
-    return as_flat(
-        torch.empty_strided(size, stride, dtype=value.dtype, device=value.device).copy_(value)
-    )
+    memory = torch.empty_strided(*dense_layout(param), dtype=value.dtype, device=value.device)
+    return as_flat(memory.copy_(value))

@@ -55,16 +55,17 @@ def is_eligible(param: Tensor) -> bool:
 
 
 def _drop_grad(param: Tensor) -> bool:
-    """Set the gradient to None, unless somebody else holds it and may write to it."""
+    """Set the gradient to None, unless somebody else holds it and may write to it.
+
+    Returns whether there was a gradient, and now is none.
+    """
     grad = param.grad
     if grad is None:
-        return True
+        return False
     ref = weakref.ref(grad)
     param.grad = grad = None
-    held = ref()
-    if held is not None:
-        param.grad = held
-    return held is None
+    param.grad = ref()
+    return param.grad is None
 
 
 @dataclass(slots=True, eq=False)
@@ -131,7 +132,6 @@ class FlatBuffers:
 
     def __init__(self, params: Sequence[Tensor]) -> None:
         self.flat_params: dict[Tensor, FlatParam] = {}
-        self.grad_addresses: dict[Tensor, int] = {}
         self.grad_segments: list[Tensor] = []
         self.params = list(params)
         # Whether gradients are written or zeroed in ways that change no version, such as replays of
@@ -156,7 +156,6 @@ class FlatBuffers:
         param.data = slot.view(param).copy_(param.detach())
         view = grad_slot.view(param)
         self.flat_params[param] = FlatParam(slot, grad_slot, view, view._version)
-        self.grad_addresses[param] = grad_slot.address
         _our_storages.add(param.untyped_storage())
 
     def read(self, params: Sequence[Tensor]) -> list[Tensor | None]:
@@ -197,13 +196,11 @@ class FlatBuffers:
         A CUDA graph of a backward pass writes such gradients, or a collective over all of them.
         Waits for the device.
         """
-        zeroed = [
-            param.grad
-            for param in self.flat_params
-            if param.grad is not None and self._is_zeroed(param, param.grad)
-        ]
-        if any(bool(view.count_nonzero()) for view in zeroed):
-            self.uncounted = self.always = True
+        for param, flat_param in self.flat_params.items():
+            view = flat_param.grad_view
+            if param.grad is view and flat_param.is_zeroed() and bool(view.count_nonzero()):
+                self.uncounted = self.always = True
+                return
 
     def find(self, param: Tensor, grad: Tensor) -> FlatParam | None:
         """The slots of parameter and gradient, if both still are in them."""
@@ -223,7 +220,6 @@ class FlatBuffers:
         known = set(map(id, params))
         for param in [param for param in self.flat_params if id(param) not in known]:
             flat_param = self.flat_params.pop(param)
-            del self.grad_addresses[param]
             # Its gradient is somebody else's now, so it leaves the memory that we zero.
             if param.grad is flat_param.grad_view:
                 is_none = flat_param.is_zeroed() and not self.always
@@ -242,20 +238,15 @@ class FlatBuffers:
             torch._foreach_zero_(self.grad_segments)
         others = []
         for param in self.params:
-            flat_param, grad = self.flat_params.get(param), param.grad
-            if (
-                flat_param is None
-                or not flat_param.takes(param)
-                or (grad is None and not set_to_none)
-            ):
+            flat_param = self.flat_params.get(param)
+            if flat_param is None or not flat_param.takes(param):
                 others.append(param)
                 continue
-            attached = grad is flat_param.grad_view
-            del grad  # or `_drop_grad` would find us holding it
+            attached = param.grad is flat_param.grad_view
+            if not (attached or set_to_none or _drop_grad(param)):
+                others.append(param)
+                continue
             if not attached:
-                if not set_to_none and not _drop_grad(param):
-                    others.append(param)
-                    continue
                 param.grad = flat_param.grad_view
             if set_to_none:
                 flat_param.zeroed = flat_param.grad_view._version

@@ -64,14 +64,12 @@ def to_devices(arena: Arena, state: State, origins: Origins) -> None:
 
     Nothing is changed if memory runs out.
     """
-    copies = {
-        # Does not wait: torch's allocator keeps pinned memory until the copy from it is done.
-        segment: torch.empty_like(segment, device=origins[segment]).copy_(
-            segment, non_blocking=True
-        )
-        for segment in _segments(arena)
-        if segment in origins
-    }
+    copies = {}
+    for segment in _segments(arena):
+        if segment in origins:
+            memory = torch.empty_like(segment, device=origins[segment])
+            # Does not wait: torch's allocator keeps pinned memory until the copy from it is done.
+            copies[segment] = memory.copy_(segment, non_blocking=True)
     _replace(arena, state, copies)
 
 
@@ -102,27 +100,20 @@ def _foreign_copies(arena: Arena, state: State) -> Iterator[_HostCopy]:
 
 
 def _replace(arena: Arena, state: State, copies: dict[Tensor, Tensor]) -> None:
-    """Let every slot of these segments be the same slot of the segment's copy."""
+    """Let every slot of these segments be the same slot of the segment's copy.
+
+    Except where somebody else has put another tensor into the parameter's entry.
+    """
     for param, param_state in arena.param_states.items():
         entry = state.get(param, {})
         for key, slot in list(param_state.slots.items()):
-            if slot.segment in copies:
+            before = param_state.view(key)
+            if slot.segment in copies and before is not None and entry.get(key) is before:
                 copy = Slot(copies[slot.segment], slot.start, slot.numel)
-                _put(param, entry, param_state, key, copy)
+                # Shaped as before, not as the parameter is now: whether its layout has changed is
+                # for the next step to see.
+                view = to_dtensor(param, key, copy.view(local(before)))
+                param_state.slots[key] = copy
+                param_state.put(key, view)
+                entry[key] = view
     arena.state_moves += bool(copies)
-
-
-def _put(
-    param: Tensor, entry: dict[str, Any], param_state: ParamState, key: str, slot: Slot
-) -> None:
-    """Give the parameter this slot, unless somebody else has put another tensor into its entry."""
-    before = param_state.view(key)
-    if before is None:
-        return
-    # Shaped as before, not as the parameter is now: whether its layout has changed is for the next
-    # step to see.
-    view = to_dtensor(param, key, slot.view(local(before)))
-    if entry.get(key) is before:
-        param_state.slots[key] = slot
-        param_state.put(key, view)
-        entry[key] = view

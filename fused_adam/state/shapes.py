@@ -17,7 +17,7 @@ from fused_adam_kernels import table
 
 from ..distributed import group_elements, is_sharded, local, to_dtensor
 from ..precision import GROUP, GROUPED, parse
-from .arena import State
+from .arena import Groups, Params, State
 from .validate import check_pair
 
 
@@ -26,10 +26,11 @@ def _is_fake(param: Tensor) -> bool:
 
 
 def under_fake_mode() -> bool:
+    # torch has no public question for it. Every step asks, so it has to be a cheap one.
     return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
 
 
-def are_all(params: Sequence[Tensor]) -> bool:
+def are_all(params: Params) -> bool:
     """Whether a step is over fake tensors: parameters that were made under FakeTensorMode.
 
     Raises RuntimeError if only some are fake, or if the mode is on and the parameters are real.
@@ -47,7 +48,7 @@ def are_all(params: Sequence[Tensor]) -> bool:
     return True
 
 
-def refuse(action: str, params: Sequence[Tensor]) -> None:
+def refuse(action: str, params: Params) -> None:
     """Raise RuntimeError if some of the parameters are fake, or a mode is on."""
     if under_fake_mode() or any(map(_is_fake, params)):
         raise RuntimeError(
@@ -56,10 +57,10 @@ def refuse(action: str, params: Sequence[Tensor]) -> None:
 
 
 def step(
-    groups: Sequence[dict[str, Any]],
+    groups: Groups,
     state: State,
     grads: Sequence[Tensor | None],
-    only: Sequence[Tensor] | None,
+    only: Params | None,
     needs_norm: bool,
 ) -> Tensor | None:
     """Make the state of every parameter that is stepped, and count the step.
@@ -79,11 +80,14 @@ def step(
     stepped = []
     for i, (number, param, grad) in enumerate(zip(numbers, params, grads, strict=True)):
         if grad is not None and id(param) in wanted:
+            # Local parts can be compared once a DTensor's gradient has the parameter's placements.
+            # Moving it there is a collective.
             if not is_sharded(param):
                 check_pair(param, grad, f"parameter {i} (group {number})")
             stepped.append((groups[number], param))
     stats = None
     for group, param in stepped:
+        # The mode may be off by now, but state has to be fake wherever its parameter is.
         with local(param).fake_mode:  # type: ignore[attr-defined]
             entry = state.setdefault(param, {})
             if not entry:

@@ -167,15 +167,12 @@ class PackedCopies(StagedCopies):
         self.param_page, self.grad_page = pages
         self.flat_params = [as_flat(param) for param in params]
         self.one_dimensional = all(param.ndim == 1 for param in params)
-        first = scratch[0].slots["param"].start
+        slots = [copies.slots["param"] for copies in scratch]
+        first = slots[0].start
         # On the host whatever the user's default device.
-        places = [
-            torch.arange(slot.start - first, slot.start - first + slot.numel, device="cpu")
-            for slot in (copies.slots["param"] for copies in scratch)
-        ]
-        self.positions = torch.cat(places).to(
-            params[0].device
-        )  # element of the join -> of the page
+        places = [torch.arange(slot.numel, device="cpu") + (slot.start - first) for slot in slots]
+        # Element of the join -> element of the page.
+        self.positions = torch.cat(places).to(params[0].device)
 
     @staticmethod
     def suits(params: Sequence[Tensor]) -> bool:

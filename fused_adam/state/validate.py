@@ -60,20 +60,17 @@ def check_pair(param: Tensor, grad: Tensor, name: str) -> None:
         raise RuntimeError(
             f"{name} is a conjugate or negative view, which cannot be written; use .resolve_conj()"
         )
-    if any(
-        stride == 0 and size > 1 for size, stride in zip(param.shape, param.stride(), strict=True)
-    ):
+    # A kernel would write several values to one place. torch's operations refuse that as well, but
+    # in the middle of a step and without the parameter's name.
+    layout = zip(param.shape, param.stride(), strict=True)
+    if any(size > 1 and stride == 0 for size, stride in layout):
         raise RuntimeError(
             f"{name} is expanded: several of its elements share one place in memory; use .clone()"
         )
 
 
 def check_entry(
-    param: Tensor,
-    name: str,
-    entry: object,
-    wanted: Entries,
-    param_state: ParamState | None = None,
+    param: Tensor, name: str, entry: object, wanted: Entries, param_state: ParamState | None = None
 ) -> None:
     """Raise ValueError unless the entry is empty, or the whole state of its parameter.
 
@@ -128,6 +125,7 @@ def _check_keys(
 
 def _check_value(param: Tensor, name: str, key: str, value: object, spec: EntrySpec) -> None:
     what = f"state {key!r} of {name}"
+    # A tensor that is not of this parameter comes back as it is, and has the wrong shape.
     if isinstance(value, Tensor):
         value = to_local(param, key, value)
     if not isinstance(value, Tensor) or value.shape != spec.shape:
@@ -170,6 +168,7 @@ def _has_values_of(value: Tensor, dtype: torch.dtype, param: Tensor) -> bool:
     return (
         value.layout == torch.strided
         and not value.is_quantized
+        # Values on meta do not exist, which is right only for a parameter that has none either.
         and (param.is_meta or not value.is_meta)
         and (dtype.is_complex or not value.is_complex())
     )
@@ -199,6 +198,7 @@ def check_state_dict(groups: Sequence[Mapping[str, Any]], state_dict: Mapping[st
         raise ValueError("loaded state dict has a different number of parameter groups")
     for index, group in enumerate(saved):
         _check_group(f"param_groups[{index}] of the state_dict", group)
+    # Only now, when every saved group is known to have a list of parameters.
     if any(len(x["params"]) != len(y["params"]) for x, y in zip(groups, saved, strict=True)):
         raise ValueError(
             "loaded state dict contains a parameter group that doesn't match the size of "
@@ -213,6 +213,7 @@ def _check_group(name: str, group: object) -> None:
         if key not in group:
             raise ValueError(f"{name} has no {key!r}")
     params, betas = group["params"], group["betas"]
+    # The numbers of parameters are looked up in a dict, so they have to be hashable.
     if not isinstance(params, (list, tuple)) or any(isinstance(x, (list, dict)) for x in params):
         raise ValueError(
             f"'params' in {name} must be a list of numbers or names, but is {params!r}"

@@ -116,6 +116,7 @@ def square_sum(grad: torch.dtype) -> Variant:
         "LANES": norm.LANES,
         "LEVELS": norm.LEVELS,
         "CHUNK": norm.CHUNK,
+        "TAIL": 1,
         "LAYOUT": table.LAYOUT,
     }
     return Variant(norm.square_sum_kernel, arguments, constants, norm.LANES, grad.itemsize)
@@ -248,9 +249,9 @@ def read_nvidia(asm: Any) -> dict[str, Any]:
     accesses: dict[str, dict[int, int]] = {"LDG": {}, "STG": {}}
     for mask, name in instructions:
         kind, _, rest = name.partition(".")
-        # Elements are loaded under a mask, table entries are not.
-        if kind == "STG" or (kind == "LDG" and mask):
-            bits = next(width for key, width in reversed(widths.items()) if key in rest)
+        bits = next(width for key, width in reversed(widths.items()) if key in rest)
+        # Elements are loaded under a mask or 128 bits at a time, table entries are not.
+        if kind == "STG" or (kind == "LDG" and (mask or bits >= 128)):
             accesses[kind][bits] = accesses[kind].get(bits, 0) + 1
     return {
         "registers": usage["REG"],

@@ -1,17 +1,21 @@
 """What a run leaves behind when it is interrupted, when time is short, or when output is closed."""
 
+import contextlib
 import json
 import os
 import pathlib
+import runpy
 import signal
 import subprocess
 import sys
+import time
+import types
 from concurrent.futures import Future
 
 import pytest
 import torch
 
-from bench import cli, convergence, demo, host, step, suite, verify
+from bench import cli, convergence, demo, env, host, step, suite, verify
 from bench.harness import console, optimizers, plots, timing
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -327,6 +331,65 @@ def test_bytes_are_not_rounded():
     [upper, _] = plots.convergence_figure(record).axes
     labels = [label.get_text() for label in upper.get_yticklabels()]
     for label, result in zip(labels, record["results"], strict=True):
-        assert label == f"{result['name']}, {result['state_bytes']:.6g} B"
+        assert label == f"{result['name']}, {result['state_bytes']:.4g} B"
         assert abs(float(label.split()[-2]) - result["state_bytes"]) < 5e-4
     assert torch.tensor([r["state_bytes"] for r in record["results"]]).min() < 3
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
+def test_an_interrupted_command_says_so_in_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(env, "run", interrupt)
+    assert cli.main(["env"]) == 130
+    assert capsys.readouterr().err == "fused-adam-bench: interrupted\n"
+
+
+def test_an_interrupted_start_says_so_in_one_line(monkeypatch, capsys):
+    """Importing torch takes seconds."""
+    module = types.ModuleType("bench.cli")
+    module.__getattr__ = interrupt
+    monkeypatch.setitem(sys.modules, "bench.cli", module)
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("bench", run_name="__main__")
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == "fused-adam-bench: interrupted\n"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
+@pytest.mark.parametrize("wait", [0.0, 0.5])
+def test_an_interrupt_ends_the_processes_that_train_recipes(tmp_path, wait):
+    """Ctrl-C goes to all processes of the terminal, also while they are being started."""
+    out = ["--steps", "100000", "--plot", str(tmp_path / "none.png")]
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "bench",
+            "convergence",
+            "--device",
+            "cpu",
+            "--precision",
+            "split32",
+            *out,
+        ],
+        env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    children = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    try:
+        while (
+            len(children.read_text().split()) < 2 and process.poll() is None
+        ):  # multiprocessing's tracker is the first
+            time.sleep(0.05)
+        time.sleep(wait)
+        os.killpg(process.pid, signal.SIGINT)
+        error = process.communicate(timeout=60)[1]
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert (process.returncode, error) == (130, "fused-adam-bench: interrupted\n")

@@ -2,191 +2,42 @@
 included.
 
 A constructor, B param groups, C flags, D state, E gradients, H step and hooks, I checkpoints. What
-is deliberately different is in docs/differences.md and tested as such at the end;
+is deliberately different is tested in test_contract_differences.py;
 G (AMP) is in test_amp.py, and the arithmetic (F) in test_parity.py and test_accuracy.py.
 """
 
 import copy
 import inspect
-import io
-import pickle
 import unittest.mock
-import warnings
 
 import pytest
 import torch
+from actions import (
+    after,
+    fresh_pickle,
+    grad_mode_of_closure,
+    grouped,
+    groups_of,
+    hooks,
+    inf,
+    late_group,
+    listed_twice,
+    nan,
+    options,
+    outcome,
+    p,
+    reloaded,
+    snapshot,
+    stepped,
+    steps_as,
+    strided,
+    through_a_file,
+    with_grad,
+    without,
+)
 from torch import nn
 
 from fused_adam import FusedAdam, FusedAdamW
-
-nan, inf = float("nan"), float("inf")
-
-
-def p(*shape, dtype=torch.float32, grad=True):
-    """A parameter of ones, with a gradient of ones."""
-    param = torch.ones(shape, dtype=dtype).requires_grad_()
-    if grad:
-        param.grad = torch.ones(shape, dtype=dtype)
-    return param
-
-
-def options(**arguments):
-    """Construct, and return what was stored."""
-    return lambda cls: {
-        key: repr(value) for key, value in cls([p(2)], **arguments).defaults.items()
-    }
-
-
-def stepped(*params, steps=1, **arguments):
-    """Construct over fresh copies of the parameters, step, and return parameters and state."""
-
-    def action(cls):
-        fresh = copy.deepcopy(list(params))
-        for new, old in zip(fresh, params, strict=True):
-            new.grad = old.grad
-        optimizer = cls(fresh, **arguments)
-        for _ in range(steps):
-            optimizer.step()
-        return snapshot(optimizer)
-
-    return action
-
-
-def snapshot(optimizer):
-    """Values and layout of parameters and state; values rounded so that the last ulps of two paths
-    agree.
-    """
-
-    def describe(t):
-        t = t.detach()
-        number = torch.view_as_real(t) if t.is_complex() else t
-        return (
-            t.dtype,
-            tuple(t.shape),
-            t.stride(),
-            [round(x, 4) for x in number.double().flatten().tolist()],
-        )
-
-    return [
-        (
-            describe(param),
-            {key: describe(value) for key, value in optimizer.state.get(param, {}).items()},
-        )
-        for group in optimizer.param_groups
-        for param in group["params"]
-    ]
-
-
-def groups_of(optimizer):
-    return [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-
-
-def grouped(params, **arguments):
-    return lambda cls: groups_of(cls(params() if callable(params) else params, **arguments))
-
-
-def after(action):
-    """Run `action(optimizer)` on an optimizer of two stepped parameters."""
-
-    def run(cls):
-        optimizer = cls([p(2), p(3)], lr=0.1)
-        optimizer.step()
-        return action(optimizer)
-
-    return run
-
-
-def strided(grad=True):
-    param = torch.ones(4, 6)[:, ::2].requires_grad_()
-    if grad:
-        param.grad = torch.ones(4, 3)
-    return param
-
-
-def with_grad(param, grad):
-    param.grad = grad
-    return param
-
-
-def late_group(optimizer):
-    optimizer.add_param_group({"params": [p(4)], "lr": 0.5})
-    optimizer.step()
-    return snapshot(optimizer), groups_of(optimizer)
-
-
-def listed_twice(cls):
-    param = p(3)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        optimizer = cls([param, param], lr=0.1)
-        optimizer.step()
-    return [str(w.message) for w in caught], snapshot(optimizer)
-
-
-def hooks(optimizer):
-    seen = []
-    optimizer.register_step_pre_hook(
-        lambda o, args, kwargs: seen.append((args[0] is o, list(kwargs)))
-    )
-    optimizer.register_step_post_hook(lambda o, args, kwargs: seen.append(len(args)))
-    optimizer.step(closure=lambda: seen.append("closure"))
-    return seen
-
-
-def grad_mode_of_closure(optimizer):
-    with torch.no_grad():
-        return optimizer.step(torch.is_grad_enabled)
-
-
-def reloaded(change):
-    """Save after two steps, change the dict, load into a new optimizer, step once more."""
-
-    def run(cls):
-        optimizer = cls([p(2), p(3)], lr=0.1)
-        optimizer.step()
-        optimizer.step()
-        saved = copy.deepcopy(optimizer.state_dict())
-        saved = change(saved) or saved
-        other = cls([p(2), p(3)], lr=0.7)
-        other.load_state_dict(saved)
-        other.step()
-        return snapshot(other), groups_of(other)
-
-    return run
-
-
-def without(*keys):
-    def change(saved):
-        for group in saved["param_groups"]:
-            for key in keys:
-                group.pop(key, None)
-
-    return change
-
-
-def steps_as(kind):
-    def change(saved):
-        for entry in saved["state"].values():
-            entry["step"] = kind(entry["step"])
-
-    return change
-
-
-def through_a_file(saved):
-    file = io.BytesIO()
-    torch.save(saved, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
-
-
-def fresh_pickle(optimizer):
-    twin = pickle.loads(pickle.dumps(optimizer))
-    twin.step()
-    keys_are_params = all(
-        any(key is q for g in twin.param_groups for q in g["params"]) for key in twin.state
-    )
-    return snapshot(twin), groups_of(twin), keys_are_params
-
 
 ONE = torch.tensor(1e-2)
 BETAS = [
@@ -555,22 +406,6 @@ def _(cls):
     return seen
 
 
-def outcome(action, cls):
-    """The action's result, or the error it raised; the class's own name and address taken out of
-    texts.
-    """
-    name = cls.__name__
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            result = action(cls)
-    except Exception as error:
-        result = (type(error).__name__, str(error))
-    if isinstance(result, torch.optim.Optimizer):
-        result = "an optimizer"
-    return repr(result).replace(name, "Adam")
-
-
 @pytest.mark.parametrize(
     ("ours", "theirs"), [(FusedAdam, torch.optim.Adam), (FusedAdamW, torch.optim.AdamW)]
 )
@@ -594,104 +429,3 @@ def test_a1_signature_begins_with_torchs(ours, theirs):
 def test_a2_classes():
     assert issubclass(FusedAdamW, (FusedAdam)) and issubclass(FusedAdamW, torch.optim.AdamW)
     assert "decoupled_weight_decay" not in inspect.signature(FusedAdamW).parameters
-
-
-class TestDifferences:
-    """Each has its line in docs/differences.md."""
-
-    def test_a8_capturable_steps_on_a_cpu(self):
-        assert outcome(stepped(p(2), capturable=True), FusedAdam) == outcome(
-            stepped(p(2)), FusedAdam
-        )
-        assert "AssertionError" in outcome(stepped(p(2), capturable=True), torch.optim.Adam)
-
-    def test_b8_amsgrad_turned_on_starts_from_zero(self):
-        def turn_on(cls):
-            optimizer = cls([p(2)])
-            optimizer.step()
-            optimizer.param_groups[0]["amsgrad"] = True
-            optimizer.step()
-            return snapshot(optimizer)
-
-        assert "KeyError" in outcome(turn_on, torch.optim.Adam)
-        [(_, state)] = turn_on(FusedAdam)
-        assert state["max_exp_avg_sq"] == state["exp_avg_sq"]
-
-    def test_c1_foreach_and_fused_choose_no_code_path(self):
-        runs = [
-            outcome(stepped(p(5), steps=3, **{key: True}), FusedAdam)
-            for key in ("foreach", "fused", "amsgrad")
-        ]
-        assert runs[0] == runs[1] != runs[2]
-
-    def test_c6_there_is_no_functional_form(self):
-        import fused_adam
-
-        assert fused_adam.__all__ == [
-            "FusedAdam",
-            "FusedAdamW",
-            "__version__",
-            "param_groups",
-            "step_in_backward",
-        ]
-
-    def test_c2_fused_takes_complex_parameters(self):
-        complex_ = p(2, dtype=torch.complex64)
-        theirs = outcome(stepped(complex_, fused=True), torch.optim.Adam)
-        assert "requires all the params to be floating point" in theirs
-        assert outcome(stepped(complex_, fused=True), FusedAdam) == outcome(
-            stepped(complex_), FusedAdam
-        )
-
-    def test_d4_step_is_float32_whatever_the_default_dtype(self):
-        torch.set_default_dtype(torch.float64)
-        try:
-            ours, theirs = FusedAdam([p(2)]), torch.optim.Adam([p(2)])
-            for optimizer in (ours, theirs):
-                optimizer.step()
-        finally:
-            torch.set_default_dtype(torch.float32)
-        [mine], [other] = ours.state.values(), theirs.state.values()
-        assert mine["step"].dtype == torch.float32 and other["step"].dtype == torch.float64
-        ours.load_state_dict(theirs.state_dict())
-        theirs.load_state_dict(ours.state_dict())
-
-    def test_e3_e4_gradients_of_another_dtype(self):
-        param = p(3, grad=False)
-        param.grad_dtype = torch.bfloat16
-        param.grad = torch.ones(3, dtype=torch.bfloat16)
-        with pytest.raises(RuntimeError, match="dtype"):
-            torch.optim.Adam([param]).step()
-        FusedAdam([param], lr=0.5).step()
-        torch.testing.assert_close(param.detach(), torch.full((3,), 0.5))
-
-    def test_e5_fused_on_cpu_corrupts_strided_parameters_in_torch_only(self):
-        def run(cls):
-            buffer = torch.zeros(4, 6)
-            param = buffer[:, ::2].requires_grad_()
-            param.grad = torch.ones(4, 3)
-            cls([param], lr=0.5, fused=True).step()
-            return buffer.detach()
-
-        assert (run(FusedAdam)[:, 1::2] == 0).all() and torch.allclose(
-            run(FusedAdam)[:, ::2], torch.tensor(-0.5)
-        )
-        assert (run(torch.optim.Adam)[:, 1::2] != 0).any()
-
-    def test_i3_loading_never_aliases(self):
-        for cls, aliased in ((FusedAdam, False), (torch.optim.Adam, True)):
-            source, target = cls([p(2)]), cls([p(2)])
-            source.step()
-            saved = source.state_dict()
-            target.load_state_dict(saved)
-            [entry] = target.state.values()
-            assert (
-                entry["exp_avg"].data_ptr() == saved["state"][0]["exp_avg"].data_ptr()
-            ) == aliased
-
-    def test_i2_shapes_are_checked_on_load(self):
-        source, target = FusedAdam([p(2)]), FusedAdam([p(3)])
-        source.step()
-        with pytest.raises(ValueError, match=r"shape \(2,\).*shape \(3,\)"):
-            target.load_state_dict(source.state_dict())
-        torch.optim.Adam([p(3)]).load_state_dict(source.state_dict())

@@ -8,7 +8,7 @@ What others have (`test_the_list_is_right` checks that they exist):
   numerics/test_codegen.py::test_every_offset_to_an_element_is_64_bits_wide
 - strided, expanded, transposed, channels_last (pytorch#110758, #106951):
   numerics/test_kernel.py::test_any_layout_of_parameter_and_gradient,
-  numerics/test_recipes.py::test_channels_last_on_both_backends
+  numerics/test_recipe_bits.py::test_channels_last_on_both_backends
 - misaligned views: numerics/test_kernel.py::test_nothing_around_the_buffers_is_touched
 - one step counter for all parameters (TransformerEngine#1986):
   contract/test_optimizer.py::test_frozen_and_unfrozen_layers_keep_their_counters
@@ -22,27 +22,27 @@ What others have (`test_the_list_is_right` checks that they exist):
   state/test_recipe_checkpoints.py::test_resuming_is_bit_equal_to_not_having_stopped,
   state/test_checkpoint.py::test_moments_are_kept_in_the_parameters_dtype
 - bf16 moments or no master weight where better ones were asked for (apex#1728):
-  numerics/test_recipes.py::test_what_is_stored_is_what_the_recipe_says
+  numerics/test_recipe_bits.py::test_what_is_stored_is_what_the_recipe_says
 - bf16 weights that stand still, decay that is lost (pytorch#120376):
-  numerics/test_recipes.py::test_decay_alone_arrives,
+  numerics/test_recipe_training.py::test_decay_alone_arrives,
   numerics/test_accuracy.py::test_error_no_higher_than_torchs_best
 - second moments in 8 bits that go stale:
-  numerics/test_recipes.py::test_second_moments_do_not_go_stale
+  numerics/test_recipe_training.py::test_second_moments_do_not_go_stale
 - one stream of random bits for all tensors (llm.c#597):
-  numerics/test_codecs.py::test_words_are_keyed_by_element_step_and_ordinal
+  numerics/test_codec_words.py::test_words_are_keyed_by_element_step_and_ordinal
 - clipping before unscaling (apex#1512):
   numerics/test_clip.py::test_under_a_scaler_the_norm_is_of_unscaled_gradients
 - an overflow flag of two that does not skip:
   contract/test_amp.py::test_g5_g6_any_found_inf_but_zero_skips
 - swapped data, swapped tensors, moved gradients:
-  contract/test_optimizer.py::test_swapped_data_is_noticed,
-  contract/test_optimizer.py::test_swapped_tensors_are_noticed,
+  contract/test_outside_changes.py::test_swapped_data_is_noticed,
+  contract/test_outside_changes.py::test_swapped_tensors_are_noticed,
   numerics/test_kernel.py::test_gradients_move_between_steps
 - another dtype at the same address:
-  contract/test_optimizer.py::test_a_gradient_of_another_dtype_at_the_same_address_is_noticed
+  contract/test_outside_changes.py::test_a_gradient_of_another_dtype_at_the_same_address_is_noticed
 - parameters that overlap or are listed twice:
-  contract/test_optimizer.py::test_parameters_that_overlap_are_stepped_in_order,
-  contract/test_optimizer.py::test_a_parameter_listed_twice_is_stepped_twice
+  contract/test_overlaps.py::test_parameters_that_overlap_are_stepped_in_order,
+  contract/test_overlaps.py::test_a_parameter_listed_twice_is_stepped_twice
 - writes that autograd does not see:
   contract/test_optimizer.py::test_autograd_notices_that_a_step_changed_a_saved_tensor
 - a wait per parameter and step (pytorch#128208):

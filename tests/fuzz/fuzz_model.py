@@ -371,6 +371,10 @@ class Model:
                 multiplier_error = 2.0**-53 * (
                     8 + sum(grads[i].size for _, i in listed)
                 )  # a sum in any order
+                if any((np.float32(grads[i]) == grads[i]).all() for _, i in listed):
+                    # Of another dtype than float64: squares are rounded to float32, each by 2^-24
+                    # of itself at most, and a root halves that.
+                    multiplier_error += 2.0**-25
             found_inf |= self.skip_nonfinite and not math.isfinite(self.norm)
             self.skipped += found_inf
         if found_inf:

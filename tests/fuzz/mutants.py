@@ -25,7 +25,9 @@ LIMIT_S = 600  # a mutant that makes a test hang
 
 @dataclass(frozen=True)
 class Mutant:
-    """`old` in `file` becomes `new`; one of `tests` (pytest arguments, under tests/) must fail."""
+    """`old` in `file` becomes `new`; one of `tests` (under tests/) must fail, where pytest is given
+    the options that `tests` begin with.
+    """
 
     file: str
     old: str
@@ -57,6 +59,11 @@ def listed() -> list[Mutant]:
     return mutants
 
 
+def is_option(word: str) -> bool:
+    """Whether this is an option of pytest among names of tests, as in `--ptx=sm_90`."""
+    return word.startswith("--")
+
+
 def pytest(folder: pathlib.Path, tests: str) -> tuple[int, str]:
     """Exit status and output of pytest in a copy of the tree."""
     environment = {
@@ -64,7 +71,7 @@ def pytest(folder: pathlib.Path, tests: str) -> tuple[int, str]:
         "PYTHONPATH": os.pathsep.join([str(folder), str(folder / "kernels")]),
         "PYTHONDONTWRITEBYTECODE": "1",  # or equal sizes and times share bytecode
     }
-    arguments = [f"tests/{test}" for test in tests.split()]
+    arguments = [word if is_option(word) else f"tests/{word}" for word in tests.split()]
     try:
         done = subprocess.run(
             [
@@ -121,6 +128,21 @@ def verdict(
     return word, time.perf_counter() - started
 
 
+def runs(mutants: list[Mutant]) -> list[str]:
+    """All tests of some mutants, for `pytest`: a part per worker and set of options."""
+    every: dict[str, set[str]] = {}
+    for mutant in mutants:
+        words = mutant.tests.split()
+        options = " ".join(filter(is_option, words))
+        every.setdefault(options, set()).update(w for w in words if not is_option(w))
+    return [
+        " ".join([options, *part])
+        for options, tests in sorted(every.items())
+        for part in (sorted(tests)[worker::WORKERS] for worker in range(WORKERS))
+        if part
+    ]
+
+
 def main(only: list[str]) -> int:
     """Run the mutants whose names contain one of the words given, or all."""
     chosen = [m for m in listed() if not only or any(word in m.name for word in only)]
@@ -137,8 +159,7 @@ def main(only: list[str]) -> int:
             shutil.copytree(ROOT, folder, ignore=ignored)
             folders.put(folder)
         # First that the tests pass where nothing is changed: else a failure would prove nothing.
-        every = sorted({test for mutant in chosen for test in mutant.tests.split()})
-        parts = [" ".join(every[worker::WORKERS]) for worker in range(min(WORKERS, len(every)))]
+        parts = runs(chosen)
         clean = list(pool.map(lambda part: verdict(None, part, folders), parts))
         if any(word != "survived" for word, _ in clean):
             print("the tests fail without any mutant")

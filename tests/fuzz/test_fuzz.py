@@ -176,8 +176,8 @@ def poisoned_steps_done(patch):
 def parameters_that_moved_unnoticed(patch):
     init = watch.PlanGuard.__init__
 
-    def blind(self, *args):
-        init(self, *args)
+    def blind(self, *args, **kwargs):
+        init(self, *args, **kwargs)
         self.addresses = type(
             "Any", (), {"__ne__": lambda self, other: False, "__eq__": lambda self, other: True}
         )()

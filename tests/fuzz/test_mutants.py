@@ -1,7 +1,7 @@
 """The list of `make mutants` fits the sources: each fault has one place, and its tests exist."""
 
 import pytest
-from mutants import ROOT, listed
+from mutants import ROOT, Mutant, is_option, listed, runs
 from named import missing
 
 MUTANTS = listed()
@@ -13,7 +13,8 @@ def test_each_fault_has_one_place(mutant):
 
 
 def test_the_tests_exist():
-    tests = [test for mutant in MUTANTS for test in mutant.tests.split()]
+    words = [word for mutant in MUTANTS for word in mutant.tests.split()]
+    tests = [word for word in words if not is_option(word)]
     assert missing(" ".join(tests)) == [] and all(
         (ROOT / "tests" / t.split("::")[0]).exists() for t in tests
     )
@@ -23,3 +24,8 @@ def test_there_are_many_and_none_twice():
     assert (
         len({mutant.name for mutant in MUTANTS}) == len(MUTANTS) > 80
     )  # as docs/guarantees.md says
+
+
+def test_tests_with_other_options_run_apart():
+    mutants = [Mutant("", "", "", tests) for tests in ("b a", "--ptx=sm_90 a", "c")]
+    assert [run.split() for run in runs(mutants)] == [["a", "c"], ["b"], ["--ptx=sm_90", "a"]]

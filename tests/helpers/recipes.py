@@ -1,10 +1,12 @@
 """Parameters trained under a precision recipe."""
 
+import pytest
 import torch
 from torch import nn
 from training import gradient, values
 
 from fused_adam import FusedAdamW
+from fused_adam.precision import NAMES
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 RECOMMENDED = [
@@ -20,6 +22,8 @@ RECOMMENDED = [
 # Around a group (32), its multiples, a chunk of the kernel (8192 in the interpreter); empty and
 # 0-dim.
 SMALL = [(), (31,), (0, 3), (5, 13)]
+every_recipe = pytest.mark.parametrize("precision", NAMES)
+every_backend = pytest.mark.parametrize("backend", ["reference", "triton"])
 
 
 def dtype_of(precision):

@@ -229,6 +229,7 @@ def through_full_state(rank, dtype, options):
     ("dtype", "options"),
     [
         (torch.float32, {"amsgrad": True}),
+        (torch.bfloat16, {"precision": "split32"}),
         (torch.bfloat16, {"precision": "split24-bf16"}),
         (torch.bfloat16, {"precision": "master32"}),
     ],
@@ -237,14 +238,6 @@ def through_full_state(rank, dtype, options):
 def test_full_state_dicts(dtype, options):
     for saved, single, resumed in run_ranks(2, through_full_state, dtype, options):
         assert same_bits(saved, single) and same_bits(saved, resumed)
-
-
-def test_torch_gathers_no_int16():
-    """As docs/distributed.md and docs/differences.md say of split32's remainders; if torch learns
-    to, this fails, and the lines can go.
-    """
-    with pytest.raises(RuntimeError, match="Invalid scalar type"):
-        run_ranks(2, through_full_state, torch.bfloat16, {"precision": "split32"})
 
 
 def converted(rank):

@@ -42,6 +42,9 @@ AMD = {
     "bf16": ({"64": 4}, {"64": 3}),
     "bf16-fp32-state": ({"128": 2, "64": 2}, {"128": 2, "64": 1}),
 }
+# 1024 elements over 128 threads: 8 each.
+NORMS = {"norm-fp32": 2, "norm-bf16": 1}
+NORM_TARGETS = ["sm_80", "sm_90", "sm_100", "sm_120"]
 ELSEWHERE = ["sm_80", "sm_86", "sm_89", "sm_100", "sm_120", "gfx942"]
 UPDATES = [
     *((name, "sm_90") for name in (*NVIDIA, *RECIPES)),
@@ -60,6 +63,7 @@ def reports():
         *inspect, "--arch", "sm_90", "--variant", *NVIDIA, *RECIPES, *INT8, "fp64", "prologue"
     )
     found += outside_the_interpreter(*inspect, "--arch", *ELSEWHERE, "--variant", *AMD)
+    found += outside_the_interpreter(*inspect, "--arch", *NORM_TARGETS, "--variant", *NORMS)
     return {(report["variant"], report["target"]): report for report in found}
 
 
@@ -176,5 +180,34 @@ def test_every_offset_to_an_element_is_64_bits_wide():
     assert elements == {
         "fp32-amsgrad": ["tensor<1024xi64>"] * 5
         + ["tensor<256xi64>"] * 5,  # body and tail of p, g, m, v, v_max
-        "norm-fp32": ["tensor<1024xi64>"],
+        "norm-fp32": ["tensor<1024xi64>"] * 2,  # body and tail
     }
+
+
+NORM_LOOPS = """
+import json, re
+from fused_adam_kernels.inspect import TARGETS, VARIANTS, compiled
+print(json.dumps({
+    name: re.findall(
+        r"scf[.]for.*?scf[.]yield",
+        compiled(VARIANTS[name], TARGETS["sm_90"]).asm["ttir"],
+        re.S,
+    )
+    for name in ("norm-fp32", "norm-bf16")
+}))
+"""
+
+
+def test_gradient_norms_take_no_float64_per_element():
+    """GPUs with little of it would be bound by it. Only lanes and chunks are added in float64."""
+    for loops in outside_the_interpreter("-c", NORM_LOOPS).values():
+        assert len(loops) == 2 and not any("f64" in loop for loop in loops)
+
+
+@pytest.mark.parametrize("target", NORM_TARGETS)
+@pytest.mark.parametrize("variant", NORMS)
+def test_gradient_norms_load_vectors_and_fuse_nothing(reports, variant, target):
+    report = reports[variant, target]
+    assert report["loads"]["128"] == NORMS[variant]
+    assert report["fused"] <= 0  # ptxas computes some additions twice
+    assert (report["spills"], report["local_bytes"]) == (0, 0)

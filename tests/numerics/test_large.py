@@ -47,6 +47,7 @@ def updated_at(first, dtype, numel=100):
     return dict(zip(NAMES, buffers, strict=True))
 
 
+@pytest.mark.ptx
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_chunks_far_behind_the_first_element(dtype):
     """The chunk's address is the row's address plus 24 gigabytes, and that is where the update
