@@ -41,6 +41,7 @@ PEERS = (
     "transformer-engine",
     "deepspeed",
 )
+TRAINED = ("gpt2", "llama-3-8b", "tiny")  # the names of `train.MODELS`
 MOST_STEPS = 1_000_000
 
 
@@ -239,6 +240,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     ),
     "--steps": text(ANY_STEPS, "N", "training steps (default: 250)"),
     "--seed": text(SEED, "N", "of weights and batches (default: 0)", default=0),
+    "--memory": text(positive_number, "GB", "of the GPU's memory, at most (default: all of it)"),
+    "--in-backward": flag("FusedAdamW steps while backward runs (step_in_backward)"),
     "--seeds": text(whole_number(2, 100), "N", "how many seeds, from --seed on (default: 3)"),
 }
 MODEL = ("--model", "--shapes", "--hf-config")  # one of them
@@ -307,6 +310,22 @@ COMMANDS = {
         "train a small GPT with torch's AdamW, FusedAdamW and its flatten=True, and compare them",
         ("--device", "--json", "--plot", "--steps", "--seed"),
         {"--plot": {"default": "demo.png", "help": "the picture (default: demo.png)"}},
+    ),
+    "train": Command(
+        "train GPT-2 or an 8 B Llama in bf16: tokens per second, peak memory, loss",
+        (
+            *("--device", "--json", "--model", "--peers", "--precision"),
+            *("--steps", "--seed", "--memory", "--in-backward"),
+        ),
+        {
+            "--model": text(
+                list_of(one_of(TRAINED)), "NAME,...", f"default: gpt2; of: {', '.join(TRAINED)}"
+            ),
+            "--peers": text(
+                list_of(one_of(("torch-fused",))), "NAME", "torch-fused, or nothing (the default)"
+            ),
+            "--steps": {"help": "training steps (default: 150)"},
+        },
     ),
     "convergence": Command(
         "train a small GPT under precision recipes, and with torch's AdamW in fp32 and bf16",

@@ -6,7 +6,7 @@ import argparse
 import re
 from pathlib import Path
 
-from . import convergence, demo, env, schemes, suite, verify
+from . import convergence, demo, env, schemes, suite, train, verify
 from .harness.console import Screen, Table, markdown_lines
 from .harness.results import Record, read
 from .harness.session import TableMaker, all_tables, draw
@@ -18,6 +18,7 @@ TABLES: dict[str, TableMaker] = {
     "suite": suite.tables,
     "schemes": schemes.tables,
     "demo": demo.tables,
+    "train": train.tables,
     "convergence": convergence.tables,
     "recipes": convergence.tables,  # its name in older records
 }

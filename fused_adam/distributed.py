@@ -159,9 +159,11 @@ def _from_byte_pairs(param: Tensor, value: Tensor) -> Tensor:
     """What `as_byte_pairs` made of an entry of this parameter, in int16; others as they are."""
     if value.dtype != torch.int8 or value.shape != (*param.shape, 2):
         return value
+    # Gathered or moved as bytes: int16 could not be. Other meshes are refused later.
+    if is_sharded(value) and not is_sharded(param):
+        value = value.full_tensor()
     if not is_sharded(value):
         return value.contiguous().view(torch.int16).squeeze(-1)
-    # Moved while it can be. Other meshes are refused later.
     if is_sharded(param) and value.device_mesh == param.device_mesh:
         value = value.redistribute(param.device_mesh, param.placements)
     whole = value._local_tensor.contiguous().view(torch.int16).squeeze(-1)

@@ -19,6 +19,8 @@ from test_layout import FLOOR, MODULES, name_of, room_of
 from torch import nn
 
 from bench import cli, report
+from bench.harness.console import three_digits
+from bench.harness.results import read
 from bench.verify import HASH
 from fused_adam.precision import parse
 
@@ -227,6 +229,30 @@ def test_tables_of_records_are_what_the_command_writes():
     assert pages
     for page in pages:
         assert report.update_document(PAGES[page], (ROOT / page).parent) == PAGES[page]
+
+
+SPEED = {
+    "gpt2": "GPT-2, 124 M",
+    "llama-3-8b/16": "Llama 3 8B, shard of 16",
+    "many-small": "2000 small tensors",
+}
+
+
+def test_the_readmes_times_are_those_of_the_records():
+    rows = []
+    for name, dtype in (("fp32", "float32"), ("bf16", "bfloat16")):
+        results = read(ROOT / "bench" / "results" / f"h100-step-{name}.json")["results"]
+        eager = {(r["model"], r["optimizer"]): r for r in results if r["mode"] == "eager"}
+        for model in SPEED:
+            if (model, "FusedAdamW") in eager:
+                ours, torchs = (eager[model, one] for one in ("FusedAdamW", "torch fused"))
+                assert ours["dtype"] == dtype
+                numbers = (one["step_ms"]["median"] for one in (ours, torchs))
+                cells = [*numbers, ours["speedup"]["median"]]
+                cells = [f"{SPEED[model]}, {name}", *map(three_digits, cells)]
+                rows.append(f"| {' | '.join(cells)} |")
+    shown = re.findall(r"^\| .*, (?:fp32|bf16) \|.*$", PAGES["README.md"], re.M)
+    assert len(shown) > 3 and set(shown) <= set(rows)
 
 
 def test_the_published_hash_is_the_tested_one():

@@ -26,7 +26,7 @@ class Variant:
             per block.
     """
 
-    changes: dict[str, int] = dataclasses.field(default_factory=dict)
+    changes: dict[str, int | None] = dataclasses.field(default_factory=dict)
     edits: Sequence[tuple[str, str, str]] = ()
     chunks: int = 1
     programs_per_sm: int = 0
@@ -38,10 +38,17 @@ ENTRY = """    row = tl.load(blocks_ptr + 2 * program).to(tl.int64)
 BODY = "    update_block(body, s, key, start, body_end,"
 
 
-def several_chunks(number: int) -> Variant:
-    """Each program reads its row and scalars once for several blocks."""
+def several_chunks(number: int, stages: int = 0, **changes: int | None) -> Variant:
+    """Each program reads its row and scalars once for several blocks.
+
+    stages: how many blocks' loads are under way at once, through shared memory; 0: as the compiler
+        schedules one block after the other.
+    """
+    loop = f"tl.range({{}}, num_stages={stages})" if stages else "range({})"
+    loop = loop.format("start, tl.minimum(start + SPAN, body_end), BLOCK")
     span = f"{number} * BLOCK"
     return Variant(
+        changes,
         edits=(
             (
                 "adam.py",
@@ -51,7 +58,7 @@ def several_chunks(number: int) -> Variant:
             (
                 "adam.py",
                 BODY,
-                f"    for first in range(start, tl.minimum(start + {span}, body_end), BLOCK):\n"
+                f"    for first in {loop.replace('SPAN', span)}:\n"
                 f"    {BODY.replace('start', 'first')}",
             ),
             ("adam.py", "tl.minimum(start + BLOCK, n)", f"tl.minimum(start + {span}, n)"),
@@ -138,10 +145,17 @@ def variants() -> dict[str, Variant]:
     """All, by name, in the order in which they promise most."""
     return {
         "today": Variant(),
+        "any registers": Variant({"max_registers": None}),
         "block 2048": Variant({"block": 2048}),
+        "72 registers": Variant({"max_registers": 72}),
         "80 registers": Variant({"max_registers": 80}),
+        "80 registers, 2 warps": Variant({"max_registers": 80, "num_warps": 2}),
+        "96 registers": Variant({"max_registers": 96}),
         "4 chunks per program": several_chunks(4),
         "8 chunks per program": several_chunks(8),
+        "8 chunks, 2 stages": several_chunks(8, stages=2),
+        "8 chunks, 2 stages, 64 registers": several_chunks(8, stages=2, max_registers=64),
+        "8 chunks, 3 stages": several_chunks(8, stages=3),
         "staying programs": staying_programs(),
         "rows of 128 bytes": WIDE_ROWS,
         "streaming": STREAMING,

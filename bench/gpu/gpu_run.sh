@@ -32,7 +32,7 @@ part() {
   fi
   ((limit < left)) || limit=$left
   text=$(mktemp)
-  timeout -k 5 "$limit" "$@" > "$text" 2>&1
+  timeout -s INT -k 5 "$limit" "$@" > "$text" 2>&1 # the benchmark then writes what it has
   code=$?
   { echo "===== $name: exit $code, $((SECONDS - begin)) s"; cat "$text"; } >> "$file"
   if ((code == 124 || code == 137)); then
@@ -88,7 +88,8 @@ if wanted tests; then
     done
   fi
   if has pytest; then
-    options=(-m gpu -q -p no:cacheprovider --continue-on-collection-errors --tb=short -rfE)
+    # pytest-benchmark warns beside pytest-xdist, and warnings are errors.
+    options=(-m gpu -q -p no:cacheprovider -p no:benchmark --continue-on-collection-errors --tb=short -rfE)
     # Minutes under the memory checker: the last part has a short run of it.
     options+=(-k "not memory_checker")
     if has xdist; then options+=(-n "$((cores > 14 ? 12 : cores))"); fi

@@ -166,7 +166,7 @@ def jobs(folder: Path) -> list[Job]:
     of_variants = [
         (
             f"{name} {mix}",
-            functools.partial(variants.compile_update, build, variants.mix_of(mix), cpu),
+            functools.partial(variants.compile_update, build, mix, cpu),
         )
         for name, build in builds.items()
         for mix in variants.MIXES

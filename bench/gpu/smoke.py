@@ -35,7 +35,9 @@ def parameters(dtype: torch.dtype, device: torch.device) -> list[torch.Tensor]:
     """The same on every device."""
     generator = torch.Generator().manual_seed(1)
     return [
-        torch.nn.Parameter(torch.randn(size, generator=generator).to(dtype).to(device))
+        torch.nn.Parameter(
+            torch.randn(size, generator=generator, device="cpu").to(dtype).to(device)
+        )
         for size in SIZES
     ]
 
@@ -46,7 +48,8 @@ def set_grads(params: Sequence[torch.Tensor], step: int) -> None:
     """
     generator = torch.Generator().manual_seed(100 + step)
     for param in params:
-        grad = torch.randn(param.shape, generator=generator).to(param.dtype).to(param.device)
+        values = torch.randn(param.shape, generator=generator, device="cpu")
+        grad = values.to(param.dtype).to(param.device)
         if param.grad is None:
             param.grad = grad
         else:

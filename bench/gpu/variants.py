@@ -50,13 +50,18 @@ from fused_adam_kernels.config import Config
 Mix = tuple[torch.dtype, torch.dtype, str, str]
 KERNELS = Path(config.__file__).parent
 F32, BF16 = torch.float32, torch.bfloat16
-# name -> dtype of parameters and gradients, precision recipe
-MIXES: dict[str, tuple[torch.dtype, str | None]] = {
-    "fp32": (F32, None),
-    "bf16": (BF16, None),
-    "split32-bf16": (BF16, "split32-bf16"),
-    "sr-bf16": (BF16, "sr-bf16"),
-    "split24-int8": (BF16, "split24-int8"),
+# name -> dtype of parameters and gradients, precision recipe, AMSGrad
+MIXES: dict[str, tuple[torch.dtype, str | None, bool]] = {
+    "fp32": (F32, None, False),
+    "bf16": (BF16, None, False),
+    "split32-bf16": (BF16, "split32-bf16", False),
+    "sr-bf16": (BF16, "sr-bf16", False),
+    "split24-int8": (BF16, "split24-int8", False),
+    "split24-bf16": (BF16, "split24-bf16", False),
+    "native-bf16": (F32, "native-bf16", False),
+    "native-int8": (F32, "native-int8", False),
+    "split24-bf16-amsgrad": (BF16, "split24-bf16", True),
+    "split24-int8-amsgrad": (BF16, "split24-int8", True),
 }
 # Around a block, a group and a vector; one tensor starts off a vector's alignment.
 CHECKED = ((5000, 0), (1, 0), (33, 0), (1024, 0), (2049, 1))
@@ -131,26 +136,27 @@ class Build:
 
 def mix_of(name: str) -> Mix:
     """Element types and recipe as the kernels name them."""
-    dtype, precision = MIXES[name]
+    dtype, precision, _ = MIXES[name]
     recipe = parse(precision)
     return dtype, dtype, recipe.weights or "native", recipe.states or "native"
 
 
-def compile_update(build: Build, mix: Mix, where: torch.device) -> None:
-    """Compile one update kernel by a launch over a row without elements."""
+def compile_update(build: Build, name: str, where: torch.device) -> None:
+    """Compile the update kernel of a mix by a launch over a row without elements."""
+    mix, amsgrad = mix_of(name), MIXES[name][2]
     table = build.modules["table"]
     rows = torch.zeros(1, table.ROW, dtype=torch.int64, device=where)
     blocks = torch.zeros(1, 2, dtype=torch.int32, device=where)
     compute = torch.float64 if mix[0] == torch.float64 else torch.float32
     scalars = torch.zeros(1, table.SCALARS, dtype=compute, device=where)
-    build.adam_step(*mix, False)(1, rows, blocks, scalars)
+    build.adam_step(*mix, amsgrad)(1, rows, blocks, scalars)
 
 
 def make(
     name: str, build: Build, sizes: Sequence[tuple[int, int]], where: torch.device
 ) -> FusedAdamW:
     """An optimizer over random parameters; sizes: (elements, offset in its memory) of each."""
-    dtype, precision = MIXES[name]
+    dtype, precision, amsgrad = MIXES[name]
     generator = torch.Generator(where).manual_seed(0)
     params = []
     for numel, offset in sizes:
@@ -163,7 +169,7 @@ def make(
         param = torch.nn.Parameter(values)
         param.grad = grads
         params.append(param)
-    return FusedAdamW(params, precision=precision, backend="triton")
+    return FusedAdamW(params, precision=precision, amsgrad=amsgrad, backend="triton")
 
 
 def bits(optimizer: FusedAdamW) -> list[torch.Tensor]:
@@ -307,7 +313,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 first::number
             ]:
                 with contextlib.suppress(Exception):  # the run itself says what does not compile
-                    compile_update(build, mix_of(mix), where)
+                    compile_update(build, mix, where)
             synchronize(where)
             return 0
         for mix in mixes:

@@ -13,7 +13,7 @@ from fused_adam_kernels.config import launch_config
 
 from .timing import random_values, seconds_of
 
-CONFIG = launch_config(torch.float32, torch.float32, "native", "native")
+CONFIG = launch_config(torch.float32, torch.float32, "native", "native", False)
 BLOCK = CONFIG.block
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,10 +69,11 @@ class Instance:
     def state_bytes(self) -> int:
         """Bytes of all tensors in its state; step counters are not counted."""
         return sum(
-            tensor_bytes(value)
+            tensor_bytes(tensor)
             for param in self.params
             for key, value in self.optimizer.state.get(param, {}).items()
-            if torch.is_tensor(value) and key != "step"
+            if key != "step"
+            for tensor in tensors_in(value)
         )
 
     def moved_bytes(self, clip: bool) -> float:
@@ -82,6 +84,13 @@ class Instance:
         params = sum(param.nbytes for param in self.params)
         grads = sum(param.grad.nbytes for param in self.params if param.grad is not None)
         return 2 * params + 2 * self.state_bytes() + grads * (2 if clip else 1)
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """A state's tensor, or those that an object of the optimizer's own holds in its place."""
+    if torch.is_tensor(value):
+        return [value]
+    return [held for held in getattr(value, "__dict__", {}).values() if torch.is_tensor(held)]
 
 
 def tensor_bytes(tensor: Tensor) -> int:

@@ -153,7 +153,7 @@ class TritonRunner:
 
     def _blocks(self, launch: Launch, position: dict[int, int]) -> Tensor:
         """The launch's work, a block each: leading row and number of the chunk; int32, (B, 2)."""
-        block = adam.launch_config(*_mix(launch)).block
+        block = adam.launch_config(*_mix(launch), launch.amsgrad).block
         counts = [-(-span.numel // block) for span in launch.spans]
         chunks, total = on_host(counts, torch.int64), sum(counts)
         leaders = on_host([position[span.first.grad_index] for span in launch.spans], torch.int64)

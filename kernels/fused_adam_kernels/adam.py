@@ -175,7 +175,10 @@ def load_block(
     STATES: tl.constexpr,
     AMSGRAD: tl.constexpr,
 ):
-    """Return p, g, m, v and v_max (without AMSGrad: v) of a block as values of type COMPUTE."""
+    """Return p, g, m, v and v_max (without AMSGrad: v) of a block as values of type COMPUTE.
+
+    Arguments are those of `update_block`.
+    """
     # 64 bits: a parameter may have more than 2^31 elements.
     offs = first + tl.arange(0, N).to(tl.int64)
     mask = offs < limit
@@ -394,7 +397,7 @@ def constants(
     # same number for every operand. With 16 bytes for all, bf16 would take 8 elements next to the 4
     # of fp32, and the compiler would reconcile the two through shared memory.
     vec = 16 // widest
-    config = launch_config(param, grad, weights, states)
+    config = launch_config(param, grad, weights, states, amsgrad)
     return {
         "WEIGHTS": weights,
         "STATES": states,
@@ -436,6 +439,6 @@ def adam_step(
             `launch_config(...).block` elements occurs once.
         scalars: shape (P, SCALARS), from the prologue: float32, or float64 for float64 parameters.
     """
-    config = launch_config(param, grad, weights, states)
+    config = launch_config(param, grad, weights, states, amsgrad)
     arguments = list(constants(param, grad, weights, states, amsgrad).values())
     return Launcher(adam_kernel, arguments, config.num_warps, config.max_registers)

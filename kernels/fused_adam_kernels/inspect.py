@@ -79,7 +79,7 @@ def update(
     config: Config | None = None,
 ) -> Variant:
     """The update kernel as `adam_step` launches it, or under another launch configuration."""
-    config = config or CONFIGS[kind_of(param, grad, weights, states)]
+    config = config or CONFIGS[kind_of(param, grad, weights, states, amsgrad)]
     arguments = {
         "rows_ptr": "*i64",
         "blocks_ptr": "*i32",

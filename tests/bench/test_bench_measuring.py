@@ -5,13 +5,14 @@ clocks, equal data.
 import itertools
 import time
 import weakref
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
 import torch
 
 from bench import step, suite
-from bench.harness import optimizers, results, rotation, shapes, timing
+from bench.harness import optimizers, results, rotation, shapes, timing, workload
 from bench.harness.optimizers import Case
 from bench.harness.rotation import Job
 from bench.step import COPY, MOVE
@@ -231,3 +232,12 @@ def test_what_is_copied_and_moved_are_the_same_random_bits():
     limit = AccessBandwidth(CPU, 8191)
     assert limit.gb_per_s(2.0) == 7 * 4 * 8192 / 2e9
     assert all(len(tensor.unique()) > 0.9 * len(tensor) for tensor in limit.tensors)
+
+
+def test_state_in_objects_of_an_optimizer_of_its_own_is_counted():
+    """As flashoptim keeps codes and scales."""
+    params = workload.make_params([(100,)], Case(CPU))
+    instance = workload.instantiate(optimizers.peers()["torch-fused"], params, Case(CPU))
+    held = SimpleNamespace(codes=torch.zeros(100, dtype=torch.int8), scales=torch.zeros(4), bits=8)
+    instance.optimizer.state[params[0]] = {"step": torch.zeros(()), "exp_avg": held}
+    assert instance.state_bytes() == 116

@@ -182,3 +182,20 @@ def gathered(rank, placement, form):
 def test_split32_state_can_be_gathered(placement, form):
     """In a state_dict remainders are pairs of bytes: collectives carry no int16."""
     assert run_ranks(2, gathered, placement, form) == [(True, True)] * 2
+
+
+def gathered_by_plain_parameters(rank):
+    mesh = init_device_mesh("cpu", (2,))
+    shapes = [(33, 6), (3, 34)]
+    optimizer = FusedAdamW(
+        parameters(torch.bfloat16, shapes, mesh, (Shard(0),)), lr=1e-2, precision="split32"
+    )
+    train(optimizer, 2)
+    plain = FusedAdamW(parameters(torch.bfloat16, shapes), lr=1e-2, precision="split32")
+    plain.load_state_dict(optimizer.state_dict())
+    states = [[entry["remainder"] for entry in x.state.values()] for x in (plain, optimizer)]
+    return all(map(torch.equal, states[0], map(whole, states[1])))
+
+
+def test_plain_parameters_gather_split32_state_of_shards():
+    assert run_ranks(2, gathered_by_plain_parameters) == [True, True]

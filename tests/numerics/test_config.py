@@ -37,8 +37,10 @@ KINDS = {
 
 def test_every_mix_has_an_entry():
     mixes = {**MIXES, **RECIPES}
-    assert {name: config.kind_of(*mix) for name, mix in mixes.items()} == KINDS
-    assert set(KINDS.values()) == set(config.CONFIGS)
+    assert {name: config.kind_of(*mix, False) for name, mix in mixes.items()} == KINDS
+    assert {config.kind_of(*mix, amsgrad) for mix in mixes.values() for amsgrad in (0, 1)} == set(
+        config.CONFIGS
+    )
 
 
 @pytest.mark.parametrize(

@@ -227,7 +227,7 @@ def test_neighbours_in_flat_buffers_are_one_row(kernel_device):
     train(optimizer, 2)  # gradients lie in the buffers from the second step on
     [runner] = optimizer._engine.usual.runners
     [(_, blocks)] = runner.updates
-    block = adam.launch_config(torch.float32, torch.float32, "native", "native").block
+    block = adam.launch_config(torch.float32, torch.float32, "native", "native", False).block
     assert len(blocks) == -(-50 * align(100) // block)
 
 

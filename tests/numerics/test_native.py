@@ -67,7 +67,8 @@ def test_a_thousand_replays_equal_the_reference(dtype, precision):
     lr = torch.tensor(1e-2, device="cuda")
     options = {"precision": precision, "max_grad_norm": 0.5, "weight_decay": 0.1}
     captured = FusedAdamW(parameters(dtype, shapes, "cuda"), lr=lr, capturable=True, **options)
-    reference = FusedAdamW(parameters(dtype, shapes), lr=1e-2, **options)
+    # The tensor holds 0.01 rounded to float32.
+    reference = FusedAdamW(parameters(dtype, shapes), lr=lr.item(), **options)
     set_gradients(captured, 0)
     set_gradients(reference, 0)
     captured.step()
