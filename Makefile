@@ -43,7 +43,7 @@ test-triton: $(TRITONS:%=.venv-triton-%/installed)
 	&& .venv-triton-$$version/bin/python -m pytest -q -n 2 --ptx sm_90 tests/machine tests/numerics \
 	|| exit 1; done
 
-# DDP, FSDP1 and 2, DTensors and ZeRO in several processes, and training frameworks: Transformers, Accelerate, Lightning, PEFT, safetensors.
+# DDP, FSDP1 and 2, DTensors and ZeRO in several processes, and training frameworks: those of the extra, and torchtitan.
 test-integrations: .venv-integrations/installed
 	.venv-integrations/bin/python -m pytest -n 2 --dist loadfile tests/integrations
 
@@ -80,10 +80,15 @@ endef
 	.venv-triton-$*/bin/python -m pip install --quiet --disable-pip-version-check --no-deps triton==$* 'numpy<2.4'
 	touch $@
 
+# What asks for packages that cannot be here. fastai: torchvision, whose wheel does not load next to torch's CPU build (and
+# which Transformers would import), and spaCy. torchtitan: an older `datasets` than trl. Training imports none of them.
+WITHOUT_NEEDS := fastai fastcore fastdownload fastprogress fasttransform plum-dispatch torchtitan
+
 # pip finds torch installed, and adds the frameworks and what they need alone.
 .venv-integrations/installed: .venv/installed
 	$(call borrowing,.venv-integrations)
 	.venv-integrations/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[integrations]'
+	.venv-integrations/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps $(WITHOUT_NEEDS)
 	touch $@
 
 clean:

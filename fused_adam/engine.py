@@ -24,6 +24,7 @@ from .guards import Gradients, PlanGuard, StateGuard, reader
 from .numerics.scalars import GradTransform, hyper
 from .state import shapes
 from .state.arena import Arena, Groups, Params, State, advance_step_keys
+from .state.convert import keep_dtype_of_moments
 from .state.flatten import FlatBuffers
 
 # Patterns of missing gradients come back (experts, frozen layers), and so should their plans. They
@@ -153,6 +154,8 @@ class Engine:
 
     def init_state(self, groups: Groups, state: State, check_group: CheckGroup) -> None:
         """Make the state of every parameter that requires gradients, with step count 0."""
+        for group in groups:
+            keep_dtype_of_moments(group, state, self.arena)
         self._learn(groups, check_group)
         with outside_inference_mode():
             plan.make_state(self.params, self.group_numbers, self.options, self.arena, state)
@@ -230,6 +233,8 @@ class Engine:
                 "yet: run a step with the same parameters, and gradients of the same layout, "
                 "before the capture"
             )
+        for group in groups:
+            keep_dtype_of_moments(group, state, self.arena)
         if not (self._are_current(groups) and self.arena.counters_unchanged()):
             self._learn(groups, check_group)
         with outside_inference_mode():
