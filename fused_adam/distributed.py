@@ -405,7 +405,10 @@ class RankGroup:
         return everyone
 
     def sum_norms(self, square_sum: Tensor) -> Tensor:
-        """The sum over all ranks: float64, shape (1,). Does not wait for the device.
+        """The sums over all ranks: float64, of the same shape. Does not wait for the device.
+
+        Args:
+            square_sum: float64, shape (n,), equal n on all ranks.
 
         Not an all_reduce: the order of additions depends on the number of ranks alone, not on what
         the collective library chooses, so every run has the same bits.
@@ -413,4 +416,4 @@ class RankGroup:
         sums = [torch.empty_like(square_sum) for _ in range(self.size)]
         distributed.all_gather(sums, square_sum, self.group)
         power_of_two = 1 << (self.size - 1).bit_length()
-        return halving_sum(pad(torch.cat(sums), (0, power_of_two - self.size))).reshape(1)
+        return halving_sum(pad(torch.stack(sums, dim=-1), (0, power_of_two - self.size)))

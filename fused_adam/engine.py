@@ -20,6 +20,7 @@ from . import arguments, plan
 from .backends import choose as backends
 from .cached_plan import CachedPlan, Match, PlanKey, bind
 from .distributed import LocalShards, RankGroup, is_sharded
+from .grad_norms import GradNorms
 from .guards import Gradients, PlanGuard, StateGuard, reader
 from .numerics.scalars import GradTransform, hyper
 from .state import shapes
@@ -87,7 +88,8 @@ class Engine:
         self.max_grad_norm, self.skip_nonfinite = max_grad_norm, skip_nonfinite
         self.needs_norm = max_grad_norm is not None or skip_nonfinite
         self.reduce_norm: Callable[[Tensor], Tensor] | None = None  # see `FusedAdam.reduce_norm`
-        self.stats: Tensor | None = None  # last gradient norm and number of skipped steps
+        self.stats: Tensor | None = None  # the last gradient norm, and what else `table.py` says
+        self.last_norms: GradNorms | None = None  # of the last step, by parameter
 
         self.arena = Arena()
         self.flat: FlatBuffers | None = None  # with flatten=True
@@ -159,6 +161,16 @@ class Engine:
         self._learn(groups, check_group)
         with outside_inference_mode():
             plan.make_state(self.params, self.group_numbers, self.options, self.arena, state)
+
+    def grad_norms(self) -> dict[Tensor, Tensor]:
+        """Return the norm of each parameter that had a gradient in the last step.
+
+        With DTensors it is a collective.
+        """
+        if self.last_norms is None or self.stats is None:
+            return {}
+        with torch.no_grad():
+            return self.last_norms.by_param(self.stats[table.GRAD_SCALE], self.ranks)
 
     def read_grads(self, params: Params) -> list[Tensor | None]:
         """Return the gradients; None for flat ones that nothing has written to."""
@@ -342,7 +354,7 @@ class Engine:
             arena=self.arena,
             state_guard=StateGuard(state, rows),
         )
-        cached = bind(launch_groups, names, self.needs_norm, guard)
+        cached = bind(launch_groups, names, self.needs_norm, guard, self.params)
         self._cache(key, cached)
         gradients = cached.guard.gradients(state)
         assert gradients is not None
@@ -372,6 +384,7 @@ class Engine:
             runner.begin(grads.tensors, grads.addresses, capturing)
         if self.needs_norm and self.params:
             transform = self._with_norm(cached, transform)
+            self.last_norms = cached.grad_norms
             if not cached.runners:
                 transform.record(self.skip_nonfinite)
         for i, runner in enumerate(cached.runners):

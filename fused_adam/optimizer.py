@@ -310,6 +310,49 @@ class FusedAdam(OptimizerState):
         """
         return None if self._engine.stats is None else self._engine.stats[table.GRAD_NORM].float()
 
+    @torch._disable_dynamo  # type: ignore[attr-defined]
+    def grad_norms(self) -> dict[str | int, Tensor]:
+        """Return the L2 norm of each parameter's gradient in the last step, by name.
+
+        As `grad_norm`: before clipping and after unscaling, and infinite or NaN if the gradient is.
+        The squares of all norms add up to that of `grad_norm`, but for what `reduce_norm` adds. Of
+        a DTensor it is the norm over all shards, so all ranks have to call this.
+
+        Nothing is computed before the call. It adds up a few sums that the step has left, and does
+        not wait for the device.
+
+        Returns:
+            Norms by name where the optimizer was made with named parameters, else by position, as
+            in a `state_dict`. A parameter whose name another one has, too, has its position. A
+            parameter that had no gradient is absent; before the first step all are. float32, shape
+            (), on the parameter's device.
+
+        Raises:
+            RuntimeError: neither `max_grad_norm` nor `skip_nonfinite` is set; during the capture of
+                a CUDA graph (call it after a replay); or parameters are fake.
+
+        Example:
+            >>> optimizer = FusedAdamW(model.named_parameters(), max_grad_norm=1.0)
+            >>> optimizer.step()
+            >>> norms = optimizer.grad_norms()
+            >>> norms["0.weight"].item()
+        """
+        if not self._engine.needs_norm:
+            raise RuntimeError(
+                "grad_norms() needs max_grad_norm or skip_nonfinite, and neither is set: with "
+                "max_grad_norm=math.inf norms are measured, and nothing is clipped"
+            )
+        if backends.is_capturing():
+            raise RuntimeError(
+                "grad_norms() cannot be captured in a CUDA graph: call it after a replay, and it "
+                "returns the norms of that step"
+            )
+        shapes.refuse("grad_norms()", self._params())
+        keys = checkpoint.keys_of(self.param_groups)
+        norms = self._engine.grad_norms()
+        # A parameter may have left the optimizer since the step.
+        return {keys[param]: norm for param, norm in norms.items() if param in keys}
+
     @property
     def skipped_steps(self) -> Tensor | None:
         """The number of steps skipped because of non-finite gradients or a GradScaler's overflow.

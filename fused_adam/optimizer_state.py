@@ -85,8 +85,8 @@ class OptimizerState(torch.optim.Adam):
         Returns:
             `{"params": ..., "state": ...}`, with tensors on the parameters' devices. "params" has
             the weights by name, or by position where parameters have no names; where a recipe
-            stores more bits than the parameter has, these are in. "state" is a `state_dict` that
-            torch.optim.Adam(W) over float32 parameters loads.
+            where a recipe stores more bits than the parameter has, these are in. "state" is a
+            `state_dict` that torch.optim.Adam(W) over float32 parameters loads.
 
         Example:
             >>> weights = optimizer.export_fp32()["params"]

@@ -28,6 +28,7 @@ FLOORS = [
     ["fused_adam.optimizer_state"],
     ["fused_adam.engine"],
     ["fused_adam.cached_plan"],
+    ["fused_adam.grad_norms"],
     ["fused_adam.backends"],
     ["fused_adam.guards"],
     ["fused_adam.plan"],

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..numerics.formula import CHUNK
+from ..numerics.norm import PartialSums
 from ..numerics.scalars import GradTransform, Hyper
 from ..plan import LaunchGroup
 from ..state.staging import Staging
@@ -51,6 +52,11 @@ class Runner(Protocol):
 
     def square_sum(self) -> Tensor:
         """The sum of squares of this group's gradients: float64, one element, on its device."""
+        ...
+
+    @property
+    def partial_sums(self) -> PartialSums | None:
+        """What the last `square_sum` has left in memory; None if there is no norm."""
         ...
 
     def run(self, hyper: Hyper, transform: GradTransform) -> None:

@@ -19,7 +19,7 @@ from fused_adam_kernels import table
 
 from ..numerics.codecs import elements_per_draw, random_words
 from ..numerics.formula import CHUNK, adam_step, exact_sqrt, recipe_step
-from ..numerics.norm import square_sum
+from ..numerics.norm import PartialSums, square_sums, total
 from ..numerics.scalars import LAST_STEP, GradTransform, Hyper, scalars
 from ..plan import CoalescedRows, Launch, LaunchGroup, Row, grouped
 from ..precision import GROUP, GROUPED
@@ -82,6 +82,7 @@ class ReferenceRunner:
         self.backend, self.device, self.compute = backend, group.device, group.compute
         self.rows = group.rows
         self.grads: Sequence[Tensor] = ()
+        self.partial_sums = PartialSums([row.param_index for row in group.rows], [], torch.empty(0))
         self.counters = StepCounters(group.rows, group.device)
         self.spans = [
             ReferenceRows(launch, span, backend == "compiled")
@@ -98,10 +99,12 @@ class ReferenceRunner:
         self.grads = grads
 
     def square_sum(self) -> Tensor:
-        grads = [self._flat_grad(row) for row in self.rows if row.in_norm]
-        if not grads:
-            return torch.zeros((), dtype=torch.float64, device=self.device)
-        return square_sum(grads)
+        no_grad = torch.empty(0, device=self.device)  # where another rank counts it
+        grads = [self._flat_grad(row) if row.in_norm else no_grad for row in self.rows]
+        sums = square_sums(grads)
+        self.partial_sums.chunks = list(map(len, sums))
+        self.partial_sums.values = torch.cat(sums)
+        return total(self.partial_sums.values)
 
     def _flat_grad(self, row: Row) -> Tensor:
         """The gradient's elements in the order in which the kernel reads them: the state's."""
@@ -117,6 +120,7 @@ class ReferenceRunner:
         numbers = transform.read(hyper[0].max_grad_norm, bool(hyper[0].skip_nonfinite))
         if transform.stats is not None:
             transform.stats[table.GRAD_NORM] = numbers.grad_norm
+            transform.stats[table.GRAD_SCALE] = numbers.grad_scale
             transform.stats[table.SKIPPED_STEPS] += numbers.skip
         if numbers.skip:
             return

@@ -105,8 +105,8 @@ class GradTransform(NamedTuple):
         grad_scale: the loss scale, by which gradients are divided.
         square_sum: float64, sum of squares of all gradients as they are in memory. None if they are
             neither clipped nor checked.
-        stats: float64, shape (STATS,): the last norm before clipping, and how many steps were
-            skipped.
+        stats: float64, shape (STATS,): the last norm before clipping, how many steps were skipped,
+            and the last loss scale.
     """
 
     found_inf: Tensor | None = None
@@ -121,12 +121,14 @@ class GradTransform(NamedTuple):
         """
         assert self.square_sum is not None and self.stats is not None
         norm = self.square_sum[0].sqrt()
+        grad_scale = torch.ones_like(norm)
         if self.grad_scale is not None:
-            norm = norm / self.grad_scale.to(norm.device, torch.float64).reshape(())
+            grad_scale = self.grad_scale.to(norm.device, torch.float64).reshape(())
+        norm = norm / grad_scale
         skip = ~norm.isfinite() if skip_nonfinite else torch.zeros_like(norm, dtype=torch.bool)
         if self.found_inf is not None:
             skip = skip | (self.found_inf.to(norm.device).reshape(()) != 0)
-        self.stats[table.GRAD_NORM] = norm
+        self.stats[table.GRAD_NORM], self.stats[table.GRAD_SCALE] = norm, grad_scale
         self.stats[table.SKIPPED_STEPS] += skip
 
     def read(self, max_norm: float, skip_nonfinite: bool) -> GradTransformValues:

@@ -6,6 +6,7 @@ Knows the optimizer's public attributes and its arena, no kernels.
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from itertools import chain
@@ -191,6 +192,22 @@ def names_of(group: Mapping[str, Any]) -> Sequence[Any]:
     return names if len(names) == len(group["params"]) else range(len(group["params"]))
 
 
+def keys_of(groups: Groups) -> dict[Tensor, str | int]:
+    """What each parameter is called: its name, or its position where it has none of its own.
+
+    Two models in one optimizer may both have a "weight". Positions count over all groups, as the
+    numbers of a state_dict do.
+    """
+    params = [param for group in groups for param in group["params"]]
+    names = [name for group in groups for name in names_of(group)]
+    name_of = dict(zip(params, names, strict=True))
+    uses = Counter(name_of.values())
+    keys: dict[Tensor, str | int] = {}
+    for position, (param, name) in enumerate(zip(params, names, strict=True)):
+        keys[param] = name if isinstance(name, str) and uses[name] == 1 else position
+    return keys
+
+
 def export_fp32(groups: Groups, state_dict: dict[str, Any]) -> dict[str, Any]:
     """Weights by name or position, and a state_dict in torch's form: all float32 copies.
 
@@ -199,9 +216,9 @@ def export_fp32(groups: Groups, state_dict: dict[str, Any]) -> dict[str, Any]:
     weights: dict[Any, Tensor] = {}
     state: dict[Any, Any] = {}
     numbers = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
-    names = [name for group in groups for name in names_of(group)]
+    keys = keys_of(groups)
     params = [param for group in groups for param in group["params"]]
-    for number, name, param in zip(numbers, names, params, strict=True):
+    for number, param in zip(numbers, params, strict=True):
         parts = parts_of_entry(state_dict["state"].get(number, {}), param)
         # Offloaded state is on the host.
         entry = {key: v.to(param.device) if key in ENTRIES else v for key, v in parts.items()}
@@ -212,8 +229,7 @@ def export_fp32(groups: Groups, state_dict: dict[str, Any]) -> dict[str, Any]:
             weight = widened(part)
         elif "master_weight" in entry:  # as the next step will see it
             weight = codecs.load_weight("master32", part, weight)
-        key_of_weight = name if isinstance(name, str) else number
-        weights[key_of_weight] = to_dtensor(param, "param", weight.clone())
+        weights[keys[param]] = to_dtensor(param, "param", weight.clone())
         if entry:
             moments = {key: to_dtensor(param, key, v.clone()) for key, v in values.items()}
             others = {key: value for key, value in entry.items() if key not in ENTRIES}

@@ -1,4 +1,7 @@
-"""Flat memory: segments, the slots in them, and how a tensor's elements lie. No optimizer here."""
+"""Flat memory: segments, the slots in them, how a tensor's elements lie, uploads of tables.
+
+No optimizer here.
+"""
 
 from __future__ import annotations
 
@@ -34,6 +37,19 @@ def as_real(tensor: Tensor) -> Tensor:
 def as_flat(tensor: Tensor) -> Tensor:
     """The memory of a dense tensor as one dimension, in the order of its addresses."""
     return tensor.detach().as_strided((tensor.numel(),), (1,))
+
+
+def send(host: Tensor, device: torch.device) -> Tensor:
+    """The same values on the device, copied in the order of the current stream.
+
+    `host` is pinned if the device is a GPU: other memory would be waited for.
+    """
+    return host.to(device, non_blocking=True)
+
+
+def upload(values: Tensor, device: torch.device) -> Tensor:
+    """A table that never changes, sent to the device without waiting for it."""
+    return values if device.type == "cpu" else send(values.pin_memory(), device)
 
 
 def with_own_storage(tensor: Tensor) -> Tensor:

@@ -46,6 +46,7 @@ def judge(hyper_ptr, found_inf_ptr, square_sum_ptr, grad_scale, stats_ptr):
     )
     if tl.program_id(0) == 0:
         tl.store(stats_ptr + table.GRAD_NORM, norm)
+        tl.store(stats_ptr + table.GRAD_SCALE, grad_scale)
         skipped = tl.load(stats_ptr + table.SKIPPED_STEPS)
         tl.store(stats_ptr + table.SKIPPED_STEPS, tl.where(skip, skipped + 1.0, skipped))
     return clip, skip
@@ -63,7 +64,7 @@ def prologue_kernel(
     found_inf_ptr,  # *f32 [1]  not 0: skip this step
     grad_scale_ptr,  # *f32 [1]  the loss scale: what gradients were multiplied by
     square_sum_ptr,  # *f64 [1]  sum of squares of all gradients as they are in memory
-    stats_ptr,  # *f64 [STATS]  out: the norm before clipping, and the number of skipped steps
+    stats_ptr,  # *f64 [STATS]  out: the norm before clipping, skipped steps, the loss scale
     num_rows: tl.int32,  # P
     BLOCK: tl.constexpr,  # rows per program
     LAYOUT: tl.constexpr,  # of the tables, for Triton's cache alone
@@ -128,7 +129,8 @@ def prologue() -> Launcher:
         found_inf: float32, one element. Not 0: the step is skipped, counters included.
         grad_scale: float32, one element: gradients are divided by it as they are read.
         square_sum: float64, one element: sum of squares of all gradients as they are in memory.
-        stats: float64, shape (STATS,): the norm is written, the skipped steps are counted.
+        stats: float64, shape (STATS,): norm and loss scale are written, the skipped steps are
+            counted.
         num_rows: P.
     """
     return Launcher(prologue_kernel, [BLOCK, table.LAYOUT])

@@ -29,9 +29,10 @@ STEP_SIZE, RSQRT_BC2, ONE_MINUS_BETA1, ONE_MINUS_BETA2, BETA2, EPS, L2, LR_WD = 
 GRAD_MULTIPLIER, SKIP, STEP_NUMBER = range(8, 11)
 SCALARS = 11
 
-# stats: float64, shape (STATS,). The last norm before clipping, and how many steps were skipped.
-GRAD_NORM, SKIPPED_STEPS = range(2)
-STATS = 2
+# stats: float64, shape (STATS,). The last norm before clipping, how many steps were skipped, and
+# the loss scale of the last step, which that norm's partial sums still have in them.
+GRAD_NORM, SKIPPED_STEPS, GRAD_SCALE = range(3)
+STATS = 3
 
 # The order in which squares of gradients are added: lanes per piece, elements per chunk.
 NORM_LANES = 1024
