@@ -302,7 +302,8 @@ def test_a_default_device_changes_nothing(setup, first):
             run.optimizer.zero_grad()
             for param in run.params:
                 set_grad(param, run.gradient(param))
-            with torch.device("meta"):
+            # torch 2.11 makes its own step counters there.
+            with torch.device("meta" if run.ours else "cpu"):
                 if first == "load" and time == 0:
                     run.optimizer.load_state_dict(saved)
                 run.update()
