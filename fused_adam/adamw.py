@@ -53,6 +53,8 @@ class FusedAdamW(FusedAdam, torch.optim.AdamW):
         precision: name of a recipe that stores weights and moments in fewer bytes, such as
             "split32-bf16"; docs/precision.md lists them. A param group may have its own. Default:
             None, everything in the parameter's dtype.
+        cautious: decay a parameter only where the update moves it towards zero; docs/training.md
+            has an example. Needs decoupled decay. A param group may have its own. Default: False.
         max_grad_norm: clip the global L2 norm of the gradients to this value inside the step, as
             `torch.nn.utils.clip_grad_norm_` would before it. Read the norm from `grad_norm`. inf
             measures the norm and clips nothing. Default: None, no clipping.
@@ -90,6 +92,7 @@ class FusedAdamW(FusedAdam, torch.optim.AdamW):
         differentiable: bool = False,
         fused: bool | None = None,
         precision: str | None = None,
+        cautious: bool = False,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
         flatten: bool = False,
@@ -111,6 +114,7 @@ class FusedAdamW(FusedAdam, torch.optim.AdamW):
             fused=fused,
             decoupled_weight_decay=True,
             precision=precision,
+            cautious=cautious,
             max_grad_norm=max_grad_norm,
             skip_nonfinite=skip_nonfinite,
             flatten=flatten,

@@ -9,7 +9,7 @@ import contextlib
 import copy
 import math
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -67,6 +67,7 @@ def check_combinations(
     skip_nonfinite: bool,
     grad_attribute: object,
     differentiable: bool,
+    cautious: bool,
 ) -> None:
     """Raise ValueError if these arguments of one optimizer cannot be combined."""
     if grad_attribute not in GRAD_ATTRIBUTES:
@@ -83,6 +84,22 @@ def check_combinations(
         refuse("max_grad_norm", max_grad_norm, "differentiable=True", "that step is torch's")
     if differentiable and skip_nonfinite:
         refuse("skip_nonfinite", skip_nonfinite, "differentiable=True", "that step is torch's")
+    if differentiable and cautious:
+        refuse("cautious", cautious, "differentiable=True", "that step is torch's")
+
+
+def check_cautious(group: Mapping[str, Any], decoupled: object) -> None:
+    """Raise TypeError unless the group's `cautious` is True or False, or it has none.
+
+    Raises ValueError if it is True and the decay is not `decoupled`.
+    """
+    cautious = as_flag("cautious", group.get("cautious", False))
+    if cautious and not decoupled:
+        reason = (
+            "coupled (L2) decay is part of the gradient; use FusedAdamW, or FusedAdam with "
+            "decoupled_weight_decay=True"
+        )
+        refuse("cautious", cautious, "decoupled_weight_decay=False", reason)
 
 
 def complete_group(
@@ -91,18 +108,26 @@ def complete_group(
     names: Sequence[object],
     precision: str | None,
     seed: int,
+    cautious: bool,
     backend: str,
 ) -> None:
-    """Give a param group the optimizer's precision and seed unless it has its own, and check it.
+    """Give a param group the optimizer's own options unless it has them, and check it.
 
     Args:
-        group: the group, to which "precision" and "seed" are added.
+        group: the group, to which "precision", "seed" and "cautious" are added.
         number: its position among the groups.
         names: the names of its parameters, or their positions.
-        precision, seed, backend: the optimizer's arguments.
+        precision, seed, cautious, backend: the optimizer's arguments.
 
-    Raises TypeError or ValueError if a parameter of the group cannot be stepped.
+    Raises TypeError or ValueError if a parameter or option of the group cannot be stepped.
     """
+    if cautious:
+        group.setdefault("cautious", cautious)
+    if "cautious" in group:
+        check_cautious(group, group["decoupled_weight_decay"])
+        group["cautious"] = bool(group["cautious"])
+        if group["cautious"] and group["differentiable"]:
+            refuse("cautious", True, "differentiable=True", "that step is torch's")
     # Without a recipe, groups stay as torch has them: so do their checkpoints and their repr.
     if precision is not None:
         group.setdefault("precision", precision)

@@ -30,6 +30,9 @@ from .state.flatten import FlatBuffers
 # are bounded by rows, which is what takes memory: this many per parameter, over all plans.
 MAX_CACHED_ROWS = 8
 
+# What is compiled into a plan's launches, so it has to be equal on every rank.
+OPTIONS_OF_PLANS = ("amsgrad", "precision", "seed", "cautious")
+
 CheckGroup = Callable[[dict[str, Any]], None]
 
 
@@ -51,12 +54,19 @@ def params_of(groups: Groups) -> list[Tensor]:
 def plan_options(groups: Groups) -> list[tuple[Any, ...]]:
     """Return what a plan assumes about each group, as written there.
 
-    These are the number of parameters, amsgrad, precision and seed. All other values of a group may
-    change from step to step.
+    These are the number of parameters, amsgrad, precision, seed and cautious. All other values of a
+    group may change from step to step, but for the kind of decay where it is cautious.
     """
     try:
         return [
-            (len(group["params"]), group["amsgrad"], group.get("precision"), group.get("seed"))
+            (
+                len(group["params"]),
+                group["amsgrad"],
+                group.get("precision"),
+                group.get("seed"),
+                # Only decoupled decay can be cautious, so a change of the kind has to be checked.
+                group.get("cautious") and (group["cautious"], group["decoupled_weight_decay"]),
+            )
             for group in groups
         ]
     except TypeError:
@@ -285,7 +295,7 @@ class Engine:
                 "placements": getattr(param, "placements", "none"),
                 "gradient": grad is not None,
                 "group": number,
-                **{key: groups[number].get(key) for key in ("amsgrad", "precision", "seed")},
+                **{key: groups[number].get(key) for key in OPTIONS_OF_PLANS},
                 "max_grad_norm": self.max_grad_norm,
                 "skip_nonfinite": self.skip_nonfinite,
             }

@@ -67,6 +67,8 @@ class FusedAdam(OptimizerState):
         precision: name of a recipe that stores weights and moments in fewer bytes, such as
             "split32-bf16"; docs/precision.md lists them. A param group may have its own. Default:
             None, everything in the parameter's dtype.
+        cautious: decay a parameter only where the update moves it towards zero; docs/training.md
+            has an example. Needs decoupled decay. A param group may have its own. Default: False.
         max_grad_norm: clip the global L2 norm of the gradients to this value inside the step, as
             `torch.nn.utils.clip_grad_norm_` would before it. Read the norm from `grad_norm`. inf
             measures the norm and clips nothing. Default: None, no clipping.
@@ -105,6 +107,7 @@ class FusedAdam(OptimizerState):
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
         precision: str | None = None,
+        cautious: bool = False,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
         flatten: bool = False,
@@ -115,12 +118,13 @@ class FusedAdam(OptimizerState):
         backends.check_name(backend)
         flatten = arguments.as_flag("flatten", flatten)
         skip_nonfinite = arguments.as_flag("skip_nonfinite", skip_nonfinite)
+        cautious = arguments.as_flag("cautious", cautious)
         max_grad_norm = arguments.as_max_grad_norm(max_grad_norm)
         arguments.check_combinations(
-            flatten, max_grad_norm, skip_nonfinite, grad_attribute, differentiable
+            flatten, max_grad_norm, skip_nonfinite, grad_attribute, differentiable, cautious
         )
         parse(precision)
-        self._backend, self._flatten = backend, flatten
+        self._backend, self._flatten, self._cautious = backend, flatten, cautious
         self._precision, self._seed, self._grad_attribute = precision, as_seed(seed), grad_attribute
         self._max_grad_norm, self._skip_nonfinite = max_grad_norm, skip_nonfinite
         # Named, not super(): in FusedAdamW the next class is torch's AdamW, which has another
@@ -150,7 +154,7 @@ class FusedAdam(OptimizerState):
     def __repr__(self) -> str:
         """torch's text, and below it this class's own arguments where they are set.
 
-        `precision` and `seed` stand in the param groups, which may have their own.
+        `precision`, `seed` and `cautious` stand in the param groups, which may have their own.
         """
         own = {
             "max_grad_norm": (self._max_grad_norm, None),
@@ -195,7 +199,7 @@ class FusedAdam(OptimizerState):
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a param group, as in torch. It may have a `precision` of its own.
+        """Add a param group, as in torch. It may have `precision` and `cautious` of its own.
 
         With `flatten=True`, parameters that are added later are not moved into flat buffers.
 
@@ -206,7 +210,7 @@ class FusedAdam(OptimizerState):
         # torch first: it turns names and iterators into lists, and sets what the group leaves out.
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        if self._precision is not None or "precision" in group:
+        if self._precision is not None or self._cautious or group.keys() & checkpoint.OWN_KEYS:
             # Users may give the same dict to another optimizer, which must not get our entries.
             group = self.param_groups[-1] = {**group}
         try:
@@ -216,11 +220,13 @@ class FusedAdam(OptimizerState):
             raise
 
     def _check_group(self, group: dict[str, Any]) -> None:
-        """Give the group the optimizer's precision, and raise if it cannot be stepped."""
+        """Give the group the optimizer's own options, and raise if it cannot be stepped."""
         # By identity: `list.index` would compare tensors, which have no single truth value.
         number = next(i for i, other in enumerate(self.param_groups) if other is group)
         names = checkpoint.names_of(group)
-        arguments.complete_group(group, number, names, self._precision, self._seed, self._backend)
+        arguments.complete_group(
+            group, number, names, self._precision, self._seed, self._cautious, self._backend
+        )
 
     def _check_before_step(self, group: dict[str, Any]) -> None:
         """Check a group that its user may have edited since it was added."""

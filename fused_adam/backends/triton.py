@@ -138,7 +138,10 @@ class TritonRunner:
         self.scalars = torch.empty(shape, dtype=group.compute, device=self.device)
         self.prologue, self.programs = scalars.prologue(), scalars.programs(len(rows))
         self.updates = [
-            Update(adam.adam_step(*_mix(launch), launch.amsgrad), self._blocks(launch, position))
+            Update(
+                adam.adam_step(*_mix(launch), launch.amsgrad, launch.cautious),
+                self._blocks(launch, position),
+            )
             for launch in group.launches
             if launch.spans
         ]

@@ -77,6 +77,7 @@ def update(
     states: str,
     amsgrad: bool = False,
     config: Config | None = None,
+    cautious: bool = False,
 ) -> Variant:
     """The update kernel as `adam_step` launches it, or under another launch configuration."""
     config = config or CONFIGS[kind_of(param, grad, weights, states, amsgrad)]
@@ -85,7 +86,7 @@ def update(
         "blocks_ptr": "*i32",
         "scalars_ptr": "*fp64" if param == FP64 else "*fp32",
     }
-    constants = adam.constants(param, grad, weights, states, amsgrad)
+    constants = adam.constants(param, grad, weights, states, amsgrad, cautious)
     # In the interpreter the constants have its own launch shape.
     constants |= {"BLOCK": config.block, "TAIL": config.tail}
     stored = adam.storage_types(param, weights, states)
@@ -142,6 +143,7 @@ VARIANTS = {
     **{name: update(*mix) for name, mix in MIXES.items()},
     **{f"{name}-amsgrad": update(*mix, amsgrad=True) for name, mix in MIXES.items()},
     **{name: update(*recipe) for name, recipe in RECIPES.items()},
+    **{f"{name}-cautious": update(*mix, cautious=True) for name, mix in (MIXES | RECIPES).items()},
     "prologue": prologue(),
     "norm-fp32": square_sum(FP32),
     "norm-bf16": square_sum(BF16),

@@ -41,6 +41,7 @@ VALUES = {
     "amsgrad": (False, True),
     "maximize": (False, True),
     "decoupled_weight_decay": (False, True),
+    "cautious": (False, True),
 }
 OPTIONS = st.fixed_dictionaries(
     {}, optional={key: st.sampled_from(values) for key, values in VALUES.items()}
@@ -150,6 +151,7 @@ class Lockstep(RuleBasedStateMachine):
             numbers_of_new.append(numbers_of_new[0])
         known = {key: values[0] for key, values in VALUES.items()} | options
         known["lr"] = 1e-2 if known["lr"] == "tensor" else known["lr"]
+        known["cautious"] = known["cautious"] and known["decoupled_weight_decay"]
         for side in self.sides:
             side.group({**known, "precision": precision}, numbers_of_new)
         self.model.groups.append((known, numbers_of_new))
@@ -193,6 +195,11 @@ class Lockstep(RuleBasedStateMachine):
         self.step(count, [kind], seed, "")
 
     def set_value(self, group, key, value):
+        # Only decoupled decay can be cautious.
+        if key == "cautious" and value:
+            self.set_value(group, "decoupled_weight_decay", True)
+        elif key == "decoupled_weight_decay" and not value:
+            self.set_value(group, "cautious", False)
         for side in self.sides:
             side.optimizer.param_groups[group][key] = (
                 torch.tensor(0.003) if value == "tensor" else value

@@ -294,10 +294,15 @@ class Weights:
             x = Number(np.maximum(v_max.value, new_v.value), np.maximum(v_max.error, new_v.error))
 
         update = self._update(new_m, x, t, (lr, beta1, beta2, eps), u, tiny)
+        decays, unclear = np.ones(p.value.shape, bool), np.zeros(p.value.shape, bool)
+        if o["cautious"]:  # arXiv 2510.12402; near zero, rounding decides which sign there is
+            decays = new_m.value * p.value > 0
+            unclear = (np.abs(new_m.value) <= new_m.error) | (np.abs(p.value) <= p.error)
         # Decay and update are rounded three times each before they meet p; the result once.
-        value = p.value - update.value - decoupled * p.value
+        value = p.value - update.value - np.where(decays, decoupled * p.value, 0)
         error = (
-            abs(1 - decoupled) * p.error
+            np.where(decays, abs(1 - decoupled), 1) * p.error
+            + np.where(unclear, decoupled * p.reach, 0)
             + update.error
             + 5 * u * (update.reach + decoupled * p.reach)
             + tiny

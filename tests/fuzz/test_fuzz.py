@@ -199,11 +199,24 @@ def decay_after_the_update(patch):
     """p * (1 - lr * wd) of the new p: off by lr^2 * wd."""
     update = reference.adam_update
 
-    def late(p, g, m, v, v_max, scalars, coupled, decoupled, sqrt):
-        new = update(p, g, m, v, v_max, scalars, coupled, False, sqrt)
+    def late(p, g, m, v, v_max, scalars, coupled, decoupled, cautious, sqrt):
+        new = update(p, g, m, v, v_max, scalars, coupled, False, False, sqrt)
         return (new[0] * (1 - scalars[7]), *new[1:]) if decoupled else new
 
     patch.setattr(reference, "adam_update", late)
+
+
+def cautious_by_the_gradient(patch):
+    """Its sign is often that of the first moment, but not always."""
+    update = reference.adam_update
+
+    def hasty(p, g, m, v, v_max, scalars, coupled, decoupled, cautious, sqrt):
+        new = update(p, g, m, v, v_max, scalars, coupled, decoupled, cautious, sqrt)
+        if not cautious:
+            return new
+        return update(p, g, m, v, v_max, scalars, coupled, bool((g * p > 0).any()), False, sqrt)
+
+    patch.setattr(reference, "adam_update", hasty)
 
 
 FAULTS = [
@@ -217,6 +230,7 @@ FAULTS = [
     parameters_that_moved_unnoticed,
     second_moments_rounded_eight_codes_up,
     decay_after_the_update,
+    cautious_by_the_gradient,
 ]
 
 

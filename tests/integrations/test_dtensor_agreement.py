@@ -112,6 +112,8 @@ def differing(rank, what):
         options["precision"] = "native-bf16" if rank else "native-int8"
     if what == "max_grad_norm":
         options["max_grad_norm"] = 1.0 + rank
+    if what == "cautious":
+        options["cautious"] = bool(rank)
     groups = [{"params": params}]
     if what == "group" and rank:
         groups = [{"params": params[:1]}, {"params": params[1:]}]
@@ -136,7 +138,7 @@ def differing(rank, what):
 
 
 @pytest.mark.parametrize(
-    "what", ["dtype", "group", "parameters", "precision", "max_grad_norm", "gradient"]
+    "what", ["dtype", "group", "parameters", "precision", "cautious", "max_grad_norm", "gradient"]
 )
 def test_ranks_that_differ_all_say_so(what):
     first, second = run_ranks(2, differing, what)
