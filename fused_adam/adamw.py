@@ -60,6 +60,10 @@ class FusedAdamW(FusedAdam, torch.optim.AdamW):
             measures the norm and clips nothing. Default: None, no clipping.
         skip_nonfinite: skip a step whose gradients contain NaN or Inf, without waiting for the GPU.
             Count such steps with `skipped_steps`. Default: False.
+        skip_grad_norm: skip a step whose global gradient norm, unscaled and before clipping, is
+            above this value or not finite, without waiting for the GPU. A number, or a float tensor
+            of shape () on the parameters' device, which may change at any time: docs/training.md
+            has rules for it. Count such steps with `skipped_steps`. Default: None, no skipping.
         flatten: move parameters and gradients into flat buffers. Faster for models with many small
             tensors. After `zero_grad()`, gradients are views of zeros instead of None. Default:
             False.
@@ -95,6 +99,7 @@ class FusedAdamW(FusedAdam, torch.optim.AdamW):
         cautious: bool = False,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
+        skip_grad_norm: float | Tensor | None = None,
         flatten: bool = False,
         grad_attribute: str = "grad",
         backend: str = "auto",
@@ -117,6 +122,7 @@ class FusedAdamW(FusedAdam, torch.optim.AdamW):
             cautious=cautious,
             max_grad_norm=max_grad_norm,
             skip_nonfinite=skip_nonfinite,
+            skip_grad_norm=skip_grad_norm,
             flatten=flatten,
             grad_attribute=grad_attribute,
             backend=backend,

@@ -48,12 +48,7 @@ def as_max_grad_norm(value: Any) -> float | None:
     """
     if value is None:
         return None
-    number = math.nan  # which is not above 0
-    # Python's bools, numpy's and torch's are numbers, but no norm.
-    is_bool = isinstance(value, bool) or "bool" in str(getattr(value, "dtype", ""))
-    if is_number(value) and not is_bool:
-        with contextlib.suppress(OverflowError):  # an int beyond what a float holds
-            number = as_number(value)
+    number = _as_norm(value)
     if not number > 0:
         raise ValueError(
             f"max_grad_norm={value!r} must be a number above 0, or None for no clipping"
@@ -61,10 +56,43 @@ def as_max_grad_norm(value: Any) -> float | None:
     return number
 
 
+def as_skip_grad_norm(value: Any) -> float | Tensor | None:
+    """Return the norm above which steps are skipped: a Python float, the user's tensor, or None.
+
+    A tensor may change at any time, so its value is not looked at. Raises ValueError unless it is a
+    real float of shape () that has a value, and unless a number is above 0.
+    """
+    if value is None:
+        return None
+    if isinstance(value, Tensor):
+        is_scalar = value.dtype.is_floating_point and value.shape == () and not value.is_meta
+        if is_scalar and not distributed.is_sharded(value):
+            return value
+    else:
+        number = _as_norm(value)
+        if number > 0:
+            return number
+    raise ValueError(
+        f"skip_grad_norm={value!r} must be a number above 0, a float tensor of shape () on the "
+        "parameters' device, or None to skip no spikes"
+    )
+
+
+def _as_norm(value: Any) -> float:
+    """A value as a Python float; NaN, which is not above 0, if it is no number."""
+    # Python's bools, numpy's and torch's are numbers, but no norm.
+    is_bool = isinstance(value, bool) or "bool" in str(getattr(value, "dtype", ""))
+    if is_number(value) and not is_bool:
+        with contextlib.suppress(OverflowError):  # an int beyond what a float holds
+            return as_number(value)
+    return math.nan
+
+
 def check_combinations(
     flatten: bool,
     max_grad_norm: float | None,
     skip_nonfinite: bool,
+    skip_grad_norm: float | Tensor | None,
     grad_attribute: object,
     differentiable: bool,
     cautious: bool,
@@ -84,6 +112,8 @@ def check_combinations(
         refuse("max_grad_norm", max_grad_norm, "differentiable=True", "that step is torch's")
     if differentiable and skip_nonfinite:
         refuse("skip_nonfinite", skip_nonfinite, "differentiable=True", "that step is torch's")
+    if differentiable and skip_grad_norm is not None:
+        refuse("skip_grad_norm", skip_grad_norm, "differentiable=True", "that step is torch's")
     if differentiable and cautious:
         refuse("cautious", cautious, "differentiable=True", "that step is torch's")
 
@@ -159,7 +189,8 @@ def check_reduce_norm(function: object, needs_norm: bool) -> None:
         raise TypeError(f"reduce_norm={function!r} must be a function of one tensor, or None")
     if not needs_norm:
         raise ValueError(
-            "reduce_norm is of use with max_grad_norm or skip_nonfinite, and neither is set"
+            "reduce_norm is of use with max_grad_norm, skip_nonfinite or skip_grad_norm, and none "
+            "of them is set"
         )
 
 

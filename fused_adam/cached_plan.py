@@ -63,6 +63,7 @@ def bind(
     launch_groups: Sequence[LaunchGroup],
     names: Mapping[torch.device, str],
     takes_norm: bool,
+    skip_spikes: bool,
     guard: PlanGuard,
 ) -> CachedPlan:
     """Give every launch group the runner that launches it.
@@ -71,6 +72,7 @@ def bind(
         launch_groups: what `plan.build` decided.
         names: for every device, its backend, as `backends.choose` returns it.
         takes_norm: whether the runners are asked for sums of squares.
+        skip_spikes: whether steps of large norms are skipped, too.
         guard: says whether the plan still fits.
     """
     rows = [row for group in launch_groups for row in group.rows]
@@ -79,7 +81,10 @@ def bind(
     counters = [row.param_state.counters for row in rows]
     return CachedPlan(
         param_states=[row.param_state for row in rows],
-        runners=[backends.bind(names[group.device], group, takes_norm) for group in launch_groups],
+        runners=[
+            backends.bind(names[group.device], group, takes_norm, skip_spikes)
+            for group in launch_groups
+        ],
         guard=guard,
         coalesced=[[row.param_state for row in span] for span in spans if len(span) > 1],
         versions_to_bump=[

@@ -6,6 +6,7 @@ The optimizer checks its users' arguments before it calls; backends do the arith
 from __future__ import annotations
 
 import contextlib
+import math
 import operator
 from collections.abc import Callable, Iterator
 from itertools import chain, compress, count, repeat
@@ -86,15 +87,24 @@ class Engine:
     step that guard is nearly all the Python that runs.
 
     Args:
-        backend, max_grad_norm, skip_nonfinite, grad_attribute: the optimizer's arguments.
+        backend, max_grad_norm, skip_nonfinite, skip_grad_norm, grad_attribute: the optimizer's
+            arguments.
     """
 
     def __init__(
-        self, backend: str, max_grad_norm: float | None, skip_nonfinite: bool, grad_attribute: str
+        self,
+        backend: str,
+        max_grad_norm: float | None,
+        skip_nonfinite: bool,
+        skip_grad_norm: float | Tensor | None,
+        grad_attribute: str,
     ) -> None:
         self.backend, self.read_attribute = backend, reader(grad_attribute)
-        self.max_grad_norm, self.skip_nonfinite = max_grad_norm, skip_nonfinite
-        self.needs_norm = max_grad_norm is not None or skip_nonfinite
+        self.max_grad_norm, self.skip_spikes = max_grad_norm, skip_grad_norm is not None
+        # A limit skips what is not finite as well, so `skip_nonfinite` is a limit of infinity.
+        infinity = math.inf if skip_nonfinite else None
+        self.skip_grad_norm = infinity if skip_grad_norm is None else skip_grad_norm
+        self.needs_norm = max_grad_norm is not None or self.skip_grad_norm is not None
         self.reduce_norm: Callable[[Tensor], Tensor] | None = None  # see `FusedAdam.reduce_norm`
         self.stats: Tensor | None = None  # last gradient norm and number of skipped steps
 
@@ -287,7 +297,7 @@ class Engine:
 
     def _facts(self, groups: Groups) -> list[dict[str, object]]:
         """Return per parameter what has to be equal on every rank, by name."""
-        grads = self.read_grads(self.params)
+        grads, limit = self.read_grads(self.params), self.skip_grad_norm
         return [
             {
                 "shape": tuple(param.shape),
@@ -297,7 +307,8 @@ class Engine:
                 "group": number,
                 **{key: groups[number].get(key) for key in OPTIONS_OF_PLANS},
                 "max_grad_norm": self.max_grad_norm,
-                "skip_nonfinite": self.skip_nonfinite,
+                # The value of a tensor would have to be waited for.
+                "skip_grad_norm": "a tensor" if isinstance(limit, Tensor) else limit,
             }
             for param, number, grad in zip(self.params, self.group_numbers, grads, strict=True)
         ]
@@ -347,7 +358,7 @@ class Engine:
             arena=self.arena,
             state_guard=StateGuard(state, rows),
         )
-        cached = bind(launch_groups, names, self.needs_norm, guard)
+        cached = bind(launch_groups, names, self.needs_norm, self.skip_spikes, guard)
         self._cache(key, cached)
         gradients = cached.guard.gradients(state)
         assert gradients is not None
@@ -370,7 +381,7 @@ class Engine:
     def _run(self, match: Match, groups: Groups, transform: GradTransform) -> None:
         """Launch everything. Nothing here waits for a device, except where the CPU reads a norm."""
         cached, grads = match
-        hypers = [hyper(group, self.max_grad_norm, self.skip_nonfinite) for group in groups]
+        hypers = [hyper(group, self.max_grad_norm, self.skip_grad_norm) for group in groups]
         capturing = backends.is_capturing()
         self.last_run = cached
         for runner in cached.runners:
@@ -378,7 +389,7 @@ class Engine:
         if self.needs_norm and self.params:
             transform = self._with_norm(cached, transform)
             if not cached.runners:
-                transform.record(self.skip_nonfinite)
+                transform.record(self.skip_grad_norm)
         for i, runner in enumerate(cached.runners):
             # The first one records norm and skip; all of them would count a skipped step twice.
             runner.run(hypers, transform if i == 0 else transform._replace(stats=None))

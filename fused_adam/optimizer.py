@@ -74,6 +74,10 @@ class FusedAdam(OptimizerState):
             measures the norm and clips nothing. Default: None, no clipping.
         skip_nonfinite: skip a step whose gradients contain NaN or Inf, without waiting for the GPU.
             Count such steps with `skipped_steps`. Default: False.
+        skip_grad_norm: skip a step whose global gradient norm, unscaled and before clipping, is
+            above this value or not finite, without waiting for the GPU. A number, or a float tensor
+            of shape () on the parameters' device, which may change at any time: docs/training.md
+            has rules for it. Count such steps with `skipped_steps`. Default: None, no skipping.
         flatten: move parameters and gradients into flat buffers. Faster for models with many small
             tensors. After `zero_grad()`, gradients are views of zeros instead of None. Default:
             False.
@@ -110,6 +114,7 @@ class FusedAdam(OptimizerState):
         cautious: bool = False,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
+        skip_grad_norm: float | Tensor | None = None,
         flatten: bool = False,
         grad_attribute: str = "grad",
         backend: str = "auto",
@@ -120,13 +125,21 @@ class FusedAdam(OptimizerState):
         skip_nonfinite = arguments.as_flag("skip_nonfinite", skip_nonfinite)
         cautious = arguments.as_flag("cautious", cautious)
         max_grad_norm = arguments.as_max_grad_norm(max_grad_norm)
+        skip_grad_norm = arguments.as_skip_grad_norm(skip_grad_norm)
         arguments.check_combinations(
-            flatten, max_grad_norm, skip_nonfinite, grad_attribute, differentiable, cautious
+            flatten,
+            max_grad_norm,
+            skip_nonfinite,
+            skip_grad_norm,
+            grad_attribute,
+            differentiable,
+            cautious,
         )
         parse(precision)
         self._backend, self._flatten, self._cautious = backend, flatten, cautious
         self._precision, self._seed, self._grad_attribute = precision, as_seed(seed), grad_attribute
         self._max_grad_norm, self._skip_nonfinite = max_grad_norm, skip_nonfinite
+        self._skip_grad_norm = skip_grad_norm
         # Named, not super(): in FusedAdamW the next class is torch's AdamW, which has another
         # signature.
         torch.optim.Adam.__init__(
@@ -159,6 +172,7 @@ class FusedAdam(OptimizerState):
         own = {
             "max_grad_norm": (self._max_grad_norm, None),
             "skip_nonfinite": (self._skip_nonfinite, False),
+            "skip_grad_norm": (self._skip_grad_norm, None),
             "flatten": (self._flatten, False),
             "grad_attribute": (self._grad_attribute, "grad"),
             "backend": (self._backend, "auto"),
@@ -183,7 +197,7 @@ class FusedAdam(OptimizerState):
     def _step_supports_amp_scaling(self) -> bool:
         """Whether GradScaler leaves unscaling and the overflow check to `step`, without a sync.
 
-        As in torch with `fused=True`; also with `max_grad_norm` or `skip_nonfinite`. With a
+        As in torch with `fused=True`; also where the step needs the norm of all gradients. With a
         `grad_attribute` GradScaler would not unscale those gradients, so `step` has to say so.
 
         Derived, so that pickles, deep copies and loaded checkpoints have it right. Not always True,
@@ -306,7 +320,8 @@ class FusedAdam(OptimizerState):
         """The L2 norm of the last step's gradients, before clipping and after unscaling.
 
         float32, shape (), on the device of the first parameter. Reading its value waits for that
-        device. None before the first step, and without `max_grad_norm` and `skip_nonfinite`.
+        device. None before the first step, and without `max_grad_norm`, `skip_nonfinite` and
+        `skip_grad_norm`.
 
         Example:
             >>> optimizer = FusedAdamW(model.parameters(), max_grad_norm=1.0)
@@ -317,12 +332,21 @@ class FusedAdam(OptimizerState):
 
     @property
     def skipped_steps(self) -> Tensor | None:
-        """The number of steps skipped because of non-finite gradients or a GradScaler's overflow.
+        """The number of steps skipped: non-finite gradients, spikes, or a GradScaler's overflow.
 
         int64, shape (), on the device of the first parameter. None where `grad_norm` is None.
         """
         stats = self._engine.stats
         return None if stats is None else stats[table.SKIPPED_STEPS].long()
+
+    @property
+    def skip_grad_norm(self) -> float | Tensor | None:
+        """The argument of that name.
+
+        A tensor is the one that was given, to be changed in place. A deep or unpickled copy of the
+        optimizer has a tensor of its own.
+        """
+        return self._skip_grad_norm
 
     @property
     def reduce_norm(self) -> Callable[[Tensor], Tensor] | None:
@@ -340,8 +364,8 @@ class FusedAdam(OptimizerState):
         Raises:
             TypeError: it is set to something that cannot be called. In a step: it returned no
                 tensor.
-            ValueError: neither `max_grad_norm` nor `skip_nonfinite` is set. In a step: it returned
-                another kind of tensor. Nothing has changed then.
+            ValueError: none of `max_grad_norm`, `skip_nonfinite` and `skip_grad_norm` is set. In a
+                step: it returned another kind of tensor. Nothing has changed then.
 
         Example:
             >>> def over_pipeline(square_sum):

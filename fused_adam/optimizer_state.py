@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from . import arguments
 from .backends import choose as backends
@@ -32,12 +33,17 @@ class OptimizerState(torch.optim.Adam):
     _max_grad_norm: float | None
     _precision: str | None
     _seed: int
+    _skip_grad_norm: float | Tensor | None = None  # pickles of 0.1.0 lack it
     _skip_nonfinite: bool
 
     def _make_engine(self) -> None:
         """Make what is derived from the arguments; also after pickle and deepcopy."""
         self._engine = Engine(
-            self._backend, self._max_grad_norm, self._skip_nonfinite, self._grad_attribute
+            self._backend,
+            self._max_grad_norm,
+            self._skip_nonfinite,
+            self._skip_grad_norm,
+            self._grad_attribute,
         )
 
     def state_dict(self) -> dict[str, Any]:

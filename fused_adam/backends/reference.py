@@ -120,7 +120,7 @@ class ReferenceRunner:
         # Let go of the gradients: `zero_grad()` should free their memory, not the next step.
         grads, self.grads = self.grads, ()
         # The same for every param group.
-        numbers = transform.read(hyper[0].max_grad_norm, bool(hyper[0].skip_nonfinite))
+        numbers = transform.read(hyper[0].max_grad_norm, hyper[0].skip_grad_norm)
         if transform.stats is not None:
             transform.stats[table.GRAD_NORM] = numbers.grad_norm
             transform.stats[table.SKIPPED_STEPS] += numbers.skip

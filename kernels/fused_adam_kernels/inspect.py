@@ -123,7 +123,7 @@ def square_sum(grad: torch.dtype) -> Variant:
     return Variant(norm.square_sum_kernel, arguments, constants, norm.LANES, grad.itemsize)
 
 
-def prologue() -> Variant:
+def prologue(skip_spikes: bool = False) -> Variant:
     """The kernel that advances step counters and computes the scalars; counted per row."""
     arguments = {
         "rows_ptr": "*i64",
@@ -135,7 +135,7 @@ def prologue() -> Variant:
         "stats_ptr": "*fp64",
         "num_rows": "i32",
     }
-    constants = {"BLOCK": scalars.BLOCK, "LAYOUT": table.LAYOUT}
+    constants = {"BLOCK": scalars.BLOCK, "SKIP_SPIKES": skip_spikes, "LAYOUT": table.LAYOUT}
     return Variant(scalars.prologue_kernel, arguments, constants, scalars.BLOCK)
 
 
@@ -145,6 +145,7 @@ VARIANTS = {
     **{name: update(*recipe) for name, recipe in RECIPES.items()},
     **{f"{name}-cautious": update(*mix, cautious=True) for name, mix in (MIXES | RECIPES).items()},
     "prologue": prologue(),
+    "prologue-skip-spikes": prologue(skip_spikes=True),
     "norm-fp32": square_sum(FP32),
     "norm-bf16": square_sum(BF16),
 }

@@ -356,6 +356,7 @@ class Model:
     groups: list[tuple[dict[str, Any], list[int]]] = field(default_factory=list)
     max_grad_norm: float | None = None
     skip_nonfinite: bool = False
+    skip_grad_norm: float | None = None
     skipped: int = 0
     norm: float | None = None
 
@@ -367,7 +368,7 @@ class Model:
         for o, i in listed:
             self.weights[i].begin(o)
         multiplier, multiplier_error = 1 / grad_scale, 0.0
-        if self.max_grad_norm is not None or self.skip_nonfinite:
+        if self.needs_norm:
             self.norm = (
                 math.sqrt(sum(float(np.square(grads[i]).sum()) for _, i in listed)) / grad_scale
             )
@@ -380,13 +381,22 @@ class Model:
                     # Of another dtype than float64: squares are rounded to float32, each by 2^-24
                     # of itself at most, and a root halves that.
                     multiplier_error += 2.0**-25
-            found_inf |= self.skip_nonfinite and not math.isfinite(self.norm)
+            limit = self.skip_grad_norm
+            if self.skip_nonfinite or limit is not None:
+                found_inf |= not math.isfinite(self.norm)
+            found_inf |= limit is not None and self.norm > limit
             self.skipped += found_inf
         if found_inf:
             return False
         for o, i in listed:
             self.weights[i].step(grads[i], o, multiplier, multiplier_error)
         return True
+
+    @property
+    def needs_norm(self) -> bool:
+        return (
+            self.max_grad_norm is not None or self.skip_nonfinite or self.skip_grad_norm is not None
+        )
 
     def separate(self) -> None:
         """Parameters no longer share memory."""

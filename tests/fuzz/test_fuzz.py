@@ -170,7 +170,14 @@ def gradients_scaled_in_place(patch):
 
 def poisoned_steps_done(patch):
     read = GradTransform.read
-    patch.setattr(GradTransform, "read", lambda self, max_norm, _: read(self, max_norm, False))
+    patch.setattr(GradTransform, "read", lambda self, max_norm, _: read(self, max_norm, 0.0))
+
+
+def spikes_of_twice_the_limit(patch):
+    read = GradTransform.read
+    patch.setattr(
+        GradTransform, "read", lambda self, max_norm, limit: read(self, max_norm, 2 * limit)
+    )
 
 
 def parameters_that_moved_unnoticed(patch):
@@ -227,6 +234,7 @@ FAULTS = [
     learning_rate_of_the_step_before,
     gradients_scaled_in_place,
     poisoned_steps_done,
+    spikes_of_twice_the_limit,
     parameters_that_moved_unnoticed,
     second_moments_rounded_eight_codes_up,
     decay_after_the_update,
