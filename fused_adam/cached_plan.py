@@ -65,6 +65,7 @@ def bind(
     launch_groups: Sequence[LaunchGroup],
     names: Mapping[torch.device, str],
     takes_norm: bool,
+    skip_spikes: bool,
     guard: PlanGuard,
     params: Sequence[Tensor],
 ) -> CachedPlan:
@@ -74,6 +75,7 @@ def bind(
         launch_groups: what `plan.build` decided.
         names: for every device, its backend, as `backends.choose` returns it.
         takes_norm: whether the runners are asked for sums of squares.
+        skip_spikes: whether steps of large norms are skipped, too.
         guard: says whether the plan still fits.
         params: all parameters of the optimizer, in order.
     """
@@ -81,7 +83,10 @@ def bind(
     launches = [launch for group in launch_groups for launch in group.launches]
     spans = [span.rows for launch in launches for span in launch.spans]
     counters = [row.param_state.counters for row in rows]
-    runners = [backends.bind(names[group.device], group, takes_norm) for group in launch_groups]
+    runners = [
+        backends.bind(names[group.device], group, takes_norm, skip_spikes)
+        for group in launch_groups
+    ]
     return CachedPlan(
         param_states=[row.param_state for row in rows],
         runners=runners,

@@ -6,6 +6,7 @@ The optimizer checks its users' arguments before it calls; backends do the arith
 from __future__ import annotations
 
 import contextlib
+import math
 import operator
 from collections.abc import Callable, Iterator
 from itertools import chain, compress, count, repeat
@@ -32,6 +33,9 @@ from .state.flatten import FlatBuffers
 # are bounded by rows, which is what takes memory: this many per parameter, over all plans.
 MAX_CACHED_ROWS = 8
 
+# What is compiled into a plan's launches, so it has to be equal on every rank.
+OPTIONS_OF_PLANS = ("amsgrad", "precision", "seed", "cautious")
+
 CheckGroup = Callable[[dict[str, Any]], None]
 
 
@@ -53,12 +57,19 @@ def params_of(groups: Groups) -> list[Tensor]:
 def plan_options(groups: Groups) -> list[tuple[Any, ...]]:
     """Return what a plan assumes about each group, as written there.
 
-    These are the number of parameters, amsgrad, precision and seed. All other values of a group may
-    change from step to step.
+    These are the number of parameters, amsgrad, precision, seed and cautious. All other values of a
+    group may change from step to step, but for the kind of decay where it is cautious.
     """
     try:
         return [
-            (len(group["params"]), group["amsgrad"], group.get("precision"), group.get("seed"))
+            (
+                len(group["params"]),
+                group["amsgrad"],
+                group.get("precision"),
+                group.get("seed"),
+                # Only decoupled decay can be cautious, so a change of the kind has to be checked.
+                group.get("cautious") and (group["cautious"], group["decoupled_weight_decay"]),
+            )
             for group in groups
         ]
     except TypeError:
@@ -78,15 +89,24 @@ class Engine:
     step that guard is nearly all the Python that runs.
 
     Args:
-        backend, max_grad_norm, skip_nonfinite, grad_attribute: the optimizer's arguments.
+        backend, max_grad_norm, skip_nonfinite, skip_grad_norm, grad_attribute: the optimizer's
+            arguments.
     """
 
     def __init__(
-        self, backend: str, max_grad_norm: float | None, skip_nonfinite: bool, grad_attribute: str
+        self,
+        backend: str,
+        max_grad_norm: float | None,
+        skip_nonfinite: bool,
+        skip_grad_norm: float | Tensor | None,
+        grad_attribute: str,
     ) -> None:
         self.backend, self.read_attribute = backend, reader(grad_attribute)
-        self.max_grad_norm, self.skip_nonfinite = max_grad_norm, skip_nonfinite
-        self.needs_norm = max_grad_norm is not None or skip_nonfinite
+        self.max_grad_norm, self.skip_spikes = max_grad_norm, skip_grad_norm is not None
+        # A limit skips what is not finite as well, so `skip_nonfinite` is a limit of infinity.
+        infinity = math.inf if skip_nonfinite else None
+        self.skip_grad_norm = infinity if skip_grad_norm is None else skip_grad_norm
+        self.needs_norm = max_grad_norm is not None or self.skip_grad_norm is not None
         self.reduce_norm: Callable[[Tensor], Tensor] | None = None  # see `FusedAdam.reduce_norm`
         self.stats: Tensor | None = None  # the last gradient norm, and what else `table.py` says
         self.last_norms: GradNorms | None = None  # of the last step, by parameter
@@ -294,7 +314,7 @@ class Engine:
 
     def _facts(self, groups: Groups) -> list[dict[str, object]]:
         """Return per parameter what has to be equal on every rank, by name."""
-        grads = self.read_grads(self.params)
+        grads, limit = self.read_grads(self.params), self.skip_grad_norm
         return [
             {
                 "shape": tuple(param.shape),
@@ -302,9 +322,10 @@ class Engine:
                 "placements": getattr(param, "placements", "none"),
                 "gradient": grad is not None,
                 "group": number,
-                **{key: groups[number].get(key) for key in ("amsgrad", "precision", "seed")},
+                **{key: groups[number].get(key) for key in OPTIONS_OF_PLANS},
                 "max_grad_norm": self.max_grad_norm,
-                "skip_nonfinite": self.skip_nonfinite,
+                # The value of a tensor would have to be waited for.
+                "skip_grad_norm": "a tensor" if isinstance(limit, Tensor) else limit,
             }
             for param, number, grad in zip(self.params, self.group_numbers, grads, strict=True)
         ]
@@ -354,7 +375,7 @@ class Engine:
             arena=self.arena,
             state_guard=StateGuard(state, rows),
         )
-        cached = bind(launch_groups, names, self.needs_norm, guard, self.params)
+        cached = bind(launch_groups, names, self.needs_norm, self.skip_spikes, guard, self.params)
         self._cache(key, cached)
         gradients = cached.guard.gradients(state)
         assert gradients is not None
@@ -377,7 +398,7 @@ class Engine:
     def _run(self, match: Match, groups: Groups, transform: GradTransform) -> None:
         """Launch everything. Nothing here waits for a device, except where the CPU reads a norm."""
         cached, grads = match
-        hypers = [hyper(group, self.max_grad_norm, self.skip_nonfinite) for group in groups]
+        hypers = [hyper(group, self.max_grad_norm, self.skip_grad_norm) for group in groups]
         capturing = backends.is_capturing()
         self.last_run = cached
         for runner in cached.runners:
@@ -386,7 +407,7 @@ class Engine:
             transform = self._with_norm(cached, transform)
             self.last_norms = cached.grad_norms
             if not cached.runners:
-                transform.record(self.skip_nonfinite)
+                transform.record(self.skip_grad_norm)
         for i, runner in enumerate(cached.runners):
             # The first one records norm and skip; all of them would count a skipped step twice.
             runner.run(hypers, transform if i == 0 else transform._replace(stats=None))

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from . import arguments
 from .backends import choose as backends
@@ -27,17 +28,23 @@ class OptimizerState(torch.optim.Adam):
     # The arguments besides torch's. Copies and pickles keep what is declared here, and no more:
     # everything else is made from it.
     _backend: str
+    _cautious: bool = False  # pickles of 0.1.0 lack it
     _flatten: bool
     _grad_attribute: str
     _max_grad_norm: float | None
     _precision: str | None
     _seed: int
+    _skip_grad_norm: float | Tensor | None = None  # pickles of 0.1.0 lack it
     _skip_nonfinite: bool
 
     def _make_engine(self) -> None:
         """Make what is derived from the arguments; also after pickle and deepcopy."""
         self._engine = Engine(
-            self._backend, self._max_grad_norm, self._skip_nonfinite, self._grad_attribute
+            self._backend,
+            self._max_grad_norm,
+            self._skip_nonfinite,
+            self._skip_grad_norm,
+            self._grad_attribute,
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -70,7 +77,13 @@ class OptimizerState(torch.optim.Adam):
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = pre_hook(self, state_dict) or state_dict
         with outside_inference_mode():
-            groups = checkpoint.load(self.param_groups, self._engine.arena, self.state, state_dict)
+            groups = checkpoint.load(
+                self.param_groups,
+                self._engine.arena,
+                self.state,
+                state_dict,
+                always_decoupled=isinstance(self, torch.optim.AdamW),
+            )
             if self._engine.origins is not None:  # loading made new state on the device
                 offloading.to_host(self._engine.arena, self.state, self._engine.origins)
         self.__setstate__({"state": self.state, "param_groups": groups})

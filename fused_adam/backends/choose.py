@@ -163,15 +163,16 @@ def staging(backend: str) -> Staging:
     return Staging(small=CHUNK // 8, page=2 * CHUNK, shared=True)
 
 
-def bind(backend: str, group: LaunchGroup, needs_norm: bool) -> Runner:
+def bind(backend: str, group: LaunchGroup, needs_norm: bool, skip_spikes: bool) -> Runner:
     """The runner of one launch group.
 
     Args:
         backend: a name that `choose` returned.
         needs_norm: whether `square_sum` will be asked for.
+        skip_spikes: whether steps of large norms are skipped, too.
     """
     if backend != "triton":
         return ReferenceRunner(group, backend)
     from .triton import TritonRunner  # imports triton
 
-    return TritonRunner(group, needs_norm)
+    return TritonRunner(group, needs_norm, skip_spikes)

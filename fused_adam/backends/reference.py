@@ -57,14 +57,21 @@ class Flags(NamedTuple):
 
     has_l2: bool
     has_lr_wd: bool
+    cautious: bool
     store_param: bool
 
     @staticmethod
-    def of(scalars: Tensor) -> Flags:
-        """From scalars that are rounded to the arithmetic's dtype, as the kernel sees them."""
+    def of(scalars: Tensor, cautious: bool) -> Flags:
+        """From scalars that are rounded to the arithmetic's dtype, as the kernel sees them.
+
+        Args:
+            cautious: whether the param group is. Without a decay that chooses nothing, so
+                torch.compile gets no variant of its own.
+        """
         numbers = scalars.tolist()
         has_l2, has_lr_wd = numbers[table.L2] != 0, numbers[table.LR_WD] != 0
-        return Flags(has_l2, has_lr_wd, numbers[table.STEP_SIZE] != 0 or has_lr_wd)
+        store_param = numbers[table.STEP_SIZE] != 0 or has_lr_wd
+        return Flags(has_l2, has_lr_wd, cautious and has_lr_wd, store_param)
 
 
 class StepValues(NamedTuple):
@@ -117,7 +124,7 @@ class ReferenceRunner:
         # Let go of the gradients: `zero_grad()` should free their memory, not the next step.
         grads, self.grads = self.grads, ()
         # The same for every param group.
-        numbers = transform.read(hyper[0].max_grad_norm, bool(hyper[0].skip_nonfinite))
+        numbers = transform.read(hyper[0].max_grad_norm, hyper[0].skip_grad_norm)
         if transform.stats is not None:
             transform.stats[table.GRAD_NORM] = numbers.grad_norm
             transform.stats[table.GRAD_SCALE] = numbers.grad_scale
@@ -132,7 +139,8 @@ class ReferenceRunner:
             if key not in shared:
                 in_float64 = scalars(step, hyper[group], numbers)
                 values = torch.tensor(in_float64, dtype=self.compute, device="cpu")
-                shared[key] = StepValues(step, values, Flags.of(values))
+                flags = Flags.of(values, span.row.options.cautious)
+                shared[key] = StepValues(step, values, flags)
             span.update(shared[key], grads)
 
 

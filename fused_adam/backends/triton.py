@@ -109,7 +109,7 @@ class TritonRunner:
     users move away are free.
     """
 
-    def __init__(self, group: LaunchGroup, needs_norm: bool) -> None:
+    def __init__(self, group: LaunchGroup, needs_norm: bool, skip_spikes: bool) -> None:
         rows = group.rows
         self.device, self.num_rows = group.device, len(rows)
         position = {row.grad_index: i for i, row in enumerate(rows)}
@@ -125,9 +125,12 @@ class TritonRunner:
         self.row_table, self.hyper_table = DeviceTable(self.device), DeviceTable(self.device)
         shape = (len(rows), table.SCALARS)
         self.scalars = torch.empty(shape, dtype=group.compute, device=self.device)
-        self.prologue, self.programs = scalars.prologue(), scalars.programs(len(rows))
+        self.prologue, self.programs = scalars.prologue(skip_spikes), scalars.programs(len(rows))
         self.updates = [
-            Update(adam.adam_step(*_mix(launch), launch.amsgrad), self._blocks(launch, position))
+            Update(
+                adam.adam_step(*_mix(launch), launch.amsgrad, launch.cautious),
+                self._blocks(launch, position),
+            )
             for launch in group.launches
             if launch.spans
         ]
@@ -219,6 +222,8 @@ class TritonRunner:
             for i, row in enumerate(hyper)
             for j, x in enumerate(row)
             if known[i][j] is None and isinstance(x, Tensor)
+            # The limit of the optimizer is read in the first row alone.
+            if i == 0 or j != table.HYPER_SKIP_GRAD_NORM
         ]
         if unknown:
             targets = [values[i, j] for i, j, _ in unknown]

@@ -81,6 +81,7 @@ def adam_update(
     s: Scalars,
     has_l2: bool,
     has_lr_wd: bool,
+    cautious: bool,
     sqrt: Callable[[Tensor], Tensor],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Return the new (p, m, v, v_max). Kingma & Ba 2015, algorithm 1; Loshchilov & Hutter 2019.
@@ -90,6 +91,7 @@ def adam_update(
     v     = beta2 * v + (1 - beta2) * g^2
     v_max = max(v_max, v)                             (AMSGrad only; otherwise p is updated with v)
     p     = p - (lr_wd * p + step_size * m / (sqrt(v_max) * rsqrt_bc2 + eps))
+    cautious: lr_wd * p only where m * p > 0                    (Chen et al. 2025, arXiv 2510.12402)
 
     Every operation rounds once, in the order written below, so CPU and GPU agree bit for bit.
 
@@ -99,6 +101,7 @@ def adam_update(
         s: Scalars of the same type.
         has_l2, has_lr_wd: whether `s.l2` and `s.lr_wd` are not zero. As Python values they cost
             nothing to test, and torch.compile needs no branch.
+        cautious: decay a parameter only where the update moves it towards zero.
         sqrt: a correctly rounded square root.
     """
     # Below, every tensor of this function's own is reused in place: a temporary that stays in the
@@ -118,7 +121,13 @@ def adam_update(
 
     # Decay and update are subtracted together, so p rounds once and a tiny decay is not lost.
     if has_lr_wd:
-        update.add_(s.lr_wd * p)
+        decay = s.lr_wd * p
+        if cautious:
+            # The update has the sign of m. A product of m and p could underflow. Where p is 0, so
+            # is the decay, whatever is decided.
+            towards_zero = torch.where(p < 0, -m, m) > 0
+            decay = torch.where(towards_zero, decay, -0.0)
+        update.add_(decay)
     return p - update, m, v, v_max
 
 
@@ -131,6 +140,7 @@ def adam_step(
     scalars: Tensor,
     has_l2: bool,
     has_lr_wd: bool,
+    cautious: bool,
     store_param: bool,
     sqrt: Callable[[Tensor], Tensor],
 ) -> None:
@@ -140,6 +150,7 @@ def adam_step(
         p, g, m, v, v_max: flat tensors of one size, of any float dtypes. g is only read.
         scalars: shape (SCALARS,), in the order of `table.py` and the type of the arithmetic.
         has_l2, has_lr_wd: whether these scalars are not zero.
+        cautious: as for `adam_update`.
         store_param: False for a step of size zero, which leaves parameters as they are: p - 0 would
             turn -0.0 into 0.0.
         sqrt: a correctly rounded square root.
@@ -148,7 +159,7 @@ def adam_step(
     old_p, grad, old_m, old_v = [memory.to(compute) for memory in (p, g, m, v)]
     old_v_max = None if v_max is None else v_max.to(compute)
     new_p, new_m, new_v, new_v_max = adam_update(
-        old_p, grad, old_m, old_v, old_v_max, s, has_l2, has_lr_wd, sqrt
+        old_p, grad, old_m, old_v, old_v_max, s, has_l2, has_lr_wd, cautious, sqrt
     )
     if store_param:
         p.copy_(new_p)
@@ -164,6 +175,7 @@ def recipe_step(
     scalars: Tensor,
     has_l2: bool,
     has_lr_wd: bool,
+    cautious: bool,
     store_param: bool,
     bits: Tensor,
 ) -> None:
@@ -173,7 +185,7 @@ def recipe_step(
         memory: name -> flat tensor: `param`, `grad` and the recipe's own entries, each of N
             elements (scales: N / 32). N is a multiple of 32 if there are scales. Everything but
             the gradient is written in place.
-        scalars, has_l2, has_lr_wd, store_param: as for `adam_step`.
+        scalars, has_l2, has_lr_wd, cautious, store_param: as for `adam_step`.
         bits: int32, shape (N,): one word of random bits per element; shape (0,) if the recipe needs
             no random bits.
     """
@@ -190,7 +202,7 @@ def recipe_step(
     m, v = codecs.load_moments(m_stored, v_stored, m_scale, v_scale)
     v_max = None if v_max_stored is None else v_max_stored.float()
     s = load_scalars(scalars)
-    p, m, v, v_max = adam_update(p, g, m, v, v_max, s, has_l2, has_lr_wd, exact_sqrt)
+    p, m, v, v_max = adam_update(p, g, m, v, v_max, s, has_l2, has_lr_wd, cautious, exact_sqrt)
 
     if store_param:
         new_p, new_extra = codecs.store_weight(recipe.weights, p, bits)

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from .. import arguments
 from ..distributed import as_byte_pairs, local, to_dtensor
 from ..numerics import codecs
 from ..precision import ENTRIES, WEIGHTS, Recipe, as_seed, parse
@@ -23,7 +24,7 @@ from .convert import convert, decode, parts_of_entry, same_storage, widened
 from .memory import Slot, is_lazy, with_own_storage
 from .validate import check_entry, check_state_dict
 
-OWN_KEYS = ("precision", "seed")  # what we add to torch's param groups
+OWN_KEYS = ("precision", "seed", "cautious")  # what we add to torch's param groups
 
 
 def exported(state_dict: dict[str, Any], arena: Arena) -> dict[str, Any]:
@@ -98,15 +99,20 @@ def _by_number(groups: Groups, saved_groups: Groups) -> dict[Any, _Saved]:
 
 
 def load(
-    groups: Groups, arena: Arena, state: State, state_dict: Mapping[str, Any]
+    groups: Groups,
+    arena: Arena,
+    state: State,
+    state_dict: Mapping[str, Any],
+    always_decoupled: bool,
 ) -> list[dict[str, Any]]:
     """Copy a checkpoint into the arena, tensor by tensor, and return the new param groups.
 
     Args:
         groups: the optimizer's param groups, not changed. Their precision stays, and what was saved
-            in another one is converted; the seed is the checkpoint's.
+            in another one is converted; seed and `cautious` are the checkpoint's, if it has them.
         arena, state: the optimizer's; state of parameters that the checkpoint lacks is dropped.
         state_dict: torch's form, in any precision; never aliased and never changed.
+        always_decoupled: whether weight decay is decoupled whatever the checkpoint says.
 
     Raises ValueError before anything is written if this is not a state_dict of an optimizer with
     these groups and shapes.
@@ -133,6 +139,8 @@ def load(
     for group in counting_groups:
         group.pop("step", None)
     merged = [_merged(old, new) for old, new in zip(groups, saved_groups, strict=True)]
+    for group in merged:
+        arguments.check_cautious(group, always_decoupled or group.get("decoupled_weight_decay"))
 
     # Slots live as long as something holds their tensors: `before` does, until they are filled
     # again. So loading into a running optimizer needs no second copy of the state.
@@ -173,11 +181,15 @@ def _without_own(group: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    """The saved group with our parameters, their names and precision; the seed is the saved one."""
+    """The saved group with our parameters, their names and precision.
+
+    Seed and `cautious` are the saved ones, and ours if the checkpoint has none.
+    """
     merged = _without_own(new)
     merged |= {key: old[key] for key in OWN_KEYS if key in old}
     seed = as_seed(new.get("seed", 0))
     merged |= {"seed": seed} if "seed" in old and "seed" in new else {}
+    merged |= {"cautious": new["cautious"]} if "cautious" in new else {}
     if "param_names" in old:
         merged.setdefault("param_names", old["param_names"])
     return {**merged, "params": old["params"]}

@@ -42,7 +42,7 @@ def exact_div(x, y):
 
 
 @triton.jit
-def adam_update(p, g, m, v, v_max, s, AMSGRAD: tl.constexpr):
+def adam_update(p, g, m, v, v_max, s, AMSGRAD: tl.constexpr, CAUTIOUS: tl.constexpr):
     """Return the new (p, m, v, v_max). Kingma & Ba 2015, algorithm 1; Loshchilov & Hutter 2019.
 
     g     = grad_multiplier * g + l2 * p
@@ -50,6 +50,7 @@ def adam_update(p, g, m, v, v_max, s, AMSGRAD: tl.constexpr):
     v     = beta2 * v + (1 - beta2) * g^2
     v_max = max(v_max, v)                             (AMSGrad only; otherwise p is updated with v)
     p     = p - (lr_wd * p + step_size * m / (sqrt(v_max) * rsqrt_bc2 + eps))
+    cautious: lr_wd * p only where m * p > 0                    (Chen et al. 2025, arXiv 2510.12402)
 
     Every operation rounds once, in the order written below, so CPU and GPU agree bit for bit.
 
@@ -58,6 +59,7 @@ def adam_update(p, g, m, v, v_max, s, AMSGRAD: tl.constexpr):
             float type and shape.
         s: Scalars of the same type.
         AMSGRAD: keep the running maximum of v. Otherwise v_max comes back unchanged.
+        CAUTIOUS: decay a parameter only where the update moves it towards zero.
     """
     g = g * s.grad_multiplier
 
@@ -86,5 +88,10 @@ def adam_update(p, g, m, v, v_max, s, AMSGRAD: tl.constexpr):
     decay_term = negative_zero
     if s.lr_wd != 0:
         decay_term = s.lr_wd * p
+        if CAUTIOUS:
+            # The update has the sign of m. A product of m and p could underflow. Where p is 0, so
+            # is the decay, whatever is decided.
+            towards_zero = tl.where(p < 0, -m, m) > 0
+            decay_term = tl.where(towards_zero, decay_term, negative_zero)
     p = p - (decay_term + update)
     return p, m, v, v_max

@@ -82,6 +82,7 @@ def update(
     states: str,
     amsgrad: bool = False,
     config: Config | None = None,
+    cautious: bool = False,
 ) -> Variant:
     """The update kernel as `adam_step` launches it, or under another launch configuration."""
     config = config or CONFIGS[kind_of(param, grad, weights, states, amsgrad)]
@@ -90,7 +91,7 @@ def update(
         "blocks_ptr": "*i32",
         "scalars_ptr": "*fp64" if param == FP64 else "*fp32",
     }
-    constants = adam.constants(param, grad, weights, states, amsgrad)
+    constants = adam.constants(param, grad, weights, states, amsgrad, cautious)
     # In the interpreter the constants have its own launch shape.
     constants |= {"BLOCK": config.block, "TAIL": config.tail}
     stored = adam.storage_types(param, weights, states)
@@ -127,7 +128,7 @@ def square_sum(grad: torch.dtype) -> Variant:
     return Variant(norm.square_sum_kernel, arguments, constants, norm.LANES, grad.itemsize)
 
 
-def prologue() -> Variant:
+def prologue(skip_spikes: bool = False) -> Variant:
     """The kernel that advances step counters and computes the scalars; counted per row."""
     arguments = {
         "rows_ptr": "*i64",
@@ -139,7 +140,7 @@ def prologue() -> Variant:
         "stats_ptr": "*fp64",
         "num_rows": "i32",
     }
-    constants = {"BLOCK": scalars.BLOCK, "LAYOUT": table.LAYOUT}
+    constants = {"BLOCK": scalars.BLOCK, "SKIP_SPIKES": skip_spikes, "LAYOUT": table.LAYOUT}
     return Variant(scalars.prologue_kernel, arguments, constants, scalars.BLOCK)
 
 
@@ -147,7 +148,9 @@ VARIANTS = {
     **{name: update(*mix) for name, mix in MIXES.items()},
     **{f"{name}-amsgrad": update(*mix, amsgrad=True) for name, mix in MIXES.items()},
     **{name: update(*recipe) for name, recipe in RECIPES.items()},
+    **{f"{name}-cautious": update(*mix, cautious=True) for name, mix in (MIXES | RECIPES).items()},
     "prologue": prologue(),
+    "prologue-skip-spikes": prologue(skip_spikes=True),
     "norm-fp32": square_sum(FP32),
     "norm-bf16": square_sum(BF16),
 }

@@ -16,10 +16,11 @@ ROW = 15
 # blocks: int32, shape (B, 2). One row per program: a row of `rows`, and which BLOCK elements of it.
 
 # hyper: float64, shape (G, HYPER). One row per param group, as the user set it.
-# HYPER_MAX_GRAD_NORM is negative if nothing is clipped. It and HYPER_SKIP_NONFINITE belong to the
-# optimizer, so they are equal in every row.
+# HYPER_MAX_GRAD_NORM is negative if nothing is clipped. HYPER_SKIP_GRAD_NORM is the norm above
+# which a step is skipped: infinity if only what is not finite is skipped, 0 if nothing is. Both
+# belong to the optimizer and are read in the first row.
 HYPER_LR, HYPER_BETA1, HYPER_BETA2, HYPER_EPS, HYPER_WEIGHT_DECAY, HYPER_DECOUPLED = range(6)
-HYPER_MAXIMIZE, HYPER_MAX_GRAD_NORM, HYPER_SKIP_NONFINITE = range(6, 9)
+HYPER_MAXIMIZE, HYPER_MAX_GRAD_NORM, HYPER_SKIP_GRAD_NORM = range(6, 9)
 HYPER = 9
 
 # scalars: float32 or float64, shape (P, SCALARS). This step's values for one parameter; the first
