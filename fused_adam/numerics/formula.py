@@ -91,7 +91,7 @@ def adam_update(
     v     = beta2 * v + (1 - beta2) * g^2
     v_max = max(v_max, v)                             (AMSGrad only; otherwise p is updated with v)
     p     = p - (lr_wd * p + step_size * m / (sqrt(v_max) * rsqrt_bc2 + eps))
-    cautious: lr_wd * p only where m * p > 0                    (Chen et al. 2025, arXiv 2510.12402)
+    cautious: lr_wd * p only where it has the sign of the other term        (arXiv 2510.12402)
 
     Every operation rounds once, in the order written below, so CPU and GPU agree bit for bit.
 
@@ -123,9 +123,9 @@ def adam_update(
     if has_lr_wd:
         decay = s.lr_wd * p
         if cautious:
-            # The update has the sign of m. A product of m and p could underflow. Where p is 0, so
-            # is the decay, whatever is decided.
-            towards_zero = torch.where(p < 0, -m, m) > 0
+            # A product of the two could underflow. Where p is 0, so is the decay, whatever is
+            # decided.
+            towards_zero = torch.where(p < 0, -update, update) > 0
             decay = torch.where(towards_zero, decay, -0.0)
         update.add_(decay)
     return p - update, m, v, v_max

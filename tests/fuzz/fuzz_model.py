@@ -296,8 +296,8 @@ class Weights:
         update = self._update(new_m, x, t, (lr, beta1, beta2, eps), u, tiny)
         decays, unclear = np.ones(p.value.shape, bool), np.zeros(p.value.shape, bool)
         if o["cautious"]:  # arXiv 2510.12402; near zero, rounding decides which sign there is
-            decays = new_m.value * p.value > 0
-            unclear = (np.abs(new_m.value) <= new_m.error) | (np.abs(p.value) <= p.error)
+            decays = update.value * p.value > 0
+            unclear = (np.abs(update.value) <= update.error) | (np.abs(p.value) <= p.error)
         # Decay and update are rounded three times each before they meet p; the result once.
         value = p.value - update.value - np.where(decays, decoupled * p.value, 0)
         error = (
