@@ -34,8 +34,8 @@ class _Layout(NamedTuple):
     shape: torch.Size  # of the whole
 
 
-class _LocalShard(NamedTuple):
-    """Where in the whole parameter this rank's shard begins, and the shard's shape."""
+class Box(NamedTuple):
+    """Where in the whole parameter a shard begins, and the shard's shape."""
 
     offset: tuple[int, ...]
     shape: tuple[int, ...]
@@ -204,7 +204,10 @@ def to_local(param: Tensor, key: str, value: Tensor) -> Tensor:
                 f"state {key!r} lies on {value.device_mesh}, but its parameter on {mesh}"
             )
         if value.shape != layout.shape:
-            reason = ": 8-bit state cut within groups of 32 fits the world size it was saved with"
+            reason = (
+                ": 8-bit state cut within groups of 32 fits the world size it was saved with; load "
+                "the files with planner=fused_adam.reshard.LoadPlanner()"
+            )
             raise ValueError(
                 f"state {key!r} has shape {tuple(value.shape)}, but must have {tuple(layout.shape)}"
                 + (reason if key in GROUPED else "")
@@ -288,7 +291,7 @@ def global_offset(param: Tensor) -> int:
     """
     if not is_sharded(param) or not any(placement.is_shard() for placement in param.placements):
         return 0
-    shard = _local_shard(param)
+    shard = box_of(param)
     row = param.shape[1:]
     if shard.shape[1:] == row and param._local_tensor.is_contiguous():
         return shard.offset[0] * row.numel()
@@ -302,13 +305,16 @@ def global_offset(param: Tensor) -> int:
     return number * RANGE
 
 
-def _local_shard(param: DTensor) -> _LocalShard:
+def box_of(tensor: Tensor) -> Box:
+    """Where this rank's shard lies in the whole; all of a tensor that is no DTensor."""
+    if not is_sharded(tensor):
+        return Box((0,) * tensor.ndim, tuple(tensor.shape))
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     shape, offset = compute_local_shape_and_global_offset(
-        param.shape, param.device_mesh, param.placements
+        tensor.shape, tensor.device_mesh, tensor.placements
     )
-    return _LocalShard(offset, shape)
+    return Box(tuple(offset), tuple(shape))
 
 
 def _digest(value: object) -> bytes:
@@ -363,7 +369,7 @@ class RankGroup:
 
         Raises ValueError on every rank if ranks differ.
         """
-        shards = [_digest(_local_shard(p) if is_sharded(p) else None) for p in self.params]
+        shards = [_digest(box_of(p) if is_sharded(p) else None) for p in self.params]
         # 16 bytes per parameter: facts as they are would be hundreds of megabytes from a thousand
         # ranks.
         everyone = self._gather(_RankFacts(list(map(_digest, facts)), shards))

@@ -83,7 +83,7 @@ class OptimizerState(torch.optim.Adam):
 
         Returns:
             `{"params": ..., "state": ...}`, with tensors on the parameters' devices. "params" has
-            the weights by name, or by position where parameters have no names; where a recipe
+            the weights by name, or by position where parameters have no names of their own;
             where a recipe stores more bits than the parameter has, these are in. "state" is a
             `state_dict` that torch.optim.Adam(W) over float32 parameters loads.
 
