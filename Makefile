@@ -4,13 +4,16 @@ BIN := .venv/bin
 
 TRITONS := 3.6.0 3.9.0
 
+# torch - the command of a Python.
+VERSIONS ?= 2.11.0-python3.12 2.14.1-python3.11
+
 # The Python of the machine with the GPU: Triton's cache serves one build of Triton alone.
 GPU_PYTHON ?= 3.12
 
 # What `make test-machine` compiles the kernels for.
 GPUS ?= sm_90
 
-.PHONY: demo bench test test-machine test-long mutants test-triton test-integrations gpu-run lint types wheel clean
+.PHONY: demo bench test test-machine test-long mutants test-triton test-versions test-integrations gpu-run lint types wheel clean
 
 demo: .venv/installed
 	$(BIN)/python -m bench demo
@@ -43,7 +46,11 @@ test-triton: $(TRITONS:%=.venv-triton-%/installed)
 	&& .venv-triton-$$version/bin/python -m pytest -q -n 2 --ptx sm_90 tests/machine tests/numerics \
 	|| exit 1; done
 
-# DDP, FSDP1 and 2, DTensors and ZeRO in several processes, and training frameworks: Transformers, Accelerate, Lightning, PEFT, safetensors.
+# The oldest and the newest torch, each with its Triton, on two Pythons: torch's CUDA builds, some GB each, need no GPU here.
+test-versions: $(VERSIONS:%=.venv-torch-%/installed)
+	@for version in $(VERSIONS); do echo "torch $$version"; .venv-torch-$$version/bin/python -m pytest -n 2 || exit 1; done
+
+# DDP, FSDP1 and 2, DTensors and ZeRO in several processes, and training frameworks: those of the extra, and torchtitan.
 test-integrations: .venv-integrations/installed
 	.venv-integrations/bin/python -m pytest -n 2 --dist loadfile tests/integrations
 
@@ -80,11 +87,21 @@ endef
 	.venv-triton-$*/bin/python -m pip install --quiet --disable-pip-version-check --no-deps triton==$* 'numpy<2.4'
 	touch $@
 
+# What asks for packages that cannot be here. fastai: torchvision, whose wheel does not load next to torch's CPU build (and
+# which Transformers would import), and spaCy. torchtitan: an older `datasets` than trl. Training imports none of them.
+WITHOUT_NEEDS := fastai fastcore fastdownload fastprogress fasttransform plum-dispatch torchtitan
+
+.venv-torch-%/installed: pyproject.toml
+	$(lastword $(subst -, ,$*)) -m venv .venv-torch-$*
+	.venv-torch-$*/bin/python -m pip install --quiet --disable-pip-version-check torch==$(firstword $(subst -, ,$*)) 'numpy<2.4' -e '.[dev]'
+	touch $@
+
 # pip finds torch installed, and adds the frameworks and what they need alone.
 .venv-integrations/installed: .venv/installed
 	$(call borrowing,.venv-integrations)
 	.venv-integrations/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[integrations]'
+	.venv-integrations/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps $(WITHOUT_NEEDS)
 	touch $@
 
 clean:
-	rm -rf .venv .venv-triton-* .venv-integrations .gpu build dist *.egg-info .pytest_cache .ptx_cache .mypy_cache .ruff_cache .hypothesis demo.png bench.png convergence.png
+	rm -rf .venv .venv-triton-* .venv-torch-* .venv-integrations .gpu build dist *.egg-info .pytest_cache .ptx_cache .mypy_cache .ruff_cache .hypothesis demo.png bench.png convergence.png

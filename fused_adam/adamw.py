@@ -53,11 +53,17 @@ class FusedAdamW(FusedAdam, torch.optim.AdamW):
         precision: name of a recipe that stores weights and moments in fewer bytes, such as
             "split32-bf16"; docs/precision.md lists them. A param group may have its own. Default:
             None, everything in the parameter's dtype.
+        cautious: decay a parameter only where the update moves it towards zero; docs/training.md
+            has an example. Needs decoupled decay. A param group may have its own. Default: False.
         max_grad_norm: clip the global L2 norm of the gradients to this value inside the step, as
             `torch.nn.utils.clip_grad_norm_` would before it. Read the norm from `grad_norm`. inf
             measures the norm and clips nothing. Default: None, no clipping.
         skip_nonfinite: skip a step whose gradients contain NaN or Inf, without waiting for the GPU.
             Count such steps with `skipped_steps`. Default: False.
+        skip_grad_norm: skip a step whose global gradient norm, unscaled and before clipping, is
+            above this value or not finite, without waiting for the GPU. A number, or a float tensor
+            of shape () on the parameters' device, which may change at any time: docs/training.md
+            has rules for it. Count such steps with `skipped_steps`. Default: None, no skipping.
         flatten: move parameters and gradients into flat buffers. Faster for models with many small
             tensors. After `zero_grad()`, gradients are views of zeros instead of None. Default:
             False.
@@ -90,8 +96,10 @@ class FusedAdamW(FusedAdam, torch.optim.AdamW):
         differentiable: bool = False,
         fused: bool | None = None,
         precision: str | None = None,
+        cautious: bool = False,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
+        skip_grad_norm: float | Tensor | None = None,
         flatten: bool = False,
         grad_attribute: str = "grad",
         backend: str = "auto",
@@ -111,8 +119,10 @@ class FusedAdamW(FusedAdam, torch.optim.AdamW):
             fused=fused,
             decoupled_weight_decay=True,
             precision=precision,
+            cautious=cautious,
             max_grad_norm=max_grad_norm,
             skip_nonfinite=skip_nonfinite,
+            skip_grad_norm=skip_grad_norm,
             flatten=flatten,
             grad_attribute=grad_attribute,
             backend=backend,

@@ -9,16 +9,16 @@ import contextlib
 import copy
 import math
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import distributed
 from .numerics.scalars import as_number, is_number
 from .precision import as_seed, parse
+from .torch_private import is_traceable_wrapper_subclass
 
 GRAD_ATTRIBUTES = ("grad", "main_grad", "decoupled_grad")
 
@@ -48,12 +48,7 @@ def as_max_grad_norm(value: Any) -> float | None:
     """
     if value is None:
         return None
-    number = math.nan  # which is not above 0
-    # Python's bools, numpy's and torch's are numbers, but no norm.
-    is_bool = isinstance(value, bool) or "bool" in str(getattr(value, "dtype", ""))
-    if is_number(value) and not is_bool:
-        with contextlib.suppress(OverflowError):  # an int beyond what a float holds
-            number = as_number(value)
+    number = _as_norm(value)
     if not number > 0:
         raise ValueError(
             f"max_grad_norm={value!r} must be a number above 0, or None for no clipping"
@@ -61,12 +56,46 @@ def as_max_grad_norm(value: Any) -> float | None:
     return number
 
 
+def as_skip_grad_norm(value: Any) -> float | Tensor | None:
+    """Return the norm above which steps are skipped: a Python float, the user's tensor, or None.
+
+    A tensor may change at any time, so its value is not looked at. Raises ValueError unless it is a
+    real float of shape () that has a value, and unless a number is above 0.
+    """
+    if value is None:
+        return None
+    if isinstance(value, Tensor):
+        is_scalar = value.dtype.is_floating_point and value.shape == () and not value.is_meta
+        if is_scalar and not distributed.is_sharded(value):
+            return value
+    else:
+        number = _as_norm(value)
+        if number > 0:
+            return number
+    raise ValueError(
+        f"skip_grad_norm={value!r} must be a number above 0, a float tensor of shape () on the "
+        "parameters' device, or None to skip no spikes"
+    )
+
+
+def _as_norm(value: Any) -> float:
+    """A value as a Python float; NaN, which is not above 0, if it is no number."""
+    # Python's bools, numpy's and torch's are numbers, but no norm.
+    is_bool = isinstance(value, bool) or "bool" in str(getattr(value, "dtype", ""))
+    if is_number(value) and not is_bool:
+        with contextlib.suppress(OverflowError):  # an int beyond what a float holds
+            return as_number(value)
+    return math.nan
+
+
 def check_combinations(
     flatten: bool,
     max_grad_norm: float | None,
     skip_nonfinite: bool,
+    skip_grad_norm: float | Tensor | None,
     grad_attribute: object,
     differentiable: bool,
+    cautious: bool,
 ) -> None:
     """Raise ValueError if these arguments of one optimizer cannot be combined."""
     if grad_attribute not in GRAD_ATTRIBUTES:
@@ -83,6 +112,24 @@ def check_combinations(
         refuse("max_grad_norm", max_grad_norm, "differentiable=True", "that step is torch's")
     if differentiable and skip_nonfinite:
         refuse("skip_nonfinite", skip_nonfinite, "differentiable=True", "that step is torch's")
+    if differentiable and skip_grad_norm is not None:
+        refuse("skip_grad_norm", skip_grad_norm, "differentiable=True", "that step is torch's")
+    if differentiable and cautious:
+        refuse("cautious", cautious, "differentiable=True", "that step is torch's")
+
+
+def check_cautious(group: Mapping[str, Any], decoupled: object) -> None:
+    """Raise TypeError unless the group's `cautious` is True or False, or it has none.
+
+    Raises ValueError if it is True and the decay is not `decoupled`.
+    """
+    cautious = as_flag("cautious", group.get("cautious", False))
+    if cautious and not decoupled:
+        reason = (
+            "coupled (L2) decay is part of the gradient; use FusedAdamW, or FusedAdam with "
+            "decoupled_weight_decay=True"
+        )
+        refuse("cautious", cautious, "decoupled_weight_decay=False", reason)
 
 
 def complete_group(
@@ -91,18 +138,26 @@ def complete_group(
     names: Sequence[object],
     precision: str | None,
     seed: int,
+    cautious: bool,
     backend: str,
 ) -> None:
-    """Give a param group the optimizer's precision and seed unless it has its own, and check it.
+    """Give a param group the optimizer's own options unless it has them, and check it.
 
     Args:
-        group: the group, to which "precision" and "seed" are added.
+        group: the group, to which "precision", "seed" and "cautious" are added.
         number: its position among the groups.
         names: the names of its parameters, or their positions.
-        precision, seed, backend: the optimizer's arguments.
+        precision, seed, cautious, backend: the optimizer's arguments.
 
-    Raises TypeError or ValueError if a parameter of the group cannot be stepped.
+    Raises TypeError or ValueError if a parameter or option of the group cannot be stepped.
     """
+    if cautious:
+        group.setdefault("cautious", cautious)
+    if "cautious" in group:
+        check_cautious(group, group["decoupled_weight_decay"])
+        group["cautious"] = bool(group["cautious"])
+        if group["cautious"] and group["differentiable"]:
+            refuse("cautious", True, "differentiable=True", "that step is torch's")
     # Without a recipe, groups stay as torch has them: so do their checkpoints and their repr.
     if precision is not None:
         group.setdefault("precision", precision)
@@ -134,7 +189,8 @@ def check_reduce_norm(function: object, needs_norm: bool) -> None:
         raise TypeError(f"reduce_norm={function!r} must be a function of one tensor, or None")
     if not needs_norm:
         raise ValueError(
-            "reduce_norm is of use with max_grad_norm or skip_nonfinite, and neither is set"
+            "reduce_norm is of use with max_grad_norm, skip_nonfinite or skip_grad_norm, and none "
+            "of them is set"
         )
 
 

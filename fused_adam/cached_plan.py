@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .backends import choose as backends
+from .grad_norms import GradNorms
 from .guards import Gradients, PlanGuard
 from .plan import LaunchGroup
 from .state.arena import ParamState
@@ -42,6 +43,7 @@ class CachedPlan:
     # which it may have saved for a backward, and step counters that the user set and may share with
     # another optimizer. Nobody else uses our moments.
     versions_to_bump: list[Tensor]
+    grad_norms: GradNorms  # of its last step; empty without a norm
 
     def step_counts_agree(self) -> bool:
         """Whether the parameters that are updated as one still have equal step counts."""
@@ -63,7 +65,9 @@ def bind(
     launch_groups: Sequence[LaunchGroup],
     names: Mapping[torch.device, str],
     takes_norm: bool,
+    skip_spikes: bool,
     guard: PlanGuard,
+    params: Sequence[Tensor],
 ) -> CachedPlan:
     """Give every launch group the runner that launches it.
 
@@ -71,19 +75,28 @@ def bind(
         launch_groups: what `plan.build` decided.
         names: for every device, its backend, as `backends.choose` returns it.
         takes_norm: whether the runners are asked for sums of squares.
+        skip_spikes: whether steps of large norms are skipped, too.
         guard: says whether the plan still fits.
+        params: all parameters of the optimizer, in order.
     """
     rows = [row for group in launch_groups for row in group.rows]
     launches = [launch for group in launch_groups for launch in group.launches]
     spans = [span.rows for launch in launches for span in launch.spans]
     counters = [row.param_state.counters for row in rows]
+    runners = [
+        backends.bind(names[group.device], group, takes_norm, skip_spikes)
+        for group in launch_groups
+    ]
     return CachedPlan(
         param_states=[row.param_state for row in rows],
-        runners=[backends.bind(names[group.device], group, takes_norm) for group in launch_groups],
+        runners=runners,
         guard=guard,
         coalesced=[[row.param_state for row in span] for span in spans if len(span) > 1],
         versions_to_bump=[
             *(row.user_param for row in rows if not row.user_param.is_inference()),
             *(owner.steps for owner in counters if owner and not owner.ours),
         ],
+        grad_norms=GradNorms(
+            params, [runner.partial_sums for runner in runners if runner.partial_sums]
+        ),
     )

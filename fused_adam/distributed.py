@@ -1,6 +1,6 @@
 """DTensor parameters: local shards, state as DTensors, what ranks compare and add up.
 
-No other file names DTensor.
+No other file looks into a DTensor.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, distributed
-from torch._subclasses import FakeTensor
 from torch.nn.functional import pad
 
 from .numerics.norm import halving_sum
 from .precision import GROUP, GROUPED
+from .torch_private import FakeTensor, make_dtensor, shape_and_offset
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -34,8 +34,8 @@ class _Layout(NamedTuple):
     shape: torch.Size  # of the whole
 
 
-class _LocalShard(NamedTuple):
-    """Where in the whole parameter this rank's shard begins, and the shard's shape."""
+class Box(NamedTuple):
+    """Where in the whole parameter a shard begins, and the shard's shape."""
 
     offset: tuple[int, ...]
     shape: tuple[int, ...]
@@ -173,13 +173,7 @@ def _from_byte_pairs(param: Tensor, value: Tensor) -> Tensor:
 
 def _dtensor(value: Tensor, mesh: Any, layout: _Layout, strides: tuple[int, ...]) -> DTensor:
     """A DTensor over the memory of `value`, this rank's part."""
-    from torch.distributed.tensor import DTensor
-    from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
-
-    # Not `from_local`, which would take offloaded state back to its mesh's device.
-    meta = TensorMeta(layout.shape, strides, value.dtype)
-    spec = DTensorSpec(mesh, layout.placements, tensor_meta=meta)
-    return DTensor(value, spec, requires_grad=False)  # type: ignore[no-untyped-call]
+    return make_dtensor(value, mesh, layout.placements, layout.shape, strides)
 
 
 def to_local(param: Tensor, key: str, value: Tensor) -> Tensor:
@@ -204,7 +198,10 @@ def to_local(param: Tensor, key: str, value: Tensor) -> Tensor:
                 f"state {key!r} lies on {value.device_mesh}, but its parameter on {mesh}"
             )
         if value.shape != layout.shape:
-            reason = ": 8-bit state cut within groups of 32 fits the world size it was saved with"
+            reason = (
+                ": 8-bit state cut within groups of 32 fits the world size it was saved with; load "
+                "the files with planner=fused_adam.reshard.LoadPlanner()"
+            )
             raise ValueError(
                 f"state {key!r} has shape {tuple(value.shape)}, but must have {tuple(layout.shape)}"
                 + (reason if key in GROUPED else "")
@@ -288,7 +285,7 @@ def global_offset(param: Tensor) -> int:
     """
     if not is_sharded(param) or not any(placement.is_shard() for placement in param.placements):
         return 0
-    shard = _local_shard(param)
+    shard = box_of(param)
     row = param.shape[1:]
     if shard.shape[1:] == row and param._local_tensor.is_contiguous():
         return shard.offset[0] * row.numel()
@@ -302,13 +299,12 @@ def global_offset(param: Tensor) -> int:
     return number * RANGE
 
 
-def _local_shard(param: DTensor) -> _LocalShard:
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-    shape, offset = compute_local_shape_and_global_offset(
-        param.shape, param.device_mesh, param.placements
-    )
-    return _LocalShard(offset, shape)
+def box_of(tensor: Tensor) -> Box:
+    """Where this rank's shard lies in the whole; all of a tensor that is no DTensor."""
+    if not is_sharded(tensor):
+        return Box((0,) * tensor.ndim, tuple(tensor.shape))
+    shape, offset = shape_and_offset(tensor)
+    return Box(tuple(offset), tuple(shape))
 
 
 def _digest(value: object) -> bytes:
@@ -363,7 +359,7 @@ class RankGroup:
 
         Raises ValueError on every rank if ranks differ.
         """
-        shards = [_digest(_local_shard(p) if is_sharded(p) else None) for p in self.params]
+        shards = [_digest(box_of(p) if is_sharded(p) else None) for p in self.params]
         # 16 bytes per parameter: facts as they are would be hundreds of megabytes from a thousand
         # ranks.
         everyone = self._gather(_RankFacts(list(map(_digest, facts)), shards))
@@ -415,7 +411,10 @@ class RankGroup:
         return everyone
 
     def sum_norms(self, square_sum: Tensor) -> Tensor:
-        """The sum over all ranks: float64, shape (1,). Does not wait for the device.
+        """The sums over all ranks: float64, of the same shape. Does not wait for the device.
+
+        Args:
+            square_sum: float64, shape (n,), equal n on all ranks.
 
         Not an all_reduce: the order of additions depends on the number of ranks alone, not on what
         the collective library chooses, so every run has the same bits.
@@ -423,4 +422,4 @@ class RankGroup:
         sums = [torch.empty_like(square_sum) for _ in range(self.size)]
         distributed.all_gather(sums, square_sum, self.group)
         power_of_two = 1 << (self.size - 1).bit_length()
-        return halving_sum(pad(torch.cat(sums), (0, power_of_two - self.size))).reshape(1)
+        return halving_sum(pad(torch.stack(sums, dim=-1), (0, power_of_two - self.size)))

@@ -6,6 +6,7 @@ The optimizer checks its users' arguments before it calls; backends do the arith
 from __future__ import annotations
 
 import contextlib
+import math
 import operator
 from collections.abc import Callable, Iterator
 from itertools import chain, compress, count, repeat
@@ -20,15 +21,20 @@ from . import arguments, plan
 from .backends import choose as backends
 from .cached_plan import CachedPlan, Match, PlanKey, bind
 from .distributed import LocalShards, RankGroup, is_sharded
+from .grad_norms import GradNorms
 from .guards import Gradients, PlanGuard, StateGuard, reader
 from .numerics.scalars import GradTransform, hyper
 from .state import shapes
 from .state.arena import Arena, Groups, Params, State, advance_step_keys
+from .state.convert import keep_dtype_of_moments
 from .state.flatten import FlatBuffers
 
 # Patterns of missing gradients come back (experts, frozen layers), and so should their plans. They
 # are bounded by rows, which is what takes memory: this many per parameter, over all plans.
 MAX_CACHED_ROWS = 8
+
+# What is compiled into a plan's launches, so it has to be equal on every rank.
+OPTIONS_OF_PLANS = ("amsgrad", "precision", "seed", "cautious")
 
 CheckGroup = Callable[[dict[str, Any]], None]
 
@@ -51,12 +57,19 @@ def params_of(groups: Groups) -> list[Tensor]:
 def plan_options(groups: Groups) -> list[tuple[Any, ...]]:
     """Return what a plan assumes about each group, as written there.
 
-    These are the number of parameters, amsgrad, precision and seed. All other values of a group may
-    change from step to step.
+    These are the number of parameters, amsgrad, precision, seed and cautious. All other values of a
+    group may change from step to step, but for the kind of decay where it is cautious.
     """
     try:
         return [
-            (len(group["params"]), group["amsgrad"], group.get("precision"), group.get("seed"))
+            (
+                len(group["params"]),
+                group["amsgrad"],
+                group.get("precision"),
+                group.get("seed"),
+                # Only decoupled decay can be cautious, so a change of the kind has to be checked.
+                group.get("cautious") and (group["cautious"], group["decoupled_weight_decay"]),
+            )
             for group in groups
         ]
     except TypeError:
@@ -76,17 +89,27 @@ class Engine:
     step that guard is nearly all the Python that runs.
 
     Args:
-        backend, max_grad_norm, skip_nonfinite, grad_attribute: the optimizer's arguments.
+        backend, max_grad_norm, skip_nonfinite, skip_grad_norm, grad_attribute: the optimizer's
+            arguments.
     """
 
     def __init__(
-        self, backend: str, max_grad_norm: float | None, skip_nonfinite: bool, grad_attribute: str
+        self,
+        backend: str,
+        max_grad_norm: float | None,
+        skip_nonfinite: bool,
+        skip_grad_norm: float | Tensor | None,
+        grad_attribute: str,
     ) -> None:
         self.backend, self.read_attribute = backend, reader(grad_attribute)
-        self.max_grad_norm, self.skip_nonfinite = max_grad_norm, skip_nonfinite
-        self.needs_norm = max_grad_norm is not None or skip_nonfinite
+        self.max_grad_norm, self.skip_spikes = max_grad_norm, skip_grad_norm is not None
+        # A limit skips what is not finite as well, so `skip_nonfinite` is a limit of infinity.
+        infinity = math.inf if skip_nonfinite else None
+        self.skip_grad_norm = infinity if skip_grad_norm is None else skip_grad_norm
+        self.needs_norm = max_grad_norm is not None or self.skip_grad_norm is not None
         self.reduce_norm: Callable[[Tensor], Tensor] | None = None  # see `FusedAdam.reduce_norm`
-        self.stats: Tensor | None = None  # last gradient norm and number of skipped steps
+        self.stats: Tensor | None = None  # the last gradient norm, and what else `table.py` says
+        self.last_norms: GradNorms | None = None  # of the last step, by parameter
 
         self.arena = Arena()
         self.flat: FlatBuffers | None = None  # with flatten=True
@@ -153,9 +176,21 @@ class Engine:
 
     def init_state(self, groups: Groups, state: State, check_group: CheckGroup) -> None:
         """Make the state of every parameter that requires gradients, with step count 0."""
+        for group in groups:
+            keep_dtype_of_moments(group, state, self.arena)
         self._learn(groups, check_group)
         with outside_inference_mode():
             plan.make_state(self.params, self.group_numbers, self.options, self.arena, state)
+
+    def grad_norms(self) -> dict[Tensor, Tensor]:
+        """Return the norm of each parameter that had a gradient in the last step.
+
+        With DTensors it is a collective.
+        """
+        if self.last_norms is None or self.stats is None:
+            return {}
+        with torch.no_grad():
+            return self.last_norms.by_param(self.stats[table.GRAD_SCALE], self.ranks)
 
     def read_grads(self, params: Params) -> list[Tensor | None]:
         """Return the gradients; None for flat ones that nothing has written to."""
@@ -230,6 +265,8 @@ class Engine:
                 "yet: run a step with the same parameters, and gradients of the same layout, "
                 "before the capture"
             )
+        for group in groups:
+            keep_dtype_of_moments(group, state, self.arena)
         if not (self._are_current(groups) and self.arena.counters_unchanged()):
             self._learn(groups, check_group)
         with outside_inference_mode():
@@ -277,7 +314,7 @@ class Engine:
 
     def _facts(self, groups: Groups) -> list[dict[str, object]]:
         """Return per parameter what has to be equal on every rank, by name."""
-        grads = self.read_grads(self.params)
+        grads, limit = self.read_grads(self.params), self.skip_grad_norm
         return [
             {
                 "shape": tuple(param.shape),
@@ -285,9 +322,10 @@ class Engine:
                 "placements": getattr(param, "placements", "none"),
                 "gradient": grad is not None,
                 "group": number,
-                **{key: groups[number].get(key) for key in ("amsgrad", "precision", "seed")},
+                **{key: groups[number].get(key) for key in OPTIONS_OF_PLANS},
                 "max_grad_norm": self.max_grad_norm,
-                "skip_nonfinite": self.skip_nonfinite,
+                # The value of a tensor would have to be waited for.
+                "skip_grad_norm": "a tensor" if isinstance(limit, Tensor) else limit,
             }
             for param, number, grad in zip(self.params, self.group_numbers, grads, strict=True)
         ]
@@ -337,7 +375,7 @@ class Engine:
             arena=self.arena,
             state_guard=StateGuard(state, rows),
         )
-        cached = bind(launch_groups, names, self.needs_norm, guard)
+        cached = bind(launch_groups, names, self.needs_norm, self.skip_spikes, guard, self.params)
         self._cache(key, cached)
         gradients = cached.guard.gradients(state)
         assert gradients is not None
@@ -360,15 +398,16 @@ class Engine:
     def _run(self, match: Match, groups: Groups, transform: GradTransform) -> None:
         """Launch everything. Nothing here waits for a device, except where the CPU reads a norm."""
         cached, grads = match
-        hypers = [hyper(group, self.max_grad_norm, self.skip_nonfinite) for group in groups]
+        hypers = [hyper(group, self.max_grad_norm, self.skip_grad_norm) for group in groups]
         capturing = backends.is_capturing()
         self.last_run = cached
         for runner in cached.runners:
             runner.begin(grads.tensors, grads.addresses, capturing)
         if self.needs_norm and self.params:
             transform = self._with_norm(cached, transform)
+            self.last_norms = cached.grad_norms
             if not cached.runners:
-                transform.record(self.skip_nonfinite)
+                transform.record(self.skip_grad_norm)
         for i, runner in enumerate(cached.runners):
             # The first one records norm and skip; all of them would count a skipped step twice.
             runner.run(hypers, transform if i == 0 else transform._replace(stats=None))

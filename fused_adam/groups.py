@@ -16,6 +16,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from .numerics.scalars import as_number, is_number
+from .torch_private import ConvNd
 
 EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 # torch's layers whose weights are matrices. A class that derives from one is a layer, whatever its
@@ -23,7 +24,7 @@ EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 LAYERS = (
     nn.Linear,
     nn.Bilinear,
-    nn.modules.conv._ConvNd,
+    ConvNd,
     *EMBEDDINGS,
     nn.MultiheadAttention,
     nn.RNNBase,

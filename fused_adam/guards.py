@@ -16,15 +16,10 @@ from torch import Tensor
 
 from .distributed import LocalShards, is_sharded, local
 from .plan import Row
-from .state import shapes
 from .state.arena import Arena, Entries, ParamState, State
 from .state.flatten import FlatBuffers, read_grad
-
-try:
-    # torch.compile's guards, in C++. They are not public, so everything here works without them.
-    from torch._C._dynamo import guards
-except ImportError:
-    guards = None  # type: ignore[assignment]
+from .torch_private import dynamo_guards as guards
+from .torch_private import under_fake_mode
 
 GradReader = Callable[[Sequence[Tensor]], list[Tensor | None]]
 
@@ -229,7 +224,7 @@ class PlanGuard:
 
     def gradients(self, state: State) -> Gradients | None:
         """Return the gradients of the plan's parameters, or None if the plan does not fit."""
-        if shapes.under_fake_mode():
+        if under_fake_mode():
             return None  # real parameters are an error there, which planning anew raises
         if not self.arena.counters_unchanged() or not self.state_guard.holds(state):
             return None

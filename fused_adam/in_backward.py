@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .arguments import refuse
 from .optimizer import FusedAdam
+from .torch_private import at_end_of_backward
 
 BUCKET_BYTES = 32 << 20
 
@@ -42,9 +43,9 @@ def step_in_backward(
 
     Raises:
         TypeError, ValueError: an argument is not what it must be, or the optimizer has an option
-            that needs all gradients before the first update (max_grad_norm, skip_nonfinite), or
-            has gradients that do not come and go in `grad` (flatten, grad_attribute,
-            differentiable).
+            that needs all gradients before the first update (max_grad_norm, skip_nonfinite,
+            skip_grad_norm), or has gradients that do not come and go in `grad` (flatten,
+            grad_attribute, differentiable).
         RuntimeError: training runs in several processes, which have not averaged their gradients
             at that time. Later, from backward: a parameter got a second gradient before
             `optimizer.step()`. From `step()`: a GradScaler was used, which sees overflows too late.
@@ -75,11 +76,13 @@ def _check(optimizer: FusedAdam, bucket_bytes: int) -> None:
     for name, value, reason in (
         ("max_grad_norm", optimizer._max_grad_norm, f"the norm {all_first}"),
         ("skip_nonfinite", optimizer._skip_nonfinite, f"it {all_first}"),
+        ("skip_grad_norm", optimizer._skip_grad_norm, f"the norm {all_first}"),
         ("flatten", optimizer._flatten, "its gradients stay where they are"),
         ("grad_attribute", other_attribute, "backward tells when `grad` is whole"),
         ("differentiable", differentiable, "autograd would need the gradients again"),
     ):
-        if value:
+        # By identity: a limit may be a tensor of value 0, which is on the device.
+        if value is not None and value is not False:
             refuse(name, value, "step_in_backward", reason)
     if optimizer._engine.in_backward is not None:
         raise ValueError(
@@ -190,7 +193,7 @@ class StepInBackward:
         self._seen.add(param)
         if not self._end_is_queued:
             # At the end of this backward, when autograd has joined its streams.
-            torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)
+            at_end_of_backward(self._end_backward)
             self._end_is_queued = True
         stream = None
         if param.device.type != "cpu":

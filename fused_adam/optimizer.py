@@ -10,7 +10,7 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import ParamsT, _device_dtype_check_for_fused
+from torch.optim.optimizer import ParamsT
 
 from fused_adam_kernels import table
 
@@ -22,6 +22,7 @@ from .optimizer_state import OptimizerState
 from .precision import as_seed, parse
 from .state import checkpoint, shapes
 from .state.flatten import FlatBuffers
+from .torch_private import check_dtype_for_fused, disable_dynamo, foreach_zero_
 
 
 class FusedAdam(OptimizerState):
@@ -67,11 +68,17 @@ class FusedAdam(OptimizerState):
         precision: name of a recipe that stores weights and moments in fewer bytes, such as
             "split32-bf16"; docs/precision.md lists them. A param group may have its own. Default:
             None, everything in the parameter's dtype.
+        cautious: decay a parameter only where the update moves it towards zero; docs/training.md
+            has an example. Needs decoupled decay. A param group may have its own. Default: False.
         max_grad_norm: clip the global L2 norm of the gradients to this value inside the step, as
             `torch.nn.utils.clip_grad_norm_` would before it. Read the norm from `grad_norm`. inf
             measures the norm and clips nothing. Default: None, no clipping.
         skip_nonfinite: skip a step whose gradients contain NaN or Inf, without waiting for the GPU.
             Count such steps with `skipped_steps`. Default: False.
+        skip_grad_norm: skip a step whose global gradient norm, unscaled and before clipping, is
+            above this value or not finite, without waiting for the GPU. A number, or a float tensor
+            of shape () on the parameters' device, which may change at any time: docs/training.md
+            has rules for it. Count such steps with `skipped_steps`. Default: None, no skipping.
         flatten: move parameters and gradients into flat buffers. Faster for models with many small
             tensors. After `zero_grad()`, gradients are views of zeros instead of None. Default:
             False.
@@ -105,8 +112,10 @@ class FusedAdam(OptimizerState):
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
         precision: str | None = None,
+        cautious: bool = False,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
+        skip_grad_norm: float | Tensor | None = None,
         flatten: bool = False,
         grad_attribute: str = "grad",
         backend: str = "auto",
@@ -115,14 +124,23 @@ class FusedAdam(OptimizerState):
         backends.check_name(backend)
         flatten = arguments.as_flag("flatten", flatten)
         skip_nonfinite = arguments.as_flag("skip_nonfinite", skip_nonfinite)
+        cautious = arguments.as_flag("cautious", cautious)
         max_grad_norm = arguments.as_max_grad_norm(max_grad_norm)
+        skip_grad_norm = arguments.as_skip_grad_norm(skip_grad_norm)
         arguments.check_combinations(
-            flatten, max_grad_norm, skip_nonfinite, grad_attribute, differentiable
+            flatten,
+            max_grad_norm,
+            skip_nonfinite,
+            skip_grad_norm,
+            grad_attribute,
+            differentiable,
+            cautious,
         )
         parse(precision)
-        self._backend, self._flatten = backend, flatten
+        self._backend, self._flatten, self._cautious = backend, flatten, cautious
         self._precision, self._seed, self._grad_attribute = precision, as_seed(seed), grad_attribute
         self._max_grad_norm, self._skip_nonfinite = max_grad_norm, skip_nonfinite
+        self._skip_grad_norm = skip_grad_norm
         # Named, not super(): in FusedAdamW the next class is torch's AdamW, which has another
         # signature.
         torch.optim.Adam.__init__(
@@ -150,11 +168,12 @@ class FusedAdam(OptimizerState):
     def __repr__(self) -> str:
         """torch's text, and below it this class's own arguments where they are set.
 
-        `precision` and `seed` stand in the param groups, which may have their own.
+        `precision`, `seed` and `cautious` stand in the param groups, which may have their own.
         """
         own = {
             "max_grad_norm": (self._max_grad_norm, None),
             "skip_nonfinite": (self._skip_nonfinite, False),
+            "skip_grad_norm": (self._skip_grad_norm, None),
             "flatten": (self._flatten, False),
             "grad_attribute": (self._grad_attribute, "grad"),
             "backend": (self._backend, "auto"),
@@ -179,7 +198,7 @@ class FusedAdam(OptimizerState):
     def _step_supports_amp_scaling(self) -> bool:
         """Whether GradScaler leaves unscaling and the overflow check to `step`, without a sync.
 
-        As in torch with `fused=True`; also with `max_grad_norm` or `skip_nonfinite`. With a
+        As in torch with `fused=True`; also where the step needs the norm of all gradients. With a
         `grad_attribute` GradScaler would not unscale those gradients, so `step` has to say so.
 
         Derived, so that pickles, deep copies and loaded checkpoints have it right. Not always True,
@@ -193,9 +212,9 @@ class FusedAdam(OptimizerState):
     def _step_supports_amp_scaling(self, value: bool) -> None:
         """Ignore torch's constructor, which assigns True with `fused=True`."""
 
-    @torch._disable_dynamo  # type: ignore[attr-defined]
+    @disable_dynamo
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a param group, as in torch. It may have a `precision` of its own.
+        """Add a param group, as in torch. It may have `precision` and `cautious` of its own.
 
         With `flatten=True`, parameters that are added later are not moved into flat buffers.
 
@@ -206,7 +225,7 @@ class FusedAdam(OptimizerState):
         # torch first: it turns names and iterators into lists, and sets what the group leaves out.
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        if self._precision is not None or "precision" in group:
+        if self._precision is not None or self._cautious or group.keys() & checkpoint.OWN_KEYS:
             # Users may give the same dict to another optimizer, which must not get our entries.
             group = self.param_groups[-1] = {**group}
         try:
@@ -216,24 +235,26 @@ class FusedAdam(OptimizerState):
             raise
 
     def _check_group(self, group: dict[str, Any]) -> None:
-        """Give the group the optimizer's precision, and raise if it cannot be stepped."""
+        """Give the group the optimizer's own options, and raise if it cannot be stepped."""
         # By identity: `list.index` would compare tensors, which have no single truth value.
         number = next(i for i, other in enumerate(self.param_groups) if other is group)
         names = checkpoint.names_of(group)
-        arguments.complete_group(group, number, names, self._precision, self._seed, self._backend)
+        arguments.complete_group(
+            group, number, names, self._precision, self._seed, self._cautious, self._backend
+        )
 
     def _check_before_step(self, group: dict[str, Any]) -> None:
         """Check a group that its user may have edited since it was added."""
         self._check_group(group)
         for param in group["params"] if group["fused"] else ():
             if param.is_meta and param.grad is not None:  # torch asks the parameters that it steps
-                _device_dtype_check_for_fused(param)
+                check_dtype_for_fused(param)
 
     @overload
     def step(self, closure: None = None) -> None: ...
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
-    @torch._disable_dynamo  # type: ignore[attr-defined]
+    @disable_dynamo
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Perform one optimization step.
 
@@ -300,7 +321,8 @@ class FusedAdam(OptimizerState):
         """The L2 norm of the last step's gradients, before clipping and after unscaling.
 
         float32, shape (), on the device of the first parameter. Reading its value waits for that
-        device. None before the first step, and without `max_grad_norm` and `skip_nonfinite`.
+        device. None before the first step, and without `max_grad_norm`, `skip_nonfinite` and
+        `skip_grad_norm`.
 
         Example:
             >>> optimizer = FusedAdamW(model.parameters(), max_grad_norm=1.0)
@@ -309,14 +331,66 @@ class FusedAdam(OptimizerState):
         """
         return None if self._engine.stats is None else self._engine.stats[table.GRAD_NORM].float()
 
+    @torch._disable_dynamo  # type: ignore[attr-defined]
+    def grad_norms(self) -> dict[str | int, Tensor]:
+        """Return the L2 norm of each parameter's gradient in the last step, by name.
+
+        As `grad_norm`: before clipping and after unscaling, and infinite or NaN if the gradient is.
+        The squares of all norms add up to that of `grad_norm`, but for what `reduce_norm` adds. Of
+        a DTensor it is the norm over all shards, so all ranks have to call this.
+
+        Nothing is computed before the call. It adds up a few sums that the step has left, and does
+        not wait for the device.
+
+        Returns:
+            Norms by name where the optimizer was made with named parameters, else by position, as
+            in a `state_dict`. A parameter whose name another one has, too, has its position. A
+            parameter that had no gradient is absent; before the first step all are. float32, shape
+            (), on the parameter's device.
+
+        Raises:
+            RuntimeError: neither `max_grad_norm` nor `skip_nonfinite` is set; during the capture of
+                a CUDA graph (call it after a replay); or parameters are fake.
+
+        Example:
+            >>> optimizer = FusedAdamW(model.named_parameters(), max_grad_norm=1.0)
+            >>> optimizer.step()
+            >>> norms = optimizer.grad_norms()
+            >>> norms["0.weight"].item()
+        """
+        if not self._engine.needs_norm:
+            raise RuntimeError(
+                "grad_norms() needs max_grad_norm or skip_nonfinite, and neither is set: with "
+                "max_grad_norm=math.inf norms are measured, and nothing is clipped"
+            )
+        if backends.is_capturing():
+            raise RuntimeError(
+                "grad_norms() cannot be captured in a CUDA graph: call it after a replay, and it "
+                "returns the norms of that step"
+            )
+        shapes.refuse("grad_norms()", self._params())
+        keys = checkpoint.keys_of(self.param_groups)
+        norms = self._engine.grad_norms()
+        # A parameter may have left the optimizer since the step.
+        return {keys[param]: norm for param, norm in norms.items() if param in keys}
+
     @property
     def skipped_steps(self) -> Tensor | None:
-        """The number of steps skipped because of non-finite gradients or a GradScaler's overflow.
+        """The number of steps skipped: non-finite gradients, spikes, or a GradScaler's overflow.
 
         int64, shape (), on the device of the first parameter. None where `grad_norm` is None.
         """
         stats = self._engine.stats
         return None if stats is None else stats[table.SKIPPED_STEPS].long()
+
+    @property
+    def skip_grad_norm(self) -> float | Tensor | None:
+        """The argument of that name.
+
+        A tensor is the one that was given, to be changed in place. A deep or unpickled copy of the
+        optimizer has a tensor of its own.
+        """
+        return self._skip_grad_norm
 
     @property
     def reduce_norm(self) -> Callable[[Tensor], Tensor] | None:
@@ -334,8 +408,8 @@ class FusedAdam(OptimizerState):
         Raises:
             TypeError: it is set to something that cannot be called. In a step: it returned no
                 tensor.
-            ValueError: neither `max_grad_norm` nor `skip_nonfinite` is set. In a step: it returned
-                another kind of tensor. Nothing has changed then.
+            ValueError: none of `max_grad_norm`, `skip_nonfinite` and `skip_grad_norm` is set. In a
+                step: it returned another kind of tensor. Nothing has changed then.
 
         Example:
             >>> def over_pipeline(square_sum):
@@ -350,7 +424,7 @@ class FusedAdam(OptimizerState):
         arguments.check_reduce_norm(function, self._engine.needs_norm)
         self._engine.reduce_norm = function
 
-    @torch._disable_dynamo  # type: ignore[attr-defined]
+    @disable_dynamo
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset all gradients.
 
@@ -398,7 +472,7 @@ class FusedAdam(OptimizerState):
             for param, _ in present:
                 setattr(param, self._grad_attribute, None)
         elif present:
-            torch._foreach_zero_([grad for _, grad in present])
+            foreach_zero_([grad for _, grad in present])
 
     def init_state(self) -> None:
         """Make the state of every parameter that requires gradients, with step count 0.

@@ -10,12 +10,14 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from . import arguments
 from .backends import choose as backends
 from .engine import Engine, outside_inference_mode
 from .state import checkpoint
 from .state import offload as offloading
+from .torch_private import disable_dynamo
 
 Self = TypeVar("Self", bound="OptimizerState")
 
@@ -26,17 +28,23 @@ class OptimizerState(torch.optim.Adam):
     # The arguments besides torch's. Copies and pickles keep what is declared here, and no more:
     # everything else is made from it.
     _backend: str
+    _cautious: bool = False  # pickles of 0.1.0 lack it
     _flatten: bool
     _grad_attribute: str
     _max_grad_norm: float | None
     _precision: str | None
     _seed: int
+    _skip_grad_norm: float | Tensor | None = None  # pickles of 0.1.0 lack it
     _skip_nonfinite: bool
 
     def _make_engine(self) -> None:
         """Make what is derived from the arguments; also after pickle and deepcopy."""
         self._engine = Engine(
-            self._backend, self._max_grad_norm, self._skip_nonfinite, self._grad_attribute
+            self._backend,
+            self._max_grad_norm,
+            self._skip_nonfinite,
+            self._skip_grad_norm,
+            self._grad_attribute,
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -51,7 +59,7 @@ class OptimizerState(torch.optim.Adam):
         """
         return checkpoint.exported(super().state_dict(), self._engine.arena)
 
-    @torch._disable_dynamo  # type: ignore[attr-defined]
+    @disable_dynamo
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load a checkpoint of this class or of torch.optim.Adam(W), in any precision.
 
@@ -69,7 +77,13 @@ class OptimizerState(torch.optim.Adam):
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = pre_hook(self, state_dict) or state_dict
         with outside_inference_mode():
-            groups = checkpoint.load(self.param_groups, self._engine.arena, self.state, state_dict)
+            groups = checkpoint.load(
+                self.param_groups,
+                self._engine.arena,
+                self.state,
+                state_dict,
+                always_decoupled=isinstance(self, torch.optim.AdamW),
+            )
             if self._engine.origins is not None:  # loading made new state on the device
                 offloading.to_host(self._engine.arena, self.state, self._engine.origins)
         self.__setstate__({"state": self.state, "param_groups": groups})
@@ -83,9 +97,9 @@ class OptimizerState(torch.optim.Adam):
 
         Returns:
             `{"params": ..., "state": ...}`, with tensors on the parameters' devices. "params" has
-            the weights by name, or by position where parameters have no names; where a recipe
-            stores more bits than the parameter has, these are in. "state" is a `state_dict` that
-            torch.optim.Adam(W) over float32 parameters loads.
+            the weights by name, or by position where parameters have no names of their own;
+            where a recipe stores more bits than the parameter has, these are in. "state" is a
+            `state_dict` that torch.optim.Adam(W) over float32 parameters loads.
 
         Example:
             >>> weights = optimizer.export_fp32()["params"]
@@ -93,7 +107,7 @@ class OptimizerState(torch.optim.Adam):
         """
         return checkpoint.export_fp32(self.param_groups, super().state_dict())
 
-    @torch._disable_dynamo  # type: ignore[attr-defined]
+    @disable_dynamo
     def offload(self) -> None:
         """Move moments and all other state to pinned host memory, until `reload()`.
 
@@ -126,7 +140,7 @@ class OptimizerState(torch.optim.Adam):
         self._engine.drop_plans()
         self._engine.captured.clear()
 
-    @torch._disable_dynamo  # type: ignore[attr-defined]
+    @disable_dynamo
     def reload(self) -> None:
         """Move state back to its device after `offload()`; results are as if it had never left.
 

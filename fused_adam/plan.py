@@ -31,6 +31,7 @@ class Options(NamedTuple):
     amsgrad: bool
     recipe: Recipe
     seed: int
+    cautious: bool
 
     def entries(self, part: Tensor) -> Entries:
         """What the state of a parameter holds, of which `part` is here.
@@ -42,7 +43,12 @@ class Options(NamedTuple):
 
 def options_of(group: Mapping[str, Any]) -> Options:
     """A param group's options."""
-    return Options(bool(group["amsgrad"]), parse(group.get("precision")), group.get("seed", 0))
+    return Options(
+        amsgrad=bool(group["amsgrad"]),
+        recipe=parse(group.get("precision")),
+        seed=group.get("seed", 0),
+        cautious=group.get("cautious", False),
+    )
 
 
 @dataclass(slots=True, eq=False)
@@ -97,6 +103,7 @@ class Launch(NamedTuple):
     grad: torch.dtype
     recipe: Recipe
     amsgrad: bool
+    cautious: bool
     spans: list[CoalescedRows]
 
 
@@ -225,9 +232,10 @@ def _launch_groups(rows: Sequence[Row], staging: dict[torch.device, Staging]) ->
     return launch_groups
 
 
-def _mix(row: Row) -> tuple[torch.dtype, torch.dtype, Recipe, bool]:
+def _mix(row: Row) -> tuple[torch.dtype, torch.dtype, Recipe, bool, bool]:
     """What is compiled into a kernel, so what the rows of one launch have in common."""
-    return row.param.dtype, row.grad_dtype, row.options.recipe, row.options.amsgrad
+    options = row.options
+    return row.param.dtype, row.grad_dtype, options.recipe, options.amsgrad, options.cautious
 
 
 def _mark_overlaps(rows: Sequence[Row]) -> None:

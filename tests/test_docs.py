@@ -47,7 +47,7 @@ def test_every_block_is_of_a_kind_that_a_test_runs():
         "sh",
         *("math", ""),  # a formula, and a tree of files
     }
-    assert len(blocks("python")) > 12 and len(blocks("python integration")) == 4
+    assert len(blocks("python")) > 12 and len(blocks("python integration")) == 7
 
 
 @pytest.mark.parametrize("block", blocks("python"), ids=str)

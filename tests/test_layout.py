@@ -1,12 +1,17 @@
 """The house: who imports whom, what an import costs, and what every module says of itself."""
 
 import ast
+import importlib.metadata
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
 import pytest
+import torch
+
+from fused_adam.backends import choose
 
 ROOT = pathlib.Path(__file__).parent.parent
 MODULES = sorted(
@@ -18,11 +23,12 @@ MODULES = sorted(
 # Top floor first: a file imports from its own room and from lower floors. A folder is one room.
 FLOORS = [
     ["bench"],
-    ["fused_adam.in_backward", "fused_adam.adamw"],
+    ["fused_adam.in_backward", "fused_adam.adamw", "fused_adam.reshard"],
     ["fused_adam.optimizer"],
     ["fused_adam.optimizer_state"],
     ["fused_adam.engine"],
     ["fused_adam.cached_plan"],
+    ["fused_adam.grad_norms"],
     ["fused_adam.backends"],
     ["fused_adam.guards"],
     ["fused_adam.plan"],
@@ -31,7 +37,7 @@ FLOORS = [
     ["fused_adam.distributed"],
     ["fused_adam.groups"],
     ["fused_adam.numerics"],
-    ["fused_adam.precision", "fused_adam.version"],
+    ["fused_adam.precision", "fused_adam.torch_private", "fused_adam.version"],
     ["fused_adam_kernels"],
 ]
 FLOOR = {room: len(FLOORS) - i for i, rooms in enumerate(FLOORS) for room in rooms}
@@ -96,6 +102,33 @@ def test_imports_run_one_way(path):
             assert name != "fused_adam_kernels.table"  # the reference reads it
 
 
+def test_private_names_of_torch_stand_in_one_module():
+    """Except attributes of torch's objects, which that module's docstring lists."""
+    package = [path for path in MODULES if name_of(path).startswith("fused_adam.")]
+    apart = ROOT / "fused_adam" / "torch_private.py"
+    listed = set(
+        re.findall(r"^    \w+\.(_\w+)", ast.get_docstring(ast.parse(apart.read_text())), re.M)
+    )
+    read, imported, own = set(), set(), set()
+    for path in package:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                own.add(node.name)
+            elif isinstance(node, ast.Attribute):
+                (own if isinstance(node.ctx, ast.Store) else read).add(node.attr)
+            elif isinstance(node, ast.ImportFrom) and not node.level and path != apart:
+                imported |= {f"{node.module}.{alias.name}" for alias in node.names}
+    public = {"_fields", "_replace", "_asdict"}  # of NamedTuples
+    inside = {
+        node.attr
+        for node in ast.walk(ast.parse(apart.read_text()))
+        if isinstance(node, ast.Attribute)
+    }
+    private = {name for name in read if re.match("_[^_]", name)}
+    assert private - own - public - inside <= listed <= read
+    assert [name for name in imported if name.startswith("torch") and "._" in name] == []
+
+
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
 def test_every_module_says_what_lives_there(path):
     assert (ast.get_docstring(ast.parse(path.read_text())) or "").strip()
@@ -154,6 +187,36 @@ except RuntimeError as error:
     print(error)
 """
     assert "TRITON_INTERPRET=1 set before triton is imported" in run(code).stdout
+
+
+@pytest.mark.parametrize(
+    ("installed", "reason"),
+    [
+        (
+            {"triton": "3.6.0", "numpy": "2.4.1"},
+            "Triton 3.6.0's interpreter fails with numpy 2.4.1",
+        ),
+        ({"triton": "3.6.0+git5f", "numpy": "3.0"}, "install numpy<2.4 or triton>=3.7"),
+        ({"triton": "3.6.0"}, "Triton's interpreter needs numpy; install it, or use 'reference'"),
+        ({"triton": "3.6.0", "numpy": "2.3.5"}, None),
+        ({"triton": "3.7.0", "numpy": "2.5.0"}, None),
+    ],
+    ids=str,
+)
+def test_an_interpreter_that_fails_with_this_numpy_is_refused(installed, reason, monkeypatch):
+    def version(name):
+        if name not in installed:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return installed[name]
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    if reason is None:
+        assert choose.choose("triton", torch.device("cpu")) == "triton"
+        return
+    with pytest.raises(RuntimeError, match="backend='triton' cannot run on cpu: ") as raised:
+        choose.choose("triton", torch.device("cpu"))
+    assert reason in str(raised.value)
 
 
 def test_compiled_needs_a_compiler():

@@ -114,9 +114,9 @@ if wanted step; then
   rows='^(FusedAdamW|torch )|FAILED|not measured|error|bandwidth'
   step=("$PYTHON" -m bench step --device cuda)
   models=${SMALL:+gpt2/64,many-small}
-  part "step fp32" 60 log.txt "$rows" "${step[@]}" --model "${models:-llama-3-8b/8,gpt2,many-small}" --seconds 18 \
+  part "step fp32" 90 log.txt "$rows" "${step[@]}" --model "${models:-llama-3-8b/16,gpt2,many-small}" --seconds 14 \
     --peers torch-fused,torch-foreach --json "$OUT/step-fp32.json"
-  part "step bf16" 60 log.txt "$rows" "${step[@]}" --model "${models:-llama-3-8b/8,gpt2}" --dtype bfloat16 --seconds 18 \
+  part "step bf16" 90 log.txt "$rows" "${step[@]}" --model "${models:-llama-3-8b/16,gpt2}" --dtype bfloat16 --seconds 14 \
     --precision none,split32-bf16,sr-bf16,split24-int8 --peers torch-fused --json "$OUT/step-bf16.json"
   part host 35 log.txt "$rows" "$PYTHON" -m bench host --device cuda --tensors 100,1000 --seconds 12 \
     --peers torch-fused,torch-foreach --json "$OUT/host.json"

@@ -49,7 +49,7 @@ class ArrayChunk(NamedTuple):
     start: int
     end: int
     scalars: Scalars  # numpy's float32
-    flags: tuple[bool, bool, bool]  # has_l2, has_lr_wd, store_param
+    flags: tuple[bool, bool, bool, bool]  # has_l2, has_lr_wd, cautious, store_param
 
 
 def suits(device: torch.device, compute: torch.dtype) -> bool:
@@ -61,7 +61,7 @@ def chunks_of(
     operands: Sequence[ArrayOperand | None],
     numel: int,
     scalars: Tensor,
-    flags: tuple[bool, bool, bool],
+    flags: tuple[bool, bool, bool, bool],
 ) -> list[ArrayChunk]:
     """Cut the first `numel` elements of the operands into chunks.
 
@@ -159,7 +159,7 @@ class Workspace:
             else:
                 memory, copy = operand.tensor[start:end], self._converted(place)[:numel]
                 arrays.append(copy.copy_(memory).numpy())
-                if place > 1 or (place == 0 and chunk.flags[2]):
+                if place > 1 or (place == 0 and chunk.flags[-1]):
                     copies.append((memory, copy))
         scratch = self.scratch
         if numel < self.size:

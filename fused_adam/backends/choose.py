@@ -5,6 +5,7 @@ Runs nothing itself. Triton is imported only when it is asked for.
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import os
 import shutil
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..numerics.formula import CHUNK
+from ..numerics.norm import PartialSums
 from ..numerics.scalars import GradTransform, Hyper
 from ..plan import LaunchGroup
 from ..state.staging import Staging
@@ -50,6 +52,11 @@ class Runner(Protocol):
 
     def square_sum(self) -> Tensor:
         """The sum of squares of this group's gradients: float64, one element, on its device."""
+        ...
+
+    @property
+    def partial_sums(self) -> PartialSums | None:
+        """What the last `square_sum` has left in memory; None if there is no norm."""
         ...
 
     def run(self, hyper: Hyper, transform: GradTransform) -> None:
@@ -111,7 +118,26 @@ def _no_triton(device: torch.device) -> str | None:
             "a CPU runs Triton kernels only with TRITON_INTERPRET=1 set before triton is "
             "imported; use 'reference'"
         )
+    return _no_interpreter() if device.type == "cpu" and _interpreting() else None
+
+
+def _no_interpreter() -> str | None:
+    """Why Triton's interpreter cannot run with the numpy that is there; None if it can."""
+    try:
+        triton, numpy = map(importlib.metadata.version, ("triton", "numpy"))
+    except importlib.metadata.PackageNotFoundError as error:
+        return f"Triton's interpreter needs {error.name}; install it, or use 'reference'"
+    if _minor(triton) < (3, 7) and _minor(numpy) >= (2, 4):
+        return (
+            f"Triton {triton}'s interpreter fails with numpy {numpy}; "
+            "install numpy<2.4 or triton>=3.7, or use 'reference'"
+        )
     return None
+
+
+def _minor(version: str) -> tuple[int, ...]:
+    """Major and minor number: (3, 6) of "3.6.0+git1a2b"."""
+    return tuple(map(int, version.split(".")[:2]))
 
 
 def _no_compiled(device: torch.device) -> str | None:
@@ -137,15 +163,16 @@ def staging(backend: str) -> Staging:
     return Staging(small=CHUNK // 8, page=2 * CHUNK, shared=True)
 
 
-def bind(backend: str, group: LaunchGroup, needs_norm: bool) -> Runner:
+def bind(backend: str, group: LaunchGroup, needs_norm: bool, skip_spikes: bool) -> Runner:
     """The runner of one launch group.
 
     Args:
         backend: a name that `choose` returned.
         needs_norm: whether `square_sum` will be asked for.
+        skip_spikes: whether steps of large norms are skipped, too.
     """
     if backend != "triton":
         return ReferenceRunner(group, backend)
     from .triton import TritonRunner  # imports triton
 
-    return TritonRunner(group, needs_norm)
+    return TritonRunner(group, needs_norm, skip_spikes)

@@ -19,12 +19,13 @@ from fused_adam_kernels import table
 
 from ..numerics.codecs import elements_per_draw, random_words
 from ..numerics.formula import CHUNK, COMPILED, EAGER, adam_step, recipe_step
-from ..numerics.norm import square_sum
+from ..numerics.norm import PartialSums, square_sums, total
 from ..numerics.scalars import LAST_STEP, GradTransform, Hyper, scalars
 from ..plan import CoalescedRows, Launch, LaunchGroup, Row, grouped
 from ..precision import GROUP, GROUPED
 from ..state.memory import SLOT_ALIGN, Slot, align, as_flat, as_real, with_own_storage
 from ..state.staging import PackedCopies, StagedCopies, same_order
+from ..torch_private import check, foreach_add_
 from .array_chunks import ArrayChunk, ArrayOperand, chunks_of, step_chunks, suits
 
 Step = Callable[..., None]
@@ -48,7 +49,7 @@ def compiled_adam_step(*variant: object) -> Step:
 
 def _step_slots(p: Tensor, *rest: Any) -> None:
     # Else the compiler asks in every iteration whether it is the last: a fifth of the time.
-    torch._check(p.numel() % SLOT_ALIGN == 0)  # type: ignore[no-untyped-call]
+    check(p.numel() % SLOT_ALIGN == 0)
     adam_step(p, *rest)
 
 
@@ -57,14 +58,21 @@ class Flags(NamedTuple):
 
     has_l2: bool
     has_lr_wd: bool
+    cautious: bool
     store_param: bool
 
     @staticmethod
-    def of(scalars: Tensor) -> Flags:
-        """From scalars that are rounded to the arithmetic's dtype, as the kernel sees them."""
+    def of(scalars: Tensor, cautious: bool) -> Flags:
+        """From scalars that are rounded to the arithmetic's dtype, as the kernel sees them.
+
+        Args:
+            cautious: whether the param group is. Without a decay that chooses nothing, so
+                torch.compile gets no variant of its own.
+        """
         numbers = scalars.tolist()
         has_l2, has_lr_wd = numbers[table.L2] != 0, numbers[table.LR_WD] != 0
-        return Flags(has_l2, has_lr_wd, numbers[table.STEP_SIZE] != 0 or has_lr_wd)
+        store_param = numbers[table.STEP_SIZE] != 0 or has_lr_wd
+        return Flags(has_l2, has_lr_wd, cautious and has_lr_wd, store_param)
 
 
 class StepValues(NamedTuple):
@@ -82,6 +90,7 @@ class ReferenceRunner:
         self.backend, self.device, self.compute = backend, group.device, group.compute
         self.rows = group.rows
         self.grads: Sequence[Tensor] = ()
+        self.partial_sums = PartialSums([row.param_index for row in group.rows], [], torch.empty(0))
         self.counters = StepCounters(group.rows, group.device)
         self.spans = [
             ReferenceRows(launch, span, backend == "compiled")
@@ -98,10 +107,12 @@ class ReferenceRunner:
         self.grads = grads
 
     def square_sum(self) -> Tensor:
-        grads = [self._flat_grad(row) for row in self.rows if row.in_norm]
-        if not grads:
-            return torch.zeros((), dtype=torch.float64, device=self.device)
-        return square_sum(grads)
+        no_grad = torch.empty(0, device=self.device)  # where another rank counts it
+        grads = [self._flat_grad(row) if row.in_norm else no_grad for row in self.rows]
+        sums = square_sums(grads)
+        self.partial_sums.chunks = list(map(len, sums))
+        self.partial_sums.values = torch.cat(sums)
+        return total(self.partial_sums.values)
 
     def _flat_grad(self, row: Row) -> Tensor:
         """The gradient's elements in the order in which the kernel reads them: the state's."""
@@ -114,9 +125,10 @@ class ReferenceRunner:
         # Let go of the gradients: `zero_grad()` should free their memory, not the next step.
         grads, self.grads = self.grads, ()
         # The same for every param group.
-        numbers = transform.read(hyper[0].max_grad_norm, bool(hyper[0].skip_nonfinite))
+        numbers = transform.read(hyper[0].max_grad_norm, hyper[0].skip_grad_norm)
         if transform.stats is not None:
             transform.stats[table.GRAD_NORM] = numbers.grad_norm
+            transform.stats[table.GRAD_SCALE] = numbers.grad_scale
             transform.stats[table.SKIPPED_STEPS] += numbers.skip
         if numbers.skip:
             return
@@ -129,7 +141,8 @@ class ReferenceRunner:
             if key not in shared:
                 in_float64 = scalars(step, hyper[group], numbers)
                 values = torch.tensor(in_float64, dtype=self.compute, device="cpu")
-                shared[key] = StepValues(step, values, Flags.of(values))
+                flags = Flags.of(values, span.row.options.cautious)
+                shared[key] = StepValues(step, values, flags)
             span.update(shared[key], grads, pending)
         step_chunks(pending)
 
@@ -163,7 +176,7 @@ class StepCounters:
             steps[indexes] = values
             counts += values.tolist()
         if self.alone:
-            torch._foreach_add_(self.alone, 1)
+            foreach_add_(self.alone, 1)
             counts += torch.stack(self.alone).tolist()
         return counts
 

@@ -16,9 +16,11 @@ from torch import Tensor
 
 from fused_adam_kernels import adam, norm, scalars, table
 
+from ..numerics.norm import PartialSums
 from ..numerics.scalars import GradTransform, Hyper
 from ..plan import CoalescedRows, Launch, LaunchGroup, Row
 from ..state import staging
+from ..state.memory import send, upload
 
 # Name of an operand -> its column among a row's addresses.
 COLUMNS = {
@@ -39,19 +41,6 @@ COLUMNS = {
 def on_host(values: Sequence[Any], dtype: torch.dtype) -> Tensor:
     """Numbers as a tensor on the host, whatever the user's default device and dtype."""
     return torch.tensor(values, dtype=dtype, device="cpu")
-
-
-def send(host: Tensor, device: torch.device) -> Tensor:
-    """The same values on the device, copied in the order of the current stream.
-
-    `host` is pinned if the device is a GPU: other memory would be waited for.
-    """
-    return host.to(device, non_blocking=True)
-
-
-def upload(values: Tensor, device: torch.device) -> Tensor:
-    """A table that never changes, sent to the device without waiting for it."""
-    return values if device.type == "cpu" else send(values.pin_memory(), device)
 
 
 class DeviceTable:
@@ -120,7 +109,7 @@ class TritonRunner:
     users move away are free.
     """
 
-    def __init__(self, group: LaunchGroup, needs_norm: bool) -> None:
+    def __init__(self, group: LaunchGroup, needs_norm: bool, skip_spikes: bool) -> None:
         rows = group.rows
         self.device, self.num_rows = group.device, len(rows)
         position = {row.grad_index: i for i, row in enumerate(rows)}
@@ -136,13 +125,17 @@ class TritonRunner:
         self.row_table, self.hyper_table = DeviceTable(self.device), DeviceTable(self.device)
         shape = (len(rows), table.SCALARS)
         self.scalars = torch.empty(shape, dtype=group.compute, device=self.device)
-        self.prologue, self.programs = scalars.prologue(), scalars.programs(len(rows))
+        self.prologue, self.programs = scalars.prologue(skip_spikes), scalars.programs(len(rows))
         self.updates = [
-            Update(adam.adam_step(*_mix(launch), launch.amsgrad), self._blocks(launch, position))
+            Update(
+                adam.adam_step(*_mix(launch), launch.amsgrad, launch.cautious),
+                self._blocks(launch, position),
+            )
             for launch in group.launches
             if launch.spans
         ]
         self.norm = Norm(group) if needs_norm else None
+        self.partial_sums = self.norm.partial_sums if self.norm else None
         # What the prologue reads in a step without them: no overflow, a scale of one, no norm,
         # nowhere to count.
         self.no_overflow = torch.zeros(1, dtype=torch.float32, device=self.device)
@@ -229,6 +222,8 @@ class TritonRunner:
             for i, row in enumerate(hyper)
             for j, x in enumerate(row)
             if known[i][j] is None and isinstance(x, Tensor)
+            # The limit of the optimizer is read in the first row alone.
+            if i == 0 or j != table.HYPER_SKIP_GRAD_NORM
         ]
         if unknown:
             targets = [values[i, j] for i, j, _ in unknown]
@@ -303,9 +298,10 @@ class Norm:
         # Per dtype: row, chunk within it, and the chunk's place among all. Places follow the order
         # of the parameters, so the order of the sum does not depend on dtypes.
         blocks: dict[torch.dtype, list[tuple[int, int, int]]] = {}
-        self.num_chunks = 0
+        self.num_chunks, chunks = 0, []
         for i, row in enumerate(group.rows):
-            for chunk in range(-(-row.param.numel() // table.NORM_CHUNK) if row.in_norm else 0):
+            chunks.append(-(-row.param.numel() // table.NORM_CHUNK) if row.in_norm else 0)
+            for chunk in range(chunks[-1]):
                 blocks.setdefault(row.grad_dtype, []).append((i, chunk, self.num_chunks))
                 self.num_chunks += 1
         self.launches = [
@@ -315,6 +311,8 @@ class Norm:
         self.add_up = norm.total()
         self.partials = torch.empty(self.num_chunks, dtype=torch.float64, device=group.device)
         self.total = torch.zeros(1, dtype=torch.float64, device=group.device)
+        positions = [row.param_index for row in group.rows]
+        self.partial_sums = PartialSums(positions, chunks, self.partials)
 
     def square_sum(self, rows: Tensor) -> Tensor:
         """float64, shape (1,), the same tensor every time. `rows` is the group's table."""

@@ -172,9 +172,9 @@ def groups_of(x: Tensor) -> Tensor:
     return x.view(-1, GROUP)
 
 
-def spread(x: Tensor) -> Tensor:
+def spread(x: Tensor, each: int = GROUP) -> Tensor:
     """One value per group -> one per element."""
-    return x.repeat_interleave(GROUP)
+    return x.repeat_interleave(each)
 
 
 def root(v_bits: Tensor) -> Tensor:
@@ -219,14 +219,16 @@ def decode_moments(
 
     Args:
         m_code, v_code: int8 and uint8, shape (N,).
-        m_scale, v_scale: bfloat16, shape (N / 32,).
+        m_scale, v_scale: bfloat16, shape (N / 32,), or (N,) for elements of any groups.
     """
+    each = GROUP if len(m_scale) < len(m_code) else 1
     scale_bits = v_scale.view(torch.int16).to(torch.int32) << 16
     half_step = scale_bits & -scale_bits  # the lowest bit that is set
     step, base = half_step + half_step, scale_bits - half_step
-    v_bits = v_code.to(torch.int32) * spread(step) + spread(base)
+    v_bits = v_code.to(torch.int32) * spread(step, each) + spread(base, each)
     v_bits = torch.where(v_code == 0, 0, v_bits)
-    m = m_code.to(torch.float32) * spread(m_scale.to(torch.float32)) * float_of(root(v_bits))
+    m_scale = spread(m_scale.to(torch.float32), each)
+    m = m_code.to(torch.float32) * m_scale * float_of(root(v_bits))
     return m, float_of(v_bits)
 
 

@@ -86,21 +86,25 @@ def exact_sqrt(x: Tensor, out: Tensor | None = None) -> Tensor:
 class Functions(NamedTuple):
     """What `adam_update` computes with: functions of torch, or of numpy, which have these names.
 
-    Each takes arrays of one library, and `out`: an array for the result, or None for a new one.
+    Each takes arrays of one library. All but `where` take `out`: an array for the result, or None
+    for a new one.
     """
 
     multiply: Callable[..., Any]
     subtract: Callable[..., Any]
     maximum: Callable[..., Any]
+    where: Callable[..., Any]
     sqrt: Callable[..., Any]  # correctly rounded
 
 
-EAGER = Functions(torch.multiply, torch.subtract, torch.maximum, exact_sqrt)
+EAGER = Functions(torch.multiply, torch.subtract, torch.maximum, torch.where, exact_sqrt)
 # Inductor's square root is correctly rounded.
 COMPILED = EAGER._replace(sqrt=torch.sqrt)
 # numpy's functions are the processor's own instructions, which round correctly. A call costs 0.3 us
 # where torch's costs 1 us, and never waits for other threads. None without numpy.
-NUMPY = _NUMPY and Functions(_NUMPY.multiply, _NUMPY.subtract, _NUMPY.maximum, _NUMPY.sqrt)
+NUMPY = _NUMPY and Functions(
+    _NUMPY.multiply, _NUMPY.subtract, _NUMPY.maximum, _NUMPY.where, _NUMPY.sqrt
+)
 
 
 class Scratch(NamedTuple):
@@ -126,6 +130,7 @@ def adam_update(
     s: Scalars,
     has_l2: bool,
     has_lr_wd: bool,
+    cautious: bool,
     store_param: bool,
     functions: Functions,
     scratch: Scratch = NO_SCRATCH,
@@ -137,6 +142,7 @@ def adam_update(
     v     = beta2 * v + (1 - beta2) * g^2
     v_max = max(v_max, v)                             (AMSGrad only; otherwise p is updated with v)
     p     = p - (lr_wd * p + step_size * m / (sqrt(v_max) * rsqrt_bc2 + eps))
+    cautious: lr_wd * p only where it has the sign of the other term        (arXiv 2510.12402)
 
     Every operation rounds once, in the order written below, so CPU and GPU agree bit for bit.
 
@@ -146,11 +152,12 @@ def adam_update(
         s: Scalars of the same type.
         has_l2, has_lr_wd: whether `s.l2` and `s.lr_wd` are not zero. As Python values they cost
             nothing to test, and torch.compile needs no branch.
+        cautious: decay a parameter only where the update moves it towards zero.
         store_param: False leaves p as it is, whatever the scalars say.
         functions: of the library that the operands come from.
         scratch: arrays of the same library, which are overwritten.
     """
-    multiply, subtract, maximum, sqrt = functions
+    multiply, subtract, maximum, where, sqrt = functions
     # Below, nearly all is computed in place: memory that stays in the cache is worth more than new.
     g = multiply(g, s.grad_multiplier, out=scratch.grad)
 
@@ -178,7 +185,13 @@ def adam_update(
 
     # Decay and update are subtracted together, so p rounds once and a tiny decay is not lost.
     if has_lr_wd:
-        update += multiply(p, s.lr_wd, out=scratch.first)
+        decay = multiply(p, s.lr_wd, out=scratch.first)
+        if cautious:
+            # A product of the two could underflow. Where p is 0, so is the decay, whatever is
+            # decided.
+            towards_zero = where(p < 0, -update, update) > 0
+            decay = where(towards_zero, decay, -0.0)
+        update += decay
     p -= update
 
 
@@ -191,6 +204,7 @@ def adam_step(
     scalars: Tensor,
     has_l2: bool,
     has_lr_wd: bool,
+    cautious: bool,
     store_param: bool,
     functions: Functions,
 ) -> None:
@@ -200,6 +214,7 @@ def adam_step(
         p, g, m, v, v_max: flat tensors of one size, of any float dtypes. g is only read.
         scalars: shape (SCALARS,), in the order of `table.py` and the type of the arithmetic.
         has_l2, has_lr_wd: whether these scalars are not zero.
+        cautious: as for `adam_update`.
         store_param: False for a step of size zero, which leaves parameters as they are: p - 0 would
             turn -0.0 into 0.0.
         functions: torch's, as for `adam_update`.
@@ -209,9 +224,8 @@ def adam_step(
     # What is of this type already is updated where it is.
     wide_p, wide_m, wide_v = [memory.to(compute) for memory in (p, m, v)]
     wide_v_max = None if v_max is None else v_max.to(compute)
-    adam_update(
-        wide_p, grad, wide_m, wide_v, wide_v_max, s, has_l2, has_lr_wd, store_param, functions
-    )
+    flags = has_l2, has_lr_wd, cautious, store_param
+    adam_update(wide_p, grad, wide_m, wide_v, wide_v_max, s, *flags, functions)
     if store_param:
         p.copy_(wide_p)
     m.copy_(wide_m)
@@ -226,6 +240,7 @@ def recipe_step(
     scalars: Tensor,
     has_l2: bool,
     has_lr_wd: bool,
+    cautious: bool,
     store_param: bool,
     bits: Tensor,
 ) -> None:
@@ -235,7 +250,7 @@ def recipe_step(
         memory: name -> flat tensor: `param`, `grad` and the recipe's own entries, each of N
             elements (scales: N / 32). N is a multiple of 32 if there are scales. Everything but
             the gradient is written in place.
-        scalars, has_l2, has_lr_wd, store_param: as for `adam_step`.
+        scalars, has_l2, has_lr_wd, cautious, store_param: as for `adam_step`.
         bits: int32, shape (N,): one word of random bits per element; shape (0,) if the recipe needs
             no random bits.
     """
@@ -252,7 +267,7 @@ def recipe_step(
     m, v = codecs.load_moments(m_stored, v_stored, m_scale, v_scale)
     v_max = None if v_max_stored is None else v_max_stored.float()
     s = load_scalars(scalars)
-    adam_update(p, g, m, v, v_max, s, has_l2, has_lr_wd, store_param, EAGER)
+    adam_update(p, g, m, v, v_max, s, has_l2, has_lr_wd, cautious, store_param, EAGER)
 
     if store_param:
         new_p, new_extra = codecs.store_weight(recipe.weights, p, bits)

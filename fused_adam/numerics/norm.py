@@ -7,6 +7,7 @@ bits.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -95,11 +96,61 @@ def _chunk_sums(part: Tensor) -> Tensor:
     return halving_sum(add_squares_in_order(pieces))
 
 
-def square_sum(grads: Sequence[Tensor]) -> Tensor:
-    """Sum of squares over all gradients of one device: float64, shape ()."""
-    partials = torch.cat(square_sums(grads))
+def total(partials: Tensor) -> Tensor:
+    """Sum of all partial sums: float64, shape ()."""
     if not partials.numel():
         return partials.sum()
     return halving_sum(
         add_in_order(torch.nn.functional.pad(partials, (0, -len(partials) % LANES)).view(-1, LANES))
     )
+
+
+def square_sum(grads: Sequence[Tensor]) -> Tensor:
+    """Sum of squares over all gradients of one device: float64, shape ()."""
+    return total(torch.cat(square_sums(grads)))
+
+
+@dataclass(slots=True, eq=False)
+class PartialSums:
+    """What the norm pass of one launch group leaves in memory.
+
+    Attributes:
+        positions: of the group's parameters among all of the optimizer.
+        chunks: for each of them, how many partial sums it has; 0 where another rank counts it.
+        values: float64, shape (sum(chunks),), parameter by parameter. Of the last step.
+    """
+
+    positions: list[int]
+    chunks: list[int]
+    values: Tensor
+
+
+def pairing(runs: Sequence[int]) -> list[Tensor]:
+    """Which elements to add so that one per run is left: a table per round, for `add_runs`.
+
+    Args:
+        runs: how many elements each run has; may be 0. Runs lie one behind the other.
+
+    Returns int64 tables on the CPU, shape (2, elements that are left after the round). Each column
+    has the indexes of two neighbours. An element without a neighbour is added to a zero, which
+    stands behind the last element.
+    """
+    length, tables = torch.tensor(runs, dtype=torch.int64, device="cpu"), []
+    while True:
+        half = ((length + 1) // 2).clamp(min=1)  # of an empty run, a zero is left
+        run = torch.repeat_interleave(half)
+        start, half_start = length.cumsum(0) - length, half.cumsum(0) - half
+        first = 2 * (torch.arange(len(run), device="cpu") - half_start[run])
+        pair = torch.stack([first, first + 1])
+        tables.append(torch.where(pair < length[run], start[run] + pair, length.sum()))
+        if len(run) == len(runs):
+            return tables
+        length = half
+
+
+def add_runs(values: Tensor, tables: Sequence[Tensor]) -> Tensor:
+    """The sum of each run of `pairing`. The order depends on the run's length alone."""
+    for table_of_pairs in tables:
+        pair = torch.nn.functional.pad(values, (0, 1))[table_of_pairs]
+        values = pair[0] + pair[1]
+    return values

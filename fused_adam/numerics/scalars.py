@@ -30,7 +30,9 @@ class HyperParams(NamedTuple):
     decoupled: float
     maximize: float
     max_grad_norm: float  # negative: no clipping
-    skip_nonfinite: float
+    # Larger norms are skipped; inf: only what is not finite; 0: nothing. A tensor is a user's own
+    # limit, of any value.
+    skip_grad_norm: float | Tensor
 
 
 Hyper = Sequence[HyperParams]  # one per param group
@@ -56,7 +58,9 @@ def as_number(value: Any) -> float:
 
 
 def hyper(
-    group: dict[str, Any], max_grad_norm: float | None = None, skip_nonfinite: bool = False
+    group: dict[str, Any],
+    max_grad_norm: float | None = None,
+    skip_grad_norm: float | Tensor | None = None,
 ) -> HyperParams:
     """A param group's hyper-parameters as numbers.
 
@@ -71,7 +75,7 @@ def hyper(
     decoupled = float(bool(group["decoupled_weight_decay"]))
     maximize = float(bool(group["maximize"]))
     limit = -1.0 if max_grad_norm is None else max_grad_norm
-    skip = float(skip_nonfinite)
+    skip = 0.0 if skip_grad_norm is None else skip_grad_norm
     # By position: names would take 0.3 us longer.
     return HyperParams(lr, beta1, beta2, eps, weight_decay, decoupled, maximize, limit, skip)
 
@@ -105,8 +109,8 @@ class GradTransform(NamedTuple):
         grad_scale: the loss scale, by which gradients are divided.
         square_sum: float64, sum of squares of all gradients as they are in memory. None if they are
             neither clipped nor checked.
-        stats: float64, shape (STATS,): the last norm before clipping, and how many steps were
-            skipped.
+        stats: float64, shape (STATS,): the last norm before clipping, how many steps were skipped,
+            and the last loss scale.
     """
 
     found_inf: Tensor | None = None
@@ -114,34 +118,45 @@ class GradTransform(NamedTuple):
     square_sum: Tensor | None = None
     stats: Tensor | None = None
 
-    def record(self, skip_nonfinite: bool) -> None:
+    def record(self, skip_grad_norm: float | Tensor | None) -> None:
         """Record norm and skip of a step that updates nothing on this rank, without a host sync.
 
         The prologue does this for every other step.
+
+        Args:
+            skip_grad_norm: the norm above which a step is skipped; None: no step is.
         """
         assert self.square_sum is not None and self.stats is not None
         norm = self.square_sum[0].sqrt()
+        grad_scale = torch.ones_like(norm)
         if self.grad_scale is not None:
-            norm = norm / self.grad_scale.to(norm.device, torch.float64).reshape(())
-        skip = ~norm.isfinite() if skip_nonfinite else torch.zeros_like(norm, dtype=torch.bool)
+            grad_scale = self.grad_scale.to(norm.device, torch.float64).reshape(())
+        norm = norm / grad_scale
+        skip = torch.zeros_like(norm, dtype=torch.bool)
+        if isinstance(skip_grad_norm, Tensor):
+            skip_grad_norm = skip_grad_norm.to(norm.device, torch.float64)
+        if skip_grad_norm is not None:
+            skip = ~norm.isfinite() | (norm > skip_grad_norm)
         if self.found_inf is not None:
             skip = skip | (self.found_inf.to(norm.device).reshape(()) != 0)
-        self.stats[table.GRAD_NORM] = norm
+        self.stats[table.GRAD_NORM], self.stats[table.GRAD_SCALE] = norm, grad_scale
         self.stats[table.SKIPPED_STEPS] += skip
 
-    def read(self, max_norm: float, skip_nonfinite: bool) -> GradTransformValues:
+    def read(self, max_norm: float, skip_grad_norm: float | Tensor) -> GradTransformValues:
         """Copy the values to the host, which waits for their devices.
 
         Args:
             max_norm: largest gradient norm; negative: no clipping.
-            skip_nonfinite: skip the step if the norm is NaN or infinite.
+            skip_grad_norm: as in `HyperParams`.
         """
         skip = self.found_inf is not None and float(self.found_inf) != 0
         grad_scale = 1.0 if self.grad_scale is None else float(self.grad_scale)
         if self.square_sum is None:
             return GradTransformValues(grad_scale, 0.0, 1.0, skip)
         norm = math.sqrt(float(self.square_sum)) / grad_scale
-        skip = skip or (skip_nonfinite and not math.isfinite(norm))
+        if isinstance(skip_grad_norm, Tensor) or skip_grad_norm != 0:
+            # A limit of NaN, which a user's rule may come to, skips no finite norm.
+            skip = skip or norm > float(skip_grad_norm) or not math.isfinite(norm)
         return GradTransformValues(grad_scale, norm, clip_coefficient(norm, max_norm), skip)
 
 

@@ -354,8 +354,8 @@ class Arena:
 def advance_step_keys(param_states: Iterable[ParamState]) -> None:
     """Give parameters that stepped together new keys: equal ones stay equal to each other.
 
-    The new keys are tokens, not counts: with `skip_nonfinite`, only the device knows whether the
-    step took place.
+    The new keys are tokens, not counts: where steps are skipped, only the device knows whether
+    this one took place.
     """
     tokens: dict[object, object] = {}
     for param_state in param_states:

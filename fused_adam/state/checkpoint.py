@@ -6,6 +6,7 @@ Knows the optimizer's public attributes and its arena, no kernels.
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from itertools import chain
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from .. import arguments
 from ..distributed import as_byte_pairs, local, to_dtensor
 from ..numerics import codecs
 from ..precision import ENTRIES, WEIGHTS, Recipe, as_seed, parse
@@ -22,7 +24,7 @@ from .convert import convert, decode, parts_of_entry, same_storage, widened
 from .memory import Slot, is_lazy, with_own_storage
 from .validate import check_entry, check_state_dict
 
-OWN_KEYS = ("precision", "seed")  # what we add to torch's param groups
+OWN_KEYS = ("precision", "seed", "cautious")  # what we add to torch's param groups
 
 
 def exported(state_dict: dict[str, Any], arena: Arena) -> dict[str, Any]:
@@ -97,15 +99,20 @@ def _by_number(groups: Groups, saved_groups: Groups) -> dict[Any, _Saved]:
 
 
 def load(
-    groups: Groups, arena: Arena, state: State, state_dict: Mapping[str, Any]
+    groups: Groups,
+    arena: Arena,
+    state: State,
+    state_dict: Mapping[str, Any],
+    always_decoupled: bool,
 ) -> list[dict[str, Any]]:
     """Copy a checkpoint into the arena, tensor by tensor, and return the new param groups.
 
     Args:
         groups: the optimizer's param groups, not changed. Their precision stays, and what was saved
-            in another one is converted; the seed is the checkpoint's.
+            in another one is converted; seed and `cautious` are the checkpoint's, if it has them.
         arena, state: the optimizer's; state of parameters that the checkpoint lacks is dropped.
         state_dict: torch's form, in any precision; never aliased and never changed.
+        always_decoupled: whether weight decay is decoupled whatever the checkpoint says.
 
     Raises ValueError before anything is written if this is not a state_dict of an optimizer with
     these groups and shapes.
@@ -132,6 +139,8 @@ def load(
     for group in counting_groups:
         group.pop("step", None)
     merged = [_merged(old, new) for old, new in zip(groups, saved_groups, strict=True)]
+    for group in merged:
+        arguments.check_cautious(group, always_decoupled or group.get("decoupled_weight_decay"))
 
     # Slots live as long as something holds their tensors: `before` does, until they are filled
     # again. So loading into a running optimizer needs no second copy of the state.
@@ -172,11 +181,15 @@ def _without_own(group: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    """The saved group with our parameters, their names and precision; the seed is the saved one."""
+    """The saved group with our parameters, their names and precision.
+
+    Seed and `cautious` are the saved ones, and ours if the checkpoint has none.
+    """
     merged = _without_own(new)
     merged |= {key: old[key] for key in OWN_KEYS if key in old}
     seed = as_seed(new.get("seed", 0))
     merged |= {"seed": seed} if "seed" in old and "seed" in new else {}
+    merged |= {"cautious": new["cautious"]} if "cautious" in new else {}
     if "param_names" in old:
         merged.setdefault("param_names", old["param_names"])
     return {**merged, "params": old["params"]}
@@ -191,6 +204,22 @@ def names_of(group: Mapping[str, Any]) -> Sequence[Any]:
     return names if len(names) == len(group["params"]) else range(len(group["params"]))
 
 
+def keys_of(groups: Groups) -> dict[Tensor, str | int]:
+    """What each parameter is called: its name, or its position where it has none of its own.
+
+    Two models in one optimizer may both have a "weight". Positions count over all groups, as the
+    numbers of a state_dict do.
+    """
+    params = [param for group in groups for param in group["params"]]
+    names = [name for group in groups for name in names_of(group)]
+    name_of = dict(zip(params, names, strict=True))
+    uses = Counter(name_of.values())
+    keys: dict[Tensor, str | int] = {}
+    for position, (param, name) in enumerate(zip(params, names, strict=True)):
+        keys[param] = name if isinstance(name, str) and uses[name] == 1 else position
+    return keys
+
+
 def export_fp32(groups: Groups, state_dict: dict[str, Any]) -> dict[str, Any]:
     """Weights by name or position, and a state_dict in torch's form: all float32 copies.
 
@@ -199,9 +228,9 @@ def export_fp32(groups: Groups, state_dict: dict[str, Any]) -> dict[str, Any]:
     weights: dict[Any, Tensor] = {}
     state: dict[Any, Any] = {}
     numbers = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
-    names = [name for group in groups for name in names_of(group)]
+    keys = keys_of(groups)
     params = [param for group in groups for param in group["params"]]
-    for number, name, param in zip(numbers, names, params, strict=True):
+    for number, param in zip(numbers, params, strict=True):
         parts = parts_of_entry(state_dict["state"].get(number, {}), param)
         # Offloaded state is on the host.
         entry = {key: v.to(param.device) if key in ENTRIES else v for key, v in parts.items()}
@@ -212,8 +241,7 @@ def export_fp32(groups: Groups, state_dict: dict[str, Any]) -> dict[str, Any]:
             weight = widened(part)
         elif "master_weight" in entry:  # as the next step will see it
             weight = codecs.load_weight("master32", part, weight)
-        key_of_weight = name if isinstance(name, str) else number
-        weights[key_of_weight] = to_dtensor(param, "param", weight.clone())
+        weights[keys[param]] = to_dtensor(param, "param", weight.clone())
         if entry:
             moments = {key: to_dtensor(param, key, v.clone()) for key, v in values.items()}
             others = {key: value for key, value in entry.items() if key not in ENTRIES}

@@ -11,7 +11,8 @@ from torch.nn.functional import pad
 
 from ..distributed import local, to_local
 from ..numerics import codecs
-from ..precision import CODED, CODES_AND_SCALES, ENTRIES, GROUP, Recipe
+from ..precision import CODED, CODES_AND_SCALES, ENTRIES, GROUP, STATES, WEIGHTS, Recipe
+from .arena import Arena
 from .memory import align, as_flat, dense_layout, is_dense
 
 # In place of 32 random bits: half of the high 16, which round moments, and half of the low 8, which
@@ -45,6 +46,46 @@ def reorder(entry: dict[str, Any], param: Tensor, recipe: Recipe) -> None:
     if not same_storage(recipe, recipe, part, parts_of_entry(entry, param)):
         moments = {key: entry[key] for key in CODES_AND_SCALES}
         entry.update(convert(parts_of_entry(moments, param), part, recipe))
+
+
+def keep_dtype_of_moments(group: dict[str, Any], state: Mapping[Any, Any], arena: Arena) -> None:
+    """Give a group without a precision the recipe of the moments that others put into `state`.
+
+    A hook may make bfloat16 moments for float32 parameters before the first step (torchtitan's
+    "fused_opt_states_bf16"). Without a recipe they would become float32, and take the memory that
+    they were meant to save.
+
+    Args:
+        group: gets a "precision" if the state of all its parameters asks for the same one.
+        state, arena: the optimizer's. Moments that it has stepped, or that were unpickled, are left
+            alone: they follow their parameter's dtype, as after `model.float()`.
+    """
+    if group.get("precision") is not None or arena.unpickled:
+        return
+    asked_for: str | None = None
+    for param in group["params"]:
+        entry = state.get(param)
+        if not entry:
+            continue
+        param_state = arena.param_states.get(param)
+        stepped = param_state is not None and param_state.counters is not None
+        name = None if stepped else _recipe_of_moments(param, entry)
+        if name is None or asked_for not in (None, name):
+            return
+        asked_for = name
+    if asked_for is not None:
+        group["precision"] = asked_for
+
+
+def _recipe_of_moments(param: Tensor, entry: Any) -> str | None:
+    """The recipe that stores both moments as they are; None if the parameter's dtype does."""
+    if not isinstance(entry, dict) or param.dtype not in WEIGHTS["native"].params:
+        return None
+    dtypes = {getattr(entry.get(key), "dtype", None) for key in CODED}
+    for states in ("fp32", "bf16"):
+        if dtypes == {*STATES[states][0].values()} != {param.dtype}:
+            return f"native-{states}"
+    return None
 
 
 def widened(tensor: Tensor) -> Tensor:

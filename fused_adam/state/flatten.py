@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..torch_private import foreach_zero_, holders_of
 from .memory import Slot, segments
 
 # Storages of parameters that we have moved: a later optimizer may move them again.
@@ -26,7 +27,7 @@ def owns_its_storage(param: Tensor) -> bool:
     on_host = param.device.type == "cpu"
     return (
         storage.nbytes() == param.numel() * param.element_size()
-        and torch._C._storage_Use_Count(storage._cdata) == 2
+        and holders_of(storage) == 2
         # Memory that torch did not allocate (`from_numpy`, `from_dlpack`, a mapped file) has an
         # owner that no count of holders shows. It cannot be resized.
         and (storage.resizable() or storage in _our_storages)
@@ -235,7 +236,7 @@ class FlatBuffers:
                 every gradient stays one, of zeros.
         """
         if self.grad_segments:
-            torch._foreach_zero_(self.grad_segments)
+            foreach_zero_(self.grad_segments)
         others = []
         for param in self.params:
             flat_param = self.flat_params.get(param)

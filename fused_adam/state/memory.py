@@ -1,4 +1,7 @@
-"""Flat memory: segments, the slots in them, and how a tensor's elements lie. No optimizer here."""
+"""Flat memory: segments, the slots in them, how a tensor's elements lie, uploads of tables.
+
+No optimizer here.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from ..torch_private import to_dlpack
 
 # Slots start on multiples of this many elements. That is a whole 128-byte line of float32 and a
 # whole 32-byte sector of any dtype. It is counted in elements, not in bytes, so that neighbours in
@@ -34,10 +39,22 @@ def as_flat(tensor: Tensor) -> Tensor:
     return tensor.detach().as_strided((tensor.numel(),), (1,))
 
 
+def send(host: Tensor, device: torch.device) -> Tensor:
+    """The same values on the device, copied in the order of the current stream.
+
+    `host` is pinned if the device is a GPU: other memory would be waited for.
+    """
+    return host.to(device, non_blocking=True)
+
+
+def upload(values: Tensor, device: torch.device) -> Tensor:
+    """A table that never changes, sent to the device without waiting for it."""
+    return values if device.type == "cpu" else send(values.pin_memory(), device)
+
+
 def with_own_storage(tensor: Tensor) -> Tensor:
     """The same memory, in a storage that covers this tensor alone."""
-    # Through a capsule: `Tensor.__dlpack__` refuses a GPU that is not the current one.
-    return torch.utils.dlpack.from_dlpack(torch._C._to_dlpack(tensor))
+    return torch.utils.dlpack.from_dlpack(to_dlpack(tensor))
 
 
 def dense_layout(tensor: Tensor) -> tuple[torch.Size, tuple[int, ...]]:

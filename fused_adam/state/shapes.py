@@ -11,23 +11,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensor
 
 from fused_adam_kernels import table
 
 from ..distributed import group_elements, is_sharded, local, to_dtensor
 from ..precision import GROUP, GROUPED, parse
+from ..torch_private import FakeTensor, under_fake_mode
 from .arena import Groups, Params, State
 from .validate import check_pair
 
 
 def _is_fake(param: Tensor) -> bool:
     return isinstance(local(param), FakeTensor)
-
-
-def under_fake_mode() -> bool:
-    # torch has no public question for it. Every step asks, so it has to be a cheap one.
-    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
 
 
 def are_all(params: Params) -> bool:

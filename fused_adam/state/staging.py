@@ -7,17 +7,17 @@ calls, but small ones that are copied next to each other are updated as one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..torch_private import flatten_dense_tensors, foreach_copy_
 from .memory import Slot, align, as_flat, as_real, dense_layout, is_dense, is_lazy
 
 # By this name, so that tests which stand in for a CUDA graph can defer all copies.
-copy_all = torch._foreach_copy_
-_flatten_dense_tensors: Callable[[Sequence[Tensor]], Tensor] = torch._utils._flatten_dense_tensors
+copy_all = foreach_copy_
 
 # Up to so many elements per tensor on average, packing costs less than a copy per tensor.
 PACKED_NUMEL = 512
@@ -186,5 +186,5 @@ class PackedCopies(StagedCopies):
     def load_grads(self, grads: Sequence[Tensor]) -> None:
         members = [grads[i] for i in self.grad_indexes]
         # Flattening costs four times as much as joining.
-        joined = torch.cat(members) if self.one_dimensional else _flatten_dense_tensors(members)
+        joined = torch.cat(members) if self.one_dimensional else flatten_dense_tensors(members)
         self.grad_page.index_copy_(0, self.positions, joined)

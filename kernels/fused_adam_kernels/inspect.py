@@ -1,12 +1,17 @@
 """Cross-compile the kernels and count what is in the code. Needs no GPU and launches nothing.
 
-python -m fused_adam_kernels.inspect [--arch sm_90 ...] [--variant fp32 ...] [--json]
+python -m fused_adam_kernels.inspect [--arch sm_90 ...] [--variant fp32 ...] [--run] [--json]
+
+With --run the kernels are executed too, on the CPU, as far as PTX: a second table says what full
+rows ask of memory and of a GPU's issue slots. tests/machine executes them, in a checkout alone.
 """
 
 import argparse
 import collections
 import dataclasses
 import json
+import os
+import pathlib
 import re
 import subprocess
 import sys
@@ -77,6 +82,7 @@ def update(
     states: str,
     amsgrad: bool = False,
     config: Config | None = None,
+    cautious: bool = False,
 ) -> Variant:
     """The update kernel as `adam_step` launches it, or under another launch configuration."""
     config = config or CONFIGS[kind_of(param, grad, weights, states, amsgrad)]
@@ -85,7 +91,7 @@ def update(
         "blocks_ptr": "*i32",
         "scalars_ptr": "*fp64" if param == FP64 else "*fp32",
     }
-    constants = adam.constants(param, grad, weights, states, amsgrad)
+    constants = adam.constants(param, grad, weights, states, amsgrad, cautious)
     # In the interpreter the constants have its own launch shape.
     constants |= {"BLOCK": config.block, "TAIL": config.tail}
     stored = adam.storage_types(param, weights, states)
@@ -122,7 +128,7 @@ def square_sum(grad: torch.dtype) -> Variant:
     return Variant(norm.square_sum_kernel, arguments, constants, norm.LANES, grad.itemsize)
 
 
-def prologue() -> Variant:
+def prologue(skip_spikes: bool = False) -> Variant:
     """The kernel that advances step counters and computes the scalars; counted per row."""
     arguments = {
         "rows_ptr": "*i64",
@@ -134,7 +140,7 @@ def prologue() -> Variant:
         "stats_ptr": "*fp64",
         "num_rows": "i32",
     }
-    constants = {"BLOCK": scalars.BLOCK, "LAYOUT": table.LAYOUT}
+    constants = {"BLOCK": scalars.BLOCK, "SKIP_SPIKES": skip_spikes, "LAYOUT": table.LAYOUT}
     return Variant(scalars.prologue_kernel, arguments, constants, scalars.BLOCK)
 
 
@@ -142,7 +148,9 @@ VARIANTS = {
     **{name: update(*mix) for name, mix in MIXES.items()},
     **{f"{name}-amsgrad": update(*mix, amsgrad=True) for name, mix in MIXES.items()},
     **{name: update(*recipe) for name, recipe in RECIPES.items()},
+    **{f"{name}-cautious": update(*mix, cautious=True) for name, mix in (MIXES | RECIPES).items()},
     "prologue": prologue(),
+    "prologue-skip-spikes": prologue(skip_spikes=True),
     "norm-fp32": square_sum(FP32),
     "norm-bf16": square_sum(BF16),
 }
@@ -330,6 +338,118 @@ def read_amd(asm: Any) -> dict[str, Any]:
     }
 
 
+class Card(NamedTuple):
+    """What one GPU can do per second.
+
+    Attributes:
+        target: a key of TARGETS.
+        issue_slots: warp instructions.
+        memory_bytes: to and from its memory, as a copy was measured.
+    """
+
+    target: str
+    issue_slots: float
+    memory_bytes: float
+
+
+CARDS = {
+    # 132 multiprocessors of 4 schedulers at 1.98 GHz: NVIDIA's "H100 Tensor Core GPU Architecture",
+    # and the largest clock that nvidia-smi names. Bytes: bench/results/h100-verify.json.
+    "h100": Card("sm_90", 132 * 4 * 1.98e9, 2.9e12),
+}
+WARP = 32  # threads
+CHECKOUT = pathlib.Path(__file__).parents[2]
+COUNTS_SCRIPT = CHECKOUT / "tests" / "machine" / "ptx_counts.py"
+
+
+class RunReport(NamedTuple):
+    """What one launch over one long row executed, per element, and the time it takes at least.
+
+    Counts are those of PTX, before ptxas. There a root or a quotient is one instruction, where
+    machine code takes 8 to 20. Accesses to elements are the same in both.
+    """
+
+    variant: str
+    target: str
+    rows: str  # "aligned": all operands are. "misaligned": all are one element off.
+    requested_bytes: float  # by all threads
+    sector_bytes: float  # 32-byte sectors that warps touch, once for each access of a warp
+    ptx_instructions: float
+    branches: float  # per program; none divides a warp, else the launch ends with an error
+    machine_instructions: float | None  # Report.per_element, of full blocks: aligned rows alone
+    memory_ps: float  # per element: each input read once and each output written once
+    issue_ps: float  # per element: `ptx_instructions`
+    issue_most_ps: float | None  # per element: `machine_instructions`, with every slow path
+
+
+def run(reports: list[Report], card: Card) -> list[RunReport]:
+    """Execute variants on the CPU: those of `reports` for the card's target.
+
+    Raises:
+        RuntimeError: nothing can be executed here.
+    """
+    static = {report.variant: report for report in reports if report.bytes_moved is not None}
+    # A process of its own, so that nothing here imports from the tests.
+    paths = [str(CHECKOUT), str(CHECKOUT / "kernels")]
+    done = subprocess.run(
+        [sys.executable, str(COUNTS_SCRIPT), "--arch", card.target, "--variant", *static],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+    )
+    if done.returncode:
+        raise RuntimeError(done.stderr.strip())
+    found = []
+    for counts in json.loads(done.stdout):
+        report = static[counts["variant"]]
+        most = report.per_element if counts["rows"] == "aligned" else None
+        issue_ps = 1e12 / WARP / card.issue_slots  # per instruction of one element
+        assert report.bytes_moved is not None
+        found.append(
+            RunReport(
+                **counts,
+                machine_instructions=most,
+                memory_ps=report.bytes_moved / card.memory_bytes * 1e12,
+                issue_ps=counts["ptx_instructions"] * issue_ps,
+                issue_most_ps=None if most is None else most * issue_ps,
+            )
+        )
+    return found
+
+
+RUN_HEADER = [
+    "kernel",
+    "target",
+    "rows",
+    "B/elem",
+    "asked",
+    "sectors",
+    "branches",
+    "ptx/elem",
+    "body/elem",
+    "memory_ps",
+    "issue_ps",
+]
+
+
+def run_cells(report: RunReport, bytes_moved: float | None) -> list[str]:
+    """One row of the table, in the order of RUN_HEADER."""
+    most = report.issue_most_ps
+    return [
+        report.variant,
+        report.target,
+        report.rows,
+        str(bytes_moved),
+        f"{report.requested_bytes:.2f}",
+        f"{report.sector_bytes:.2f}",
+        f"{report.branches:.0f}",
+        f"{report.ptx_instructions:.1f}",
+        "-" if report.machine_instructions is None else f"{report.machine_instructions:.1f}",
+        f"{report.memory_ps:.2f}",
+        f"{report.issue_ps:.2f}" + ("" if most is None else f"-{most:.2f}"),
+    ]
+
+
 HEADER = [
     "kernel",
     "target",
@@ -376,9 +496,8 @@ def cells(report: Report) -> list[str]:
     ]
 
 
-def table_of(reports: list[Report]) -> str:
-    """Aligned columns: names to the left, numbers to the right."""
-    rows = [HEADER, *map(cells, reports)]
+def table_of(rows: list[list[str]]) -> str:
+    """Aligned columns: names to the left, numbers to the right. The first row is the header."""
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:
@@ -409,20 +528,44 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--json", action="store_true", help="one list of objects instead of the table"
     )
+    parser.add_argument(
+        "--run", action="store_true", help="execute the kernels too, on the CPU: needs a checkout"
+    )
+    parser.add_argument(
+        "--card", default="h100", help=f"GPU whose limits --run shows: {', '.join(CARDS)}"
+    )
     options = parser.parse_args(arguments)
     targets = checked("--arch", options.arch, list(TARGETS))
     variants = checked("--variant", options.variant, list(VARIANTS))
+    if options.card not in CARDS:
+        sys.exit(f"--card {options.card!r} is not known; allowed: {', '.join(CARDS)}")
+    card = CARDS[options.card]
+    if options.run and card.target not in targets:
+        sys.exit(f"--run for --card {options.card} needs {card.target} among --arch")
+    if options.run and not COUNTS_SCRIPT.exists():
+        sys.exit(f"--run needs a checkout of the repository: there is no {COUNTS_SCRIPT}")
     if triton.knobs.runtime.interpret:
         sys.exit("TRITON_INTERPRET is set, under which nothing is compiled; allowed: unset, or 0")
     try:
         reports = [inspect(variant, target) for variant in variants for target in targets]
     except OSError as error:  # Triton writes what it compiles into its cache
         sys.exit(f"nothing can be compiled: {error}; TRITON_CACHE_DIR names another cache folder")
+    try:
+        of_card = [report for report in reports if report.target == card.target]
+        runs = run(of_card, card) if options.run else []
+    except RuntimeError as error:
+        sys.exit(str(error))
     if options.json:
-        print(json.dumps([dataclasses.asdict(report) for report in reports], indent=1))
+        found = [dataclasses.asdict(report) for report in reports]
+        print(json.dumps(found + [report._asdict() for report in runs], indent=1))
         return
     print(f"triton {triton.__version__}")
-    print(table_of(reports))
+    print(table_of([HEADER, *map(cells, reports)]))
+    if runs:
+        moved = {report.variant: report.bytes_moved for report in reports}
+        rows = [run_cells(report, moved[report.variant]) for report in runs]
+        print(f"\nexecuted, and the least time on {options.card}:")
+        print(table_of([RUN_HEADER, *rows]))
 
 
 if __name__ == "__main__":

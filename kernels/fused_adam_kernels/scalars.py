@@ -36,16 +36,23 @@ def clip_coefficient(norm, max_norm):
 
 
 @triton.jit
-def judge(hyper_ptr, found_inf_ptr, square_sum_ptr, grad_scale, stats_ptr):
+def judge(
+    hyper_ptr, found_inf_ptr, square_sum_ptr, grad_scale, stats_ptr, SKIP_SPIKES: tl.constexpr
+):
     """Return the clip coefficient of this step, and whether it is skipped. Keeps the statistics."""
     norm = tl.sqrt(tl.load(square_sum_ptr)) / grad_scale
     clip = clip_coefficient(norm, tl.load(hyper_ptr + table.HYPER_MAX_GRAD_NORM))
     finite = norm < float("inf")  # false for a NaN too
-    skip = (tl.load(found_inf_ptr) != 0) | (
-        (tl.load(hyper_ptr + table.HYPER_SKIP_NONFINITE) != 0) & (finite == 0)
-    )
+    limit = tl.load(hyper_ptr + table.HYPER_SKIP_GRAD_NORM)
+    if SKIP_SPIKES:
+        # A limit of NaN, which a user's rule may come to, skips no finite norm.
+        unwanted = (norm > limit) | (finite == 0)
+    else:
+        unwanted = (limit != 0) & (finite == 0)
+    skip = (tl.load(found_inf_ptr) != 0) | unwanted
     if tl.program_id(0) == 0:
         tl.store(stats_ptr + table.GRAD_NORM, norm)
+        tl.store(stats_ptr + table.GRAD_SCALE, grad_scale)
         skipped = tl.load(stats_ptr + table.SKIPPED_STEPS)
         tl.store(stats_ptr + table.SKIPPED_STEPS, tl.where(skip, skipped + 1.0, skipped))
     return clip, skip
@@ -63,9 +70,10 @@ def prologue_kernel(
     found_inf_ptr,  # *f32 [1]  not 0: skip this step
     grad_scale_ptr,  # *f32 [1]  the loss scale: what gradients were multiplied by
     square_sum_ptr,  # *f64 [1]  sum of squares of all gradients as they are in memory
-    stats_ptr,  # *f64 [STATS]  out: the norm before clipping, and the number of skipped steps
+    stats_ptr,  # *f64 [STATS]  out: the norm before clipping, skipped steps, the loss scale
     num_rows: tl.int32,  # P
     BLOCK: tl.constexpr,  # rows per program
+    SKIP_SPIKES: tl.constexpr,  # skip finite norms above the limit, too, which may be any number
     LAYOUT: tl.constexpr,  # of the tables, for Triton's cache alone
 ):
     """Advance every step counter by one and write its parameter's scalars.
@@ -74,7 +82,7 @@ def prologue_kernel(
     0, 1 and 0 in their place, so that one variant serves all steps.
     """
     grad_scale = tl.load(grad_scale_ptr).to(tl.float64)
-    clip, skip = judge(hyper_ptr, found_inf_ptr, square_sum_ptr, grad_scale, stats_ptr)
+    clip, skip = judge(hyper_ptr, found_inf_ptr, square_sum_ptr, grad_scale, stats_ptr, SKIP_SPIKES)
 
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = row < num_rows
@@ -115,23 +123,28 @@ def prologue_kernel(
     tl.store(out + table.STEP_NUMBER, t.to(COMPUTE), mask=mask)
 
 
-def prologue() -> Launcher:
+def prologue(skip_spikes: bool = False) -> Launcher:
     """Advance the step counters and fill `scalars` for this step.
 
     Call it with `programs(P)` and the arguments below, where P is the number of rows.
 
+    Args:
+        skip_spikes: skip a step whose norm is above HYPER_SKIP_GRAD_NORM. Otherwise that column
+            says whether norms that are not finite are skipped.
+
     Arguments of the launcher:
         rows: int64, shape (P, ROW): addresses of the step counters (float32) and group numbers.
-        hyper: float64, shape (G, HYPER). Says whether gradients are clipped, and whether a step
-            with non-finite gradients is skipped.
+        hyper: float64, shape (G, HYPER). Says whether gradients are clipped, and by which norm a
+            step is skipped.
         scalars: float32 or float64, shape (P, SCALARS): written.
         found_inf: float32, one element. Not 0: the step is skipped, counters included.
         grad_scale: float32, one element: gradients are divided by it as they are read.
         square_sum: float64, one element: sum of squares of all gradients as they are in memory.
-        stats: float64, shape (STATS,): the norm is written, the skipped steps are counted.
+        stats: float64, shape (STATS,): norm and loss scale are written, the skipped steps are
+            counted.
         num_rows: P.
     """
-    return Launcher(prologue_kernel, [BLOCK, table.LAYOUT])
+    return Launcher(prologue_kernel, [BLOCK, skip_spikes, table.LAYOUT])
 
 
 def programs(num_rows: int) -> int:

@@ -16,10 +16,11 @@ ROW = 15
 # blocks: int32, shape (B, 2). One row per program: a row of `rows`, and which BLOCK elements of it.
 
 # hyper: float64, shape (G, HYPER). One row per param group, as the user set it.
-# HYPER_MAX_GRAD_NORM is negative if nothing is clipped. It and HYPER_SKIP_NONFINITE belong to the
-# optimizer, so they are equal in every row.
+# HYPER_MAX_GRAD_NORM is negative if nothing is clipped. HYPER_SKIP_GRAD_NORM is the norm above
+# which a step is skipped: infinity if only what is not finite is skipped, 0 if nothing is. Both
+# belong to the optimizer and are read in the first row.
 HYPER_LR, HYPER_BETA1, HYPER_BETA2, HYPER_EPS, HYPER_WEIGHT_DECAY, HYPER_DECOUPLED = range(6)
-HYPER_MAXIMIZE, HYPER_MAX_GRAD_NORM, HYPER_SKIP_NONFINITE = range(6, 9)
+HYPER_MAXIMIZE, HYPER_MAX_GRAD_NORM, HYPER_SKIP_GRAD_NORM = range(6, 9)
 HYPER = 9
 
 # scalars: float32 or float64, shape (P, SCALARS). This step's values for one parameter; the first
@@ -29,9 +30,10 @@ STEP_SIZE, RSQRT_BC2, ONE_MINUS_BETA1, ONE_MINUS_BETA2, BETA2, EPS, L2, LR_WD = 
 GRAD_MULTIPLIER, SKIP, STEP_NUMBER = range(8, 11)
 SCALARS = 11
 
-# stats: float64, shape (STATS,). The last norm before clipping, and how many steps were skipped.
-GRAD_NORM, SKIPPED_STEPS = range(2)
-STATS = 2
+# stats: float64, shape (STATS,). The last norm before clipping, how many steps were skipped, and
+# the loss scale of the last step, which that norm's partial sums still have in them.
+GRAD_NORM, SKIPPED_STEPS, GRAD_SCALE = range(3)
+STATS = 3
 
 # The order in which squares of gradients are added: lanes per piece, elements per chunk.
 NORM_LANES = 1024

@@ -22,7 +22,7 @@ class Bigrams(nn.Module):
         self.head = nn.Linear(8, 50257, dtype=dtype)
 
     def forward(self, input_ids, labels):
-        logits = self.head(self.embedding(input_ids))[:, :-1]
+        logits = self.head(self.embedding(input_ids))[:, :-1].float()
         return SimpleNamespace(loss=F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten()))
 
 
@@ -52,8 +52,10 @@ def test_every_optimizer_trains_the_same_model(bigrams, run):
     assert torchs["state_bytes"] == ours["state_bytes"] == 8
     assert recipe["state_bytes"] == pytest.approx(3.125, abs=0.001)
     assert ours["loss"] == pytest.approx(torchs["loss"], rel=1e-4)
-    assert recipe["loss"] == pytest.approx(torchs["loss"], rel=1e-2)
-    assert ours["loss"] < ours["first_loss"] and ours["tokens_per_s"]["median"] > 0
+    learned = torchs["first_loss"] - torchs["loss"]
+    assert learned > 1 and ours["tokens_per_s"]["median"] > 0
+    # Its model computes in bfloat16 throughout, and not only inside autocast.
+    assert recipe["loss"] == pytest.approx(torchs["loss"], abs=learned / 10)
     assert "tiny: 854,369 parameters, 40 steps of 128 tokens" in said
 
 

@@ -61,13 +61,15 @@ def test_repr_shows_our_arguments_where_they_are_set(cls):
         seed=7,
         max_grad_norm=0.5,
         skip_nonfinite=True,
+        skip_grad_norm=2.0,
         flatten=True,
         backend="reference",
     )
     for each in (optimizer, copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
         text = repr(each)
         assert text.endswith(
-            "max_grad_norm: 0.5\nskip_nonfinite: True\nflatten: True\nbackend: reference\n)"
+            "max_grad_norm: 0.5\nskip_nonfinite: True\nskip_grad_norm: 2.0\n"
+            "flatten: True\nbackend: reference\n)"
         )
         assert "    precision: split32-bf16\n    seed: 7\n" in text  # of the param group
     assert "grad_attribute: main_grad\n" in repr(cls(params, grad_attribute="main_grad"))

@@ -4,6 +4,7 @@ On a CPU a recorder stands in for the graph.
 """
 
 import gc
+import math
 import weakref
 
 import pytest
@@ -87,6 +88,24 @@ def test_hyper_parameters_on_the_device_change_between_replays(graph, kernel_dev
         plain.param_groups[0].update(weight_decay=decay.item(), eps=eps.item())
         eager(plain, [step + 1])
         assert same_bits(results(captured), results(plain))
+
+
+def test_the_limit_of_spikes_is_read_at_replay(graph, kernel_device):
+    limit = torch.tensor(math.inf, device=kernel_device)
+    captured = optimizer_on(kernel_device, skip_grad_norm=limit, weight_decay=0.1, cautious=True)
+    eager(captured, [0])
+    set_gradients(captured, 1)
+    graph.capture(captured.step)
+    plain = optimizer_on(kernel_device, weight_decay=0.1, cautious=True)
+    eager(plain, [0])
+    for step, value in ((1, math.inf), (2, 1e-3), (3, 1e3), (4, -1.0)):
+        limit.fill_(value)
+        set_gradients(captured, step, in_place=True)
+        graph.replay()
+        if value > 1:
+            eager(plain, [step])
+        assert same_bits(results(captured), results(plain))
+    assert captured.skipped_steps == 2
 
 
 def test_a_scalers_flag_and_scale_are_read_at_replay(graph, kernel_device):

@@ -293,6 +293,14 @@ class TestRefused:
                 "max_grad_norm=1.0 cannot be combined with .* because the norm needs all gradients",
             ),
             ({"skip_nonfinite": True}, "skip_nonfinite=True cannot be combined with"),
+            (
+                {"skip_grad_norm": 2.0},
+                "skip_grad_norm=2.0 cannot be combined with .* the norm needs",
+            ),
+            (
+                {"skip_grad_norm": torch.zeros(())},
+                r"skip_grad_norm=tensor\(0.\) cannot be combined",
+            ),
             ({"flatten": True}, "flatten=True cannot be combined with .* stay"),
             ({"differentiable": True}, "differentiable=True cannot be combined with"),
         ],

@@ -41,6 +41,7 @@ VALUES = {
     "amsgrad": (False, True),
     "maximize": (False, True),
     "decoupled_weight_decay": (False, True),
+    "cautious": (False, True),
 }
 OPTIONS = st.fixed_dictionaries(
     {}, optional={key: st.sampled_from(values) for key, values in VALUES.items()}
@@ -89,6 +90,7 @@ class Lockstep(RuleBasedStateMachine):
         flatten=st.booleans(),
         max_grad_norm=st.sampled_from([None, None, 1.0, 0.05]),
         skip_nonfinite=st.booleans(),
+        skip_grad_norm=st.sampled_from([None, None, None, 2.0]),
         limit=st.sampled_from([0.0, 1 / 16]),
         options=OPTIONS,
         precision=st.runner().flatmap(lambda self: self.precisions),
@@ -96,15 +98,30 @@ class Lockstep(RuleBasedStateMachine):
         seed=SEEDS,
     )
     def start(
-        self, twin, flatten, max_grad_norm, skip_nonfinite, limit, options, precision, members, seed
+        self,
+        twin,
+        flatten,
+        max_grad_norm,
+        skip_nonfinite,
+        skip_grad_norm,
+        limit,
+        options,
+        precision,
+        members,
+        seed,
     ):
         self.twin, self.limit = twin, limit
         self.guards = {
             "max_grad_norm": max_grad_norm,
             "skip_nonfinite": skip_nonfinite,
+            "skip_grad_norm": skip_grad_norm,
             "seed": seed,
         }
-        self.model = Model(max_grad_norm=max_grad_norm, skip_nonfinite=skip_nonfinite)
+        self.model = Model(
+            max_grad_norm=max_grad_norm,
+            skip_nonfinite=skip_nonfinite,
+            skip_grad_norm=skip_grad_norm,
+        )
         self.scales: list[float] = []
         self.frozen: set[int] = set()
         self.saved: list[dict[str, Any]] = []
@@ -119,6 +136,8 @@ class Lockstep(RuleBasedStateMachine):
         second = {**first, "flatten": flatten != (self.twin == "flatten")}
         if self.twin in ("compiled", "triton"):
             second["backend"] = self.twin
+        if first["skip_grad_norm"] is not None:
+            second["skip_grad_norm"] = torch.tensor(first["skip_grad_norm"])
         return [first, second]
 
     # Parameters and groups
@@ -150,6 +169,7 @@ class Lockstep(RuleBasedStateMachine):
             numbers_of_new.append(numbers_of_new[0])
         known = {key: values[0] for key, values in VALUES.items()} | options
         known["lr"] = 1e-2 if known["lr"] == "tensor" else known["lr"]
+        known["cautious"] = known["cautious"] and known["decoupled_weight_decay"]
         for side in self.sides:
             side.group({**known, "precision": precision}, numbers_of_new)
         self.model.groups.append((known, numbers_of_new))
@@ -193,6 +213,11 @@ class Lockstep(RuleBasedStateMachine):
         self.step(count, [kind], seed, "")
 
     def set_value(self, group, key, value):
+        # Only decoupled decay can be cautious.
+        if key == "cautious" and value:
+            self.set_value(group, "decoupled_weight_decay", True)
+        elif key == "decoupled_weight_decay" and not value:
+            self.set_value(group, "cautious", False)
         for side in self.sides:
             side.optimizer.param_groups[group][key] = (
                 torch.tensor(0.003) if value == "tensor" else value
@@ -226,7 +251,8 @@ class Lockstep(RuleBasedStateMachine):
         kinds = [pattern[i % len(pattern)] for i in range(len(self.scales))]
         guards: list[Any] = []
         grads = [self._gradient(rng, i, kind, guards) for i, kind in enumerate(kinds)]
-        if guard == "poison" and self.model.skip_nonfinite:
+        may_skip = self.model.skip_nonfinite or self.model.skip_grad_norm is not None
+        if guard == "poison" and may_skip:
             for i, grad in enumerate(grads):
                 if grad is not None and grad.numel():
                     grads[i] = grad.clone()
@@ -315,9 +341,7 @@ class Lockstep(RuleBasedStateMachine):
                 assert (
                     np.abs(visible - found["param"]) <= shown * np.abs(visible) + 2.0**-25
                 ).all()
-        if self.model.norm is not None and (
-            self.model.max_grad_norm is not None or self.model.skip_nonfinite
-        ):
+        if self.model.norm is not None and self.model.needs_norm:
             if side.optimizer.grad_norm is not None:
                 assert np.isclose(
                     float(side.optimizer.grad_norm),

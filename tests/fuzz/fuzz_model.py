@@ -294,10 +294,15 @@ class Weights:
             x = Number(np.maximum(v_max.value, new_v.value), np.maximum(v_max.error, new_v.error))
 
         update = self._update(new_m, x, t, (lr, beta1, beta2, eps), u, tiny)
+        decays, unclear = np.ones(p.value.shape, bool), np.zeros(p.value.shape, bool)
+        if o["cautious"]:  # arXiv 2510.12402; near zero, rounding decides which sign there is
+            decays = update.value * p.value > 0
+            unclear = (np.abs(update.value) <= update.error) | (np.abs(p.value) <= p.error)
         # Decay and update are rounded three times each before they meet p; the result once.
-        value = p.value - update.value - decoupled * p.value
+        value = p.value - update.value - np.where(decays, decoupled * p.value, 0)
         error = (
-            abs(1 - decoupled) * p.error
+            np.where(decays, abs(1 - decoupled), 1) * p.error
+            + np.where(unclear, decoupled * p.reach, 0)
             + update.error
             + 5 * u * (update.reach + decoupled * p.reach)
             + tiny
@@ -351,6 +356,7 @@ class Model:
     groups: list[tuple[dict[str, Any], list[int]]] = field(default_factory=list)
     max_grad_norm: float | None = None
     skip_nonfinite: bool = False
+    skip_grad_norm: float | None = None
     skipped: int = 0
     norm: float | None = None
 
@@ -362,7 +368,7 @@ class Model:
         for o, i in listed:
             self.weights[i].begin(o)
         multiplier, multiplier_error = 1 / grad_scale, 0.0
-        if self.max_grad_norm is not None or self.skip_nonfinite:
+        if self.needs_norm:
             self.norm = (
                 math.sqrt(sum(float(np.square(grads[i]).sum()) for _, i in listed)) / grad_scale
             )
@@ -375,13 +381,22 @@ class Model:
                     # Of another dtype than float64: squares are rounded to float32, each by 2^-24
                     # of itself at most, and a root halves that.
                     multiplier_error += 2.0**-25
-            found_inf |= self.skip_nonfinite and not math.isfinite(self.norm)
+            limit = self.skip_grad_norm
+            if self.skip_nonfinite or limit is not None:
+                found_inf |= not math.isfinite(self.norm)
+            found_inf |= limit is not None and self.norm > limit
             self.skipped += found_inf
         if found_inf:
             return False
         for o, i in listed:
             self.weights[i].step(grads[i], o, multiplier, multiplier_error)
         return True
+
+    @property
+    def needs_norm(self) -> bool:
+        return (
+            self.max_grad_norm is not None or self.skip_nonfinite or self.skip_grad_norm is not None
+        )
 
     def separate(self) -> None:
         """Parameters no longer share memory."""

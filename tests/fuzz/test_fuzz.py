@@ -170,7 +170,14 @@ def gradients_scaled_in_place(patch):
 
 def poisoned_steps_done(patch):
     read = GradTransform.read
-    patch.setattr(GradTransform, "read", lambda self, max_norm, _: read(self, max_norm, False))
+    patch.setattr(GradTransform, "read", lambda self, max_norm, _: read(self, max_norm, 0.0))
+
+
+def spikes_of_twice_the_limit(patch):
+    read = GradTransform.read
+    patch.setattr(
+        GradTransform, "read", lambda self, max_norm, limit: read(self, max_norm, 2 * limit)
+    )
 
 
 def parameters_that_moved_unnoticed(patch):
@@ -199,12 +206,25 @@ def decay_after_the_update(patch):
     """p * (1 - lr * wd) of the new p: off by lr^2 * wd."""
     update = reference.adam_update
 
-    def late(p, g, m, v, v_max, scalars, coupled, decoupled, store_param, *rest, **more):
-        update(p, g, m, v, v_max, scalars, coupled, False, store_param, *rest, **more)
+    def late(p, g, m, v, v_max, scalars, coupled, decoupled, cautious, store_param, *rest, **more):
+        update(p, g, m, v, v_max, scalars, coupled, False, False, store_param, *rest, **more)
         if decoupled and store_param:
             p *= 1 - scalars[7]
 
     patch.setattr(reference, "adam_update", late)
+
+
+def cautious_by_the_gradient(patch):
+    """Its sign is often that of the first moment, but not always."""
+    update = reference.adam_update
+
+    def hasty(p, g, m, v, v_max, scalars, coupled, decoupled, cautious, sqrt):
+        new = update(p, g, m, v, v_max, scalars, coupled, decoupled, cautious, sqrt)
+        if not cautious:
+            return new
+        return update(p, g, m, v, v_max, scalars, coupled, bool((g * p > 0).any()), False, sqrt)
+
+    patch.setattr(reference, "adam_update", hasty)
 
 
 FAULTS = [
@@ -215,9 +235,11 @@ FAULTS = [
     learning_rate_of_the_step_before,
     gradients_scaled_in_place,
     poisoned_steps_done,
+    spikes_of_twice_the_limit,
     parameters_that_moved_unnoticed,
     second_moments_rounded_eight_codes_up,
     decay_after_the_update,
+    cautious_by_the_gradient,
 ]
 
 

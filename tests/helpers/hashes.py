@@ -20,10 +20,14 @@ RECIPE_HASHES = {
     "native-int8": "7f3295f11c7aa562cd2f6d3447369f4f5e7864d24f78c32de31a4b9dcd2ca6d0",
 }
 
+# The whole training, and 30 steps of it, with cautious weight decay.
+CAUTIOUS_HASH = "52083735acadb838207a72a6bb60cdf562ed2b7e3054c735776967523f00c3ca"
+CAUTIOUS_SHORT_HASH = "6b60c20f84cc1599ef4ba0f360cb6c99e84045d698687cdd284c8616ce3870be"
 
-def optimizer_of(params, split=False, permuted=False, halved=False, **arguments):
+
+def optimizer_of(params, split=False, permuted=False, halved=False, cautious=False, **arguments):
     """The same parameters with the same options, in whatever order and grouping; `halved` keeps the
-    order.
+    order, and `cautious` has every group whose decay can be so.
     """
     names = list(PARAMS)
     if permuted:
@@ -40,6 +44,8 @@ def optimizer_of(params, split=False, permuted=False, halved=False, **arguments)
             if halved
             else [members]
         )
+        if cautious:
+            options = {**options, "cautious": options.get("decoupled_weight_decay", True)}
         groups += [{"params": part, **options} for part in parts]
     if permuted:
         groups.reverse()

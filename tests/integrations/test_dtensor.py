@@ -18,6 +18,7 @@ from fused_adam import FusedAdamW
 OPTIONS = [
     (torch.float32, {}),
     (torch.float32, {"amsgrad": True, "weight_decay": 0.1, "maximize": True}),
+    (torch.float32, {"cautious": True, "weight_decay": 0.5}),
     (torch.float64, {"max_grad_norm": 0.5}),
     (torch.float32, {"precision": "native-bf16", "seed": 7, "max_grad_norm": 0.5}),
     (torch.float16, {"precision": "master32", "skip_nonfinite": True}),

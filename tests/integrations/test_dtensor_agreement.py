@@ -69,6 +69,26 @@ def test_one_bad_gradient_skips_the_step_on_every_rank(options, value):
         assert same_bits(before, after) and skipped == 1 and not norm < float("inf")
 
 
+def with_a_spike(rank, limit):
+    mesh = init_device_mesh("cpu", (4,))
+    params = parameters(torch.float32, [(3, 4), (2,)], mesh, (Shard(0),))
+    optimizer = FusedAdamW(params, lr=1e-2, skip_grad_norm=limit)
+    train(optimizer, 1)
+    before = whole_results(optimizer)
+    for index, param in enumerate(params):
+        grad = gradient(param, index, 1)
+        grad.view(-1)[-1] = 1e4  # on one rank
+        param.grad = cut(grad, mesh, param.placements)
+    optimizer.step()
+    return before, whole_results(optimizer), int(optimizer.skipped_steps)
+
+
+@pytest.mark.parametrize("limit", [1e3, torch.tensor(1e3)])
+def test_a_spike_on_one_rank_skips_the_step_on_every_rank(limit):
+    for before, after, skipped in run_ranks(4, with_a_spike, limit):
+        assert same_bits(before, after) and skipped == 1
+
+
 def with_reduce_norm(rank):
     """Two optimizers, as of two stages of a pipeline, on meshes of two ranks each; the norm is of
     all four.
@@ -112,6 +132,10 @@ def differing(rank, what):
         options["precision"] = "native-bf16" if rank else "native-int8"
     if what == "max_grad_norm":
         options["max_grad_norm"] = 1.0 + rank
+    if what == "skip_grad_norm":
+        options["skip_grad_norm"] = torch.tensor(1.0) if rank else 1.0
+    if what == "cautious":
+        options["cautious"] = bool(rank)
     groups = [{"params": params}]
     if what == "group" and rank:
         groups = [{"params": params[:1]}, {"params": params[1:]}]
@@ -136,7 +160,11 @@ def differing(rank, what):
 
 
 @pytest.mark.parametrize(
-    "what", ["dtype", "group", "parameters", "precision", "max_grad_norm", "gradient"]
+    "what",
+    [
+        *("dtype", "group", "parameters", "precision", "cautious"),
+        *("max_grad_norm", "skip_grad_norm", "gradient"),
+    ],
 )
 def test_ranks_that_differ_all_say_so(what):
     first, second = run_ranks(2, differing, what)

@@ -35,14 +35,23 @@ def run(*command, folder):
 def test_every_framework_example_runs_and_writes_what_it_says(path, tmp_path):
     run(path, folder=tmp_path)
     [said] = re.findall(r"^Writes (.*) into the current folder\.$", path.read_text(), re.M)
-    names = set(re.findall(r"[\w.]+(?=/)|[\w.]+\.safetensors", said))
+    names = set(re.findall(r"[\w.]+(?=/)|[\w.]+\.(?:safetensors|pt)", said))
     assert names and names == {each.name for each in tmp_path.iterdir()}
 
 
 def test_every_framework_has_an_example():
     text = "\n".join(path.read_text() for path in FRAMEWORKS)
     imported = set(re.findall(r"^(?:from|import) (\w+)", text, re.M)) - {"torch", "fused_adam"}
-    assert imported == {"accelerate", "lightning", "peft", "safetensors", "transformers"}
+    data = {"datasets", "tokenizers"}
+    assert imported - data == {
+        "accelerate",
+        "lightning",
+        "peft",
+        "safetensors",
+        "torchtitan",
+        "transformers",
+        "trl",
+    }
 
 
 def test_every_example_says_how_to_run_it():

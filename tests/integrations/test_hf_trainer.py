@@ -13,7 +13,7 @@ from training import results, same_bits
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from bench.harness.oracle import Options, tolerance
-from fused_adam import FusedAdamW
+from fused_adam import FusedAdamW, param_groups
 
 STEPS, SAVED, LR = 6, 3, 1e-2
 CASES = [
@@ -33,8 +33,8 @@ class Killer(TrainerCallback):
 
 
 def trainer(folder, model, handed_over, options, optimizer_class=FusedAdamW, **arguments):
-    """A trainer of `model`; `handed_over`: the optimizer itself with a scheduler, or its class and
-    options.
+    """A trainer of `model`; `handed_over`: the optimizer itself with a scheduler, its class and
+    options, or these with param groups.
     """
     if handed_over == "optimizer":
         optimizer = optimizer_class(model.parameters(), lr=LR, weight_decay=0.1, **options)
@@ -45,7 +45,8 @@ def trainer(folder, model, handed_over, options, optimizer_class=FusedAdamW, **a
             )
         }
     else:
-        how = {"optimizer_cls_and_kwargs": (optimizer_class, {"lr": LR, **options})}
+        groups = {"params": param_groups(model, 0.1)} if handed_over == "groups" else {}
+        how = {"optimizer_cls_and_kwargs": (optimizer_class, {**groups, "lr": LR, **options})}
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=STEPS,
@@ -70,7 +71,7 @@ def flat(run):
     return sum(place.holds(param) for param, place in buffers.flat_params.items()) if buffers else 0
 
 
-@pytest.mark.parametrize("handed_over", ["optimizer", "class"])
+@pytest.mark.parametrize("handed_over", ["optimizer", "class", "groups"])
 @pytest.mark.parametrize(("options", "dtype"), CASES, ids=str)
 def test_resuming_from_a_checkpoint(options, dtype, handed_over, tmp_path):
     """Weights, state and step counters are those of a training that was never stopped, in bits."""
@@ -86,6 +87,21 @@ def test_resuming_from_a_checkpoint(options, dtype, handed_over, tmp_path):
     assert all(entry["step"] == STEPS for entry in results(rest.optimizer))
     count = len(list(whole.model.parameters())) if "flatten" in options else 0
     assert flat(whole) == flat(rest) == count  # neither training nor loading moved them
+
+
+@pytest.mark.parametrize("handed_over", ["class", "groups"])
+def test_biases_and_norms_do_not_decay(handed_over, tmp_path):
+    """In the Trainer's groups and in ours, which have names."""
+    run = trainer(tmp_path, gpt2(), handed_over, {}, save_strategy="no")
+    optimizer = run.create_optimizer()
+    decaying, others = optimizer.param_groups
+    assert (decaying["weight_decay"], others["weight_decay"]) == (0.1, 0.0)
+    named = dict(run.model.named_parameters())
+    undecayed = {name for name in named if "ln_" in name or name.endswith("bias")}
+    assert {id(param) for param in others["params"]} == {id(named[name]) for name in undecayed}
+    assert ("param_names" in others) == (handed_over == "groups")
+    if handed_over == "groups":
+        assert set(optimizer.export_fp32()["params"]) == named.keys()
 
 
 def train_in_a_process(folder, options, dtype, resume, callbacks, path):

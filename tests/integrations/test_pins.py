@@ -25,7 +25,18 @@ def test_every_package_of_the_venv_is_pinned():
     own = {normalized(each.name): each.version for each in metadata.distributions(path=[str(OWN)])}
     for name in ("pip", "fused-adam"):
         own.pop(name, None)
-    assert {"accelerate", "lightning", "peft", "safetensors", "transformers"} <= own.keys()
+    assert {
+        "accelerate",
+        "deepspeed",
+        "fastai",
+        "lightning",
+        "peft",
+        "safetensors",
+        "sentence-transformers",
+        "torchtitan",
+        "transformers",
+        "trl",
+    } <= own.keys()
     assert own.items() <= pins.items(), own.items() - pins.items()
 
 

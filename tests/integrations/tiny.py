@@ -1,12 +1,23 @@
-"""Tiny random language models of Transformers, made from configs, and token sequences. Knows no
-optimizer.
+"""Tiny random language models of Transformers, made from configs, and their tokens and texts. Knows
+no optimizer.
 """
 
 from __future__ import annotations
 
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    BertConfig,
+    BertModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 TOKENS = 64
 
@@ -42,6 +53,34 @@ def llama(dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
         eos_token_id=0,
     )
     return LlamaForCausalLM(config).to(dtype)
+
+
+def bert(dtype: torch.dtype = torch.float32) -> BertModel:
+    """An encoder with norms, biases and dropout."""
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=TOKENS,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=16,
+    )
+    return BertModel(config).to(dtype)
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Words are the tokens' numbers."""
+    words = Tokenizer(WordLevel({str(i): i for i in range(TOKENS)}, unk_token="0"))
+    words.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words, bos_token="2", eos_token="1", pad_token="0"
+    )
+
+
+def texts(count: int) -> list[str]:
+    """`sequences` as words."""
+    return [" ".join(map(str, each["input_ids"].tolist())) for each in sequences(count)]
 
 
 def sequences(count: int) -> list[dict[str, Tensor]]:

@@ -57,6 +57,14 @@ def in_step(item: Instruction) -> bool:
     return item.name in IN_STEP
 
 
+def access_bytes(item: Instruction) -> int:
+    """Bytes that each thread accesses in global memory; 0 for instructions that do not."""
+    if item.name not in ("ld", "st") or item.modifiers[0] != "global":
+        return 0
+    data = item.operands[0 if item.name == "ld" else 1]
+    return int(item.modifiers[-1][1:]) // 8 * len(split(data.strip("{}")))
+
+
 def does(*names: str, table: dict[str, Callable[..., str]] = ALONE) -> Callable[..., Any]:
     """Enter a function into a table under these names."""
 

@@ -89,6 +89,19 @@ def build(source: str, cache: pathlib.Path) -> Any:
     return ctypes.CDLL(str(path))
 
 
+class Count(NamedTuple):
+    """How often the last launch of a kernel executed one instruction.
+
+    The last three are of accesses to global memory; 0 for all else.
+    """
+
+    instruction: ptx_text.Instruction
+    blocks: int  # all threads of a block execute it together, if only to find their guard false
+    warps: int  # in which a thread took part
+    requested_bytes: int  # by all threads
+    sectors: int  # of 32 bytes, that each warp touched
+
+
 class Machine:
     """One kernel.
 
@@ -96,11 +109,14 @@ class Machine:
         ptx: a module with one entry.
         shared_bytes: of shared memory that a launch asks for.
         cache: folder for what gcc compiled.
+        counting: count what is executed, for `counts`.
     """
 
-    def __init__(self, ptx: str, shared_bytes: int, cache: pathlib.Path) -> None:
+    def __init__(
+        self, ptx: str, shared_bytes: int, cache: pathlib.Path, counting: bool = False
+    ) -> None:
         self.kernel = ptx_text.read(ptx)
-        self.library = build(translate(self.kernel, shared_bytes), cache)
+        self.library = build(translate(self.kernel, shared_bytes, counting), cache)
         self.launches = 0
 
     def __call__(self, grid: int, args: Sequence[int], allowed: Iterable[Region]) -> None:
@@ -135,6 +151,16 @@ class Machine:
                 f"{self.kernel.name}, {item.source or 'no line known'}: {KINDS[kind]}: "
                 f"{address:#x}, block {block}, thread {thread}, PTX: {item.text}"
             )
+
+    def counts(self) -> list[Count]:
+        """What the last launch executed, instruction by instruction; needs `counting`."""
+        self.library.counted.restype = ctypes.POINTER(ctypes.c_uint64)
+        numbers = self.library.counted()
+        return [
+            Count(item, *numbers[4 * index : 4 * index + 4])
+            for index, item in enumerate(self.kernel.code)
+            if isinstance(item, ptx_text.Instruction)
+        ]
 
 
 def disjoint(regions: Iterable[Region]) -> list[Region]:

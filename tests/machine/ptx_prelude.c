@@ -1,4 +1,5 @@
-/* What the C of every kernel begins with. THREADS and SHARED_BYTES are defined before it. */
+/* What the C of every kernel begins with. THREADS, SHARED_BYTES, COUNTING and CODE, the length of
+   its code, are defined before it. */
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
@@ -60,10 +61,40 @@ static int fail(uint64_t kind, uint64_t index, uint64_t thread, uint64_t address
   return 1;
 }
 
+#if COUNTING
+/* Of each instruction: blocks that ran it. Of each access to global memory also: warps in which a
+   thread took part, bytes that threads asked for, and 32-byte sectors that warps touched. */
+static uint64_t counts[CODE][4];
+const uint64_t *counted(void) { return &counts[0][0]; }
+static uint64_t places[CODE][THREADS]; /* what each thread accesses, until it is counted; or 0 */
+/* Count what the threads of a block have just accessed. An access is aligned to its size, 16 bytes
+   at most, so a thread touches one sector. */
+static void count(uint64_t index, int bytes) {
+  for (int first = 0; first < THREADS; first += 32) {
+    uint64_t sectors[32];
+    int num_sectors = 0, num_threads = 0;
+    for (int t = first; t < first + 32 && t < THREADS; t++) {
+      uint64_t sector = places[index][t] / 32;
+      int i = 0;
+      if (!places[index][t]) continue;
+      places[index][t] = 0, num_threads++;
+      while (i < num_sectors && sectors[i] != sector) i++;
+      if (i == num_sectors) sectors[num_sectors++] = sector;
+    }
+    counts[index][1] += num_threads > 0;
+    counts[index][2] += num_threads * bytes;
+    counts[index][3] += num_sectors;
+  }
+}
+#endif
+
 static const uint64_t (*regions)[3]; /* first byte, last byte + 1, may it be written; ascending */
 static int64_t num_regions;
 /* Check an access to global memory; `stored` is what is written, or 0. */
 static int global(const void *stored, uint64_t index, int t, uint64_t address, int bytes) {
+#if COUNTING
+  places[index][t] = address;
+#endif
   if (address % bytes) return fail(MISALIGNED, index, t, address);
   int64_t lo = 0, hi = num_regions;
   while (hi - lo > 1) {

@@ -11,7 +11,9 @@ from process import outside_the_interpreter
 NVIDIA = {
     "fp32": ({"128": 8}, {"128": 6}),
     "fp32-amsgrad": ({"128": 10}, {"128": 8}),
+    "fp32-cautious": ({"128": 8}, {"128": 6}),
     "bf16": ({"128": 4}, {"128": 3}),
+    "bf16-cautious": ({"128": 4}, {"128": 3}),
     "bf16-fp32-state": ({"128": 4, "64": 4}, {"128": 4, "64": 2}),
     "bf16-amsgrad": ({"128": 5}, {"128": 4}),
     "fp16": ({"128": 4}, {"128": 3}),
@@ -44,9 +46,12 @@ INT8 = {
 AMD = {
     "fp32": ({"128": 4}, {"128": 3}),
     "fp32-amsgrad": ({"128": 5}, {"128": 4}),
+    "fp32-cautious": ({"128": 4}, {"128": 3}),
     "bf16": ({"64": 4}, {"64": 3}),
+    "bf16-cautious": ({"64": 4}, {"64": 3}),
     "bf16-fp32-state": ({"128": 2, "64": 2}, {"128": 2, "64": 1}),
 }
+OTHERS = ["fp64", "prologue", "prologue-skip-spikes"]
 # 1024 elements over 128 threads: 8 each.
 NORMS = {"norm-fp32": 2, "norm-bf16": 1}
 NORM_TARGETS = ["sm_80", "sm_90", "sm_100", "sm_120"]
@@ -65,16 +70,14 @@ def reports():
     """What `inspect` says of every case, by variant and target."""
     inspect = ("-m", "fused_adam_kernels.inspect", "--json")
     found = outside_the_interpreter(
-        *inspect, "--arch", "sm_90", "--variant", *NVIDIA, *RECIPES, *INT8, "fp64", "prologue"
+        *inspect, "--arch", "sm_90", "--variant", *NVIDIA, *RECIPES, *INT8, *OTHERS
     )
     found += outside_the_interpreter(*inspect, "--arch", *ELSEWHERE, "--variant", *AMD)
     found += outside_the_interpreter(*inspect, "--arch", *NORM_TARGETS, "--variant", *NORMS)
     return {(report["variant"], report["target"]): report for report in found}
 
 
-@pytest.mark.parametrize(
-    ("variant", "target"), [*UPDATES, ("fp64", "sm_90"), ("prologue", "sm_90")]
-)
+@pytest.mark.parametrize(("variant", "target"), [*UPDATES, *((name, "sm_90") for name in OTHERS)])
 def test_arithmetic_is_correctly_rounded(reports, variant, target):
     """No fused multiply-adds, no approximate square root or division, nothing flushed to zero."""
     report = reports[variant, target]
@@ -95,9 +98,7 @@ def test_no_double_precision_in_the_update(reports, variant, target):
     assert bool(reports[variant, target]["fp64"]) == (variant == "fp64")
 
 
-@pytest.mark.parametrize(
-    ("variant", "target"), [*UPDATES, ("fp64", "sm_90"), ("prologue", "sm_90")]
-)
+@pytest.mark.parametrize(("variant", "target"), [*UPDATES, *((name, "sm_90") for name in OTHERS)])
 def test_no_shared_memory_and_no_spills(reports, variant, target):
     """Shared memory would mean that a layout is converted."""
     report = reports[variant, target]

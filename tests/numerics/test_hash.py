@@ -7,7 +7,14 @@ import io
 
 import pytest
 import torch
-from hashes import RECIPE_HASHES, RECIPE_STEPS, of_recipe, optimizer_of
+from hashes import (
+    CAUTIOUS_HASH,
+    CAUTIOUS_SHORT_HASH,
+    RECIPE_HASHES,
+    RECIPE_STEPS,
+    of_recipe,
+    optimizer_of,
+)
 
 from bench.verify import (
     HASH,
@@ -41,6 +48,21 @@ def test_short_hash_on_the_reference(flatten):
 @pytest.mark.parametrize("flatten", [False, True])
 def test_short_hash_on_the_kernel(flatten, kernel_device):
     assert run(SHORT_STEPS, kernel_device, backend="triton", flatten=flatten) == SHORT_HASH
+
+
+@pytest.mark.parametrize("backend", ["reference", "compiled"])
+def test_thousand_cautious_steps_on_the_host(backend):
+    assert run(STEPS, backend=backend, cautious=True) == CAUTIOUS_HASH
+
+
+def test_short_cautious_hash_on_the_kernel(kernel_device):
+    steps = run(SHORT_STEPS, kernel_device, backend="triton", cautious=True)
+    assert steps == CAUTIOUS_SHORT_HASH
+
+
+@pytest.mark.gpu
+def test_thousand_cautious_steps_on_a_gpu():
+    assert run(STEPS, "cuda", backend="triton", cautious=True) == CAUTIOUS_HASH
 
 
 @pytest.mark.gpu

@@ -3,6 +3,7 @@ line.
 """
 
 import os
+import shutil
 import subprocess
 import sys
 
@@ -79,6 +80,8 @@ def command(*arguments, **environment):
     [
         (["--arch", "sm_70"], {}, ["--arch 'sm_70'", "sm_90", "gfx942"]),
         (["--variant", "fp31"], {}, ["--variant 'fp31'", "bf16-fp32-state", "prologue"]),
+        (["--card", "h200"], {}, ["--card 'h200'", "h100"]),
+        (["--arch", "sm_80", "--run"], {}, ["--run", "needs sm_90"]),
         ([], {"TRITON_INTERPRET": "1"}, ["TRITON_INTERPRET", "allowed: unset"]),
         (["--arch", "sm_90", "--variant", "fp32"], {"TRITON_CACHE_DIR": "/proc/x"}, ["/proc/x"]),
     ],
@@ -97,3 +100,10 @@ def test_the_table_has_one_line_per_variant_and_target():
     assert version.startswith("triton ")
     assert header.split()[:3] == ["kernel", "target", "regs"]
     assert [line.split()[:2] for line in lines] == [["norm-fp32", "sm_90"], ["norm-fp32", "gfx942"]]
+
+
+def test_execution_without_a_checkout_says_so(tmp_path):
+    shutil.copytree(ROOT / "kernels", tmp_path / "lib" / "site-packages")
+    code, output, errors = command("--run", PYTHONPATH=str(tmp_path / "lib" / "site-packages"))
+    assert code == 1 and not output
+    assert errors.startswith("--run needs a checkout") and str(tmp_path) in errors

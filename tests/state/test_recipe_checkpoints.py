@@ -385,3 +385,12 @@ def test_export_of_what_a_user_wrote():
     assert weight[3] == 5.0 and torch.equal(
         weight[:3], optimizer.state[members(optimizer)[0]]["master_weight"][:3]
     )
+
+
+def test_export_keeps_weights_apart_that_have_one_name():
+    """As two models in one optimizer have: those come by position."""
+    models = nn.Linear(2, 3), nn.Linear(3, 4, bias=False)
+    optimizer = FusedAdam([{"params": list(model.named_parameters())} for model in models])
+    exported = optimizer.export_fp32()["params"]
+    assert list(exported) == [0, "bias", 2]
+    assert torch.equal(exported[0], models[0].weight) and torch.equal(exported[2], models[1].weight)
