@@ -331,7 +331,7 @@ class FusedAdam(OptimizerState):
         """
         return None if self._engine.stats is None else self._engine.stats[table.GRAD_NORM].float()
 
-    @torch._disable_dynamo  # type: ignore[attr-defined]
+    @disable_dynamo
     def grad_norms(self) -> dict[str | int, Tensor]:
         """Return the L2 norm of each parameter's gradient in the last step, by name.
 
