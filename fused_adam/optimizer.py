@@ -331,7 +331,7 @@ class FusedAdam(OptimizerState):
         """
         return None if self._engine.stats is None else self._engine.stats[table.GRAD_NORM].float()
 
-    @torch._disable_dynamo  # type: ignore[attr-defined]
+    @disable_dynamo
     def grad_norms(self) -> dict[str | int, Tensor]:
         """Return the L2 norm of each parameter's gradient in the last step, by name.
 
@@ -349,8 +349,8 @@ class FusedAdam(OptimizerState):
             (), on the parameter's device.
 
         Raises:
-            RuntimeError: neither `max_grad_norm` nor `skip_nonfinite` is set; during the capture of
-                a CUDA graph (call it after a replay); or parameters are fake.
+            RuntimeError: none of `max_grad_norm`, `skip_nonfinite` and `skip_grad_norm` is set;
+                during the capture of a CUDA graph (call it after a replay); or parameters are fake.
 
         Example:
             >>> optimizer = FusedAdamW(model.named_parameters(), max_grad_norm=1.0)
@@ -360,8 +360,8 @@ class FusedAdam(OptimizerState):
         """
         if not self._engine.needs_norm:
             raise RuntimeError(
-                "grad_norms() needs max_grad_norm or skip_nonfinite, and neither is set: with "
-                "max_grad_norm=math.inf norms are measured, and nothing is clipped"
+                "grad_norms() needs max_grad_norm, skip_nonfinite or skip_grad_norm, and none is "
+                "set: with max_grad_norm=math.inf norms are measured, and nothing is clipped"
             )
         if backends.is_capturing():
             raise RuntimeError(

@@ -90,7 +90,8 @@ class ReferenceRunner:
         self.backend, self.device, self.compute = backend, group.device, group.compute
         self.rows = group.rows
         self.grads: Sequence[Tensor] = ()
-        self.partial_sums = PartialSums([row.param_index for row in group.rows], [], torch.empty(0))
+        positions = [row.param_index for row in group.rows]
+        self.partial_sums = PartialSums(positions, [], torch.empty(0, device=group.device))
         self.counters = StepCounters(group.rows, group.device)
         self.spans = [
             ReferenceRows(launch, span, backend == "compiled")

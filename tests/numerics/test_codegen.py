@@ -33,6 +33,8 @@ RECIPES = {
 # per thread that are spilled to keep it, at most.
 SPILLED_BYTES = {"native-bf16": 8, "split32-bf16": 24, "split24-bf16": 16, "sr-bf16": 8}
 SPILLED_BYTES |= {"native-int8": 16, "split24-int8": 32}
+# Triton 3.9's own choice for sm_100: 64 registers, and two instructions that spill.
+SPILLED_BYTES |= {"bf16-cautious": 8}
 # int8 beside fp32 parameters takes 32 bits an access, and beside bf16 ones 64. What full blocks
 # run, per element, is above the memory's budget of 126 and 95: an upper bound, so that it can only
 # go down (5 of split24-int8's are what the limit of registers costs). Last: bytes of shared memory.

@@ -256,7 +256,7 @@ def test_the_call_does_not_wait_for_the_gpu():
 
 def test_what_is_refused(monkeypatch):
     plain = FusedAdam([torch.zeros(1)])
-    with pytest.raises(RuntimeError, match=r"max_grad_norm=math\.inf norms are measured"):
+    with pytest.raises(RuntimeError, match=r"skip_nonfinite or skip_grad_norm, and none is set"):
         plain.grad_norms()
     optimizer = FusedAdam([torch.zeros(1)], skip_nonfinite=True)
     with FakeTensorMode(), pytest.raises(RuntimeError, match="under FakeTensorMode"):
@@ -281,3 +281,11 @@ def test_no_sum_is_needed_for_chunks_of_one_gradient():
     optimizer.step()
     a, b, c, d = square_sums([grad])[0].tolist()
     assert optimizer.grad_norms()[0] == torch.tensor(math.sqrt((a + b) + (c + d)))
+
+
+def test_a_limit_of_the_norm_alone_is_enough():
+    param = torch.nn.Parameter(torch.ones(3))
+    optimizer = FusedAdamW([param], skip_grad_norm=50.0)
+    param.grad = torch.tensor([2.0, 3.0, 6.0])
+    optimizer.step()
+    assert optimizer.grad_norms()[0].item() == 7
