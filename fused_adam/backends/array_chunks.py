@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..numerics import formula
-from ..numerics.formula import Scalars, Scratch
+from ..numerics.formula import Flags, Scalars, Scratch
 
 # Elements per chunk. Measured on 16 Mi elements and two threads: 2^15 takes 1.5 times as long, as
 # threads wait for Python's lock between calls, and 2^18 is 2 % faster but splits into few chunks.
@@ -49,7 +49,7 @@ class ArrayChunk(NamedTuple):
     start: int
     end: int
     scalars: Scalars  # numpy's float32
-    flags: tuple[bool, bool, bool, bool]  # has_l2, has_lr_wd, cautious, store_param
+    flags: Flags
 
 
 def suits(device: torch.device, compute: torch.dtype) -> bool:
@@ -61,7 +61,7 @@ def chunks_of(
     operands: Sequence[ArrayOperand | None],
     numel: int,
     scalars: Tensor,
-    flags: tuple[bool, bool, bool, bool],
+    flags: Flags,
 ) -> list[ArrayChunk]:
     """Cut the first `numel` elements of the operands into chunks.
 
@@ -159,14 +159,14 @@ class Workspace:
             else:
                 memory, copy = operand.tensor[start:end], self._converted(place)[:numel]
                 arrays.append(copy.copy_(memory).numpy())
-                if place > 1 or (place == 0 and chunk.flags[-1]):
+                if place > 1 or (place == 0 and chunk.flags.store_param):
                     copies.append((memory, copy))
         scratch = self.scratch
         if numel < self.size:
             scratch = Scratch(*(array[:numel] for array in scratch))
         assert formula.NUMPY is not None
         p, g, m, v, v_max = arrays
-        formula.adam_update(p, g, m, v, v_max, chunk.scalars, *chunk.flags, formula.NUMPY, scratch)
+        formula.adam_update(p, g, m, v, v_max, chunk.scalars, chunk.flags, formula.NUMPY, scratch)
         for memory, copy in copies:
             memory.copy_(copy)
 
