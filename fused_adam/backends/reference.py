@@ -1,4 +1,4 @@
-"""Runs launch groups in plain torch, a chunk at a time, or through torch.compile.
+"""Runs launch groups in numpy or plain torch, a chunk at a time, or through torch.compile.
 
 Everything happens on the host, in order. On a GPU each operation is a launch of torch's own: equal
 bits, slowly.
@@ -18,14 +18,15 @@ from torch.nn.functional import pad
 from fused_adam_kernels import table
 
 from ..numerics.codecs import elements_per_draw, random_words
-from ..numerics.formula import CHUNK, adam_step, exact_sqrt, recipe_step
+from ..numerics.formula import CHUNK, COMPILED, EAGER, Flags, adam_step, recipe_step
 from ..numerics.norm import PartialSums, square_sums, total
 from ..numerics.scalars import LAST_STEP, GradTransform, Hyper, scalars
 from ..plan import CoalescedRows, Launch, LaunchGroup, Row, grouped
 from ..precision import GROUP, GROUPED
-from ..state.memory import SLOT_ALIGN, Slot, align, as_flat, as_real
+from ..state.memory import SLOT_ALIGN, Slot, align, as_flat, as_real, with_own_storage
 from ..state.staging import PackedCopies, StagedCopies, same_order
 from ..torch_private import check, foreach_add_
+from .array_chunks import ArrayChunk, ArrayOperand, chunks_of, step_chunks, suits
 
 Step = Callable[..., None]
 Operands = dict[str, Tensor]
@@ -50,28 +51,6 @@ def _step_slots(p: Tensor, *rest: Any) -> None:
     # Else the compiler asks in every iteration whether it is the last: a fifth of the time.
     check(p.numel() % SLOT_ALIGN == 0)
     adam_step(p, *rest)
-
-
-class Flags(NamedTuple):
-    """What a step leaves out; in the order of `adam_step`'s arguments."""
-
-    has_l2: bool
-    has_lr_wd: bool
-    cautious: bool
-    store_param: bool
-
-    @staticmethod
-    def of(scalars: Tensor, cautious: bool) -> Flags:
-        """From scalars that are rounded to the arithmetic's dtype, as the kernel sees them.
-
-        Args:
-            cautious: whether the param group is. Without a decay that chooses nothing, so
-                torch.compile gets no variant of its own.
-        """
-        numbers = scalars.tolist()
-        has_l2, has_lr_wd = numbers[table.L2] != 0, numbers[table.LR_WD] != 0
-        store_param = numbers[table.STEP_SIZE] != 0 or has_lr_wd
-        return Flags(has_l2, has_lr_wd, cautious and has_lr_wd, store_param)
 
 
 class StepValues(NamedTuple):
@@ -135,6 +114,7 @@ class ReferenceRunner:
         counts = self.counters.advance()
         # Most rows share a param group and a step count, so they share their scalars, too.
         shared: dict[tuple[int, float], StepValues] = {}
+        pending: list[ArrayChunk] = []
         for span, index in zip(self.spans, self.count_indexes, strict=True):
             group, step = key = (span.row.group, counts[index])
             if key not in shared:
@@ -142,7 +122,8 @@ class ReferenceRunner:
                 values = torch.tensor(in_float64, dtype=self.compute, device="cpu")
                 flags = Flags.of(values, span.row.options.cautious)
                 shared[key] = StepValues(step, values, flags)
-            span.update(shared[key], grads)
+            span.update(shared[key], grads, pending)
+        step_chunks(pending)
 
 
 class StepCounters:
@@ -198,6 +179,11 @@ class ReferenceRows:
             if slot
         }
         self.staged = _staged_copies(span, self.operands)
+        # What is always here is viewed once; most gradients come anew with each step.
+        self.arrays: dict[str, ArrayOperand] | None = None
+        plain = launch.recipe.weights is None and not compiled
+        if plain and suits(self.row.param.device, self.row.compute):
+            self.arrays = {key: ArrayOperand.of(x) for key, x in self.operands.items()}
         # Temporaries of a chunk stay in the CPU's cache. A GPU has none worth staying in.
         chunk = CHUNK if self.row.param.device.type == "cpu" else self.numel
         starts = range(0, self.numel, chunk)
@@ -211,15 +197,28 @@ class ReferenceRows:
         whole = align(self.numel) // (GROUP if key in GROUPED else 1)
         return min(whole, slot.segment.numel() - slot.start)
 
-    def update(self, values: StepValues, grads: Sequence[Tensor]) -> None:
-        """Step all rows. `grads`: of every parameter that has one, in order."""
+    def update(
+        self, values: StepValues, grads: Sequence[Tensor], pending: list[ArrayChunk]
+    ) -> None:
+        """Step all rows.
+
+        Args:
+            grads: of every parameter that has one, in order.
+            pending: takes the chunks of rows that can wait, to be stepped with those of others.
+        """
         operands = self.operands
+        if self.arrays is not None and not self.staged:
+            pending += self._chunks(self.arrays, values, grads)
+            return
         if self.staged:
             self.staged.load_params()
             self.staged.load_grads(grads)
         elif "grad" not in operands:
             operands = operands | {"grad": as_flat(as_real(grads[self.row.grad_index]))}
-        if self.compiled:
+        if self.arrays is not None:
+            # Pages share their memory, so this one cannot wait.
+            step_chunks(self._chunks(self.arrays, values, grads))
+        elif self.compiled:
             self._compiled(operands, values)
         elif self.launch.recipe.weights is None:
             self._plain(operands, values)
@@ -228,18 +227,29 @@ class ReferenceRows:
         if self.staged:
             self.staged.store_params()
 
+    def _chunks(
+        self, arrays: dict[str, ArrayOperand], values: StepValues, grads: Sequence[Tensor]
+    ) -> list[ArrayChunk]:
+        if "grad" not in arrays:
+            grad = as_flat(as_real(grads[self.row.grad_index]))
+            arrays = arrays | {"grad": ArrayOperand.of(with_own_storage(grad))}
+        operands = [arrays.get(key) for key in OPERANDS]
+        return chunks_of(operands, self.numel, values.scalars, values.flags)
+
     def _plain(self, operands: Operands, values: StepValues) -> None:
         for start, end in self.chunks:
             part = {key: tensor[start:end] for key, tensor in operands.items()}
             step: Step = adam_step
-            step(*map(part.get, OPERANDS), values.scalars, *values.flags, exact_sqrt)
+            step(*map(part.get, OPERANDS), values.scalars, values.flags, EAGER)
 
     def _compiled(self, operands: Operands, values: StepValues) -> None:
         launch = self.launch
-        step = compiled_adam_step((launch.param, launch.grad, launch.amsgrad), values.flags)
+        # A multiplication by 1 is nothing next to the memory's time, and saves a variant.
+        flags = values.flags._replace(has_multiplier=True)
+        step = compiled_adam_step((launch.param, launch.grad, launch.amsgrad), flags)
 
         def run(part: Operands) -> None:
-            step(*map(part.get, OPERANDS), values.scalars, *values.flags, torch.sqrt)
+            step(*map(part.get, OPERANDS), values.scalars, flags, COMPILED)
 
         end, body = align(self.numel), self.numel // SLOT_ALIGN * SLOT_ALIGN
         if all(x.numel() == end for x in operands.values()):
@@ -267,7 +277,7 @@ class ReferenceRows:
             bits = random_words(
                 seed, start, step, row.param_index, count, device, row.global_offset, share
             )
-            recipe_step(recipe, memory, values.scalars, *values.flags, bits)
+            recipe_step(recipe, memory, values.scalars, values.flags, bits)
             _copy_back(copies)
 
     @staticmethod

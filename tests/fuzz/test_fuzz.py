@@ -206,9 +206,10 @@ def decay_after_the_update(patch):
     """p * (1 - lr * wd) of the new p: off by lr^2 * wd."""
     update = reference.adam_update
 
-    def late(p, g, m, v, v_max, scalars, coupled, decoupled, cautious, sqrt):
-        new = update(p, g, m, v, v_max, scalars, coupled, False, False, sqrt)
-        return (new[0] * (1 - scalars[7]), *new[1:]) if decoupled else new
+    def late(p, g, m, v, v_max, scalars, flags, *rest):
+        update(p, g, m, v, v_max, scalars, flags._replace(has_lr_wd=False, cautious=False), *rest)
+        if flags.has_lr_wd and flags.store_param:
+            p *= 1 - scalars.lr_wd
 
     patch.setattr(reference, "adam_update", late)
 
@@ -217,11 +218,11 @@ def cautious_by_the_gradient(patch):
     """Its sign is often that of the first moment, but not always."""
     update = reference.adam_update
 
-    def hasty(p, g, m, v, v_max, scalars, coupled, decoupled, cautious, sqrt):
-        new = update(p, g, m, v, v_max, scalars, coupled, decoupled, cautious, sqrt)
-        if not cautious:
-            return new
-        return update(p, g, m, v, v_max, scalars, coupled, bool((g * p > 0).any()), False, sqrt)
+    def hasty(p, g, m, v, v_max, scalars, flags, *rest):
+        if flags.cautious:
+            decays = bool((g * p > 0).any())
+            flags = flags._replace(has_lr_wd=decays, cautious=False)
+        update(p, g, m, v, v_max, scalars, flags, *rest)
 
     patch.setattr(reference, "adam_update", hasty)
 
