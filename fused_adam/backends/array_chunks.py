@@ -100,10 +100,9 @@ def step_chunks(chunks: Sequence[ArrayChunk]) -> None:
 def _start_helpers(count: int, remaining: deque[ArrayChunk], size: int) -> list[Future[None]]:
     """Have other threads take chunks as well."""
     helpers = []
-    inference = torch.is_inference_mode_enabled()  # each thread has its own
     for _ in range(count):
         try:
-            helpers.append(_pool().submit(_help, remaining, size, inference))
+            helpers.append(_pool().submit(_step_remaining, remaining, size))
         except RuntimeError:  # the interpreter is shutting down, and this thread works alone
             break
     return helpers
@@ -117,11 +116,6 @@ def _pool() -> ThreadPoolExecutor:
 if hasattr(os, "register_at_fork"):
     # A forked child has no threads but the one that forked.
     os.register_at_fork(after_in_child=_pool.cache_clear)
-
-
-def _help(remaining: deque[ArrayChunk], size: int, inference: bool) -> None:
-    with torch.inference_mode(inference):
-        _step_remaining(remaining, size)
 
 
 def _step_remaining(remaining: deque[ArrayChunk], size: int) -> None:

@@ -291,10 +291,9 @@ class ReferenceRows:
             elif key in ("param", "grad"):
                 memory[key] = tensor[start:end]
             else:
+                # Behind the end codes are zeros and stay so, as they never have a gradient: they do
+                # not reach their group's scale.
                 memory[key] = tensor[start:whole]
-                # A group's scale depends on all of its elements. Those behind the end count as
-                # zeros, whatever a NaN has left there.
-                memory[key][end - start :] = 0
         return memory
 
 
