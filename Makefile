@@ -43,7 +43,6 @@ mutants: .venv/installed
 test-triton: $(TRITONS:%=.venv-triton-%/installed)
 	@for version in $(TRITONS); do echo "triton $$version"; .venv-triton-$$version/bin/python -m pytest -q -n 2 --dist loadfile \
 	tests/numerics/test_codegen.py tests/numerics/test_inspect.py tests/numerics/test_launch.py tests/numerics/test_kernel.py tests/numerics/test_hash.py::test_short_hash_on_the_kernel \
-	&& .venv-triton-$$version/bin/python -m pytest -q -n 2 -m long tests/numerics/test_codegen.py \
 	&& .venv-triton-$$version/bin/python -m pytest -q -n 2 --ptx sm_90 tests/machine tests/numerics \
 	|| exit 1; done
 
