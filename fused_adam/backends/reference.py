@@ -31,7 +31,7 @@ from .array_chunks import ArrayChunk, ArrayOperand, chunks_of, step_chunks, suit
 Step = Callable[..., None]
 Operands = dict[str, Tensor]
 # The operands of `adam_step`, in its order.
-OPERANDS = ("param", "grad", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+OPERANDS = ("param", "grad", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "ema")
 
 
 @functools.cache
@@ -266,7 +266,8 @@ class ReferenceRows:
 
     def _compiled(self, operands: Operands, values: StepValues) -> None:
         launch = self.launch
-        step = compiled_adam_step((launch.param, launch.grad, launch.amsgrad), values.flags)
+        variant = launch.param, launch.grad, launch.amsgrad, launch.ema
+        step = compiled_adam_step(variant, values.flags)
 
         def run(part: Operands) -> None:
             step(*map(part.get, OPERANDS), values.scalars, *values.flags, COMPILED)

@@ -21,6 +21,7 @@ class Scalars(NamedTuple):
     l2: tl.tensor  # coupled weight decay, added to the gradient (Adam); 0 if there is none
     lr_wd: tl.tensor  # decoupled weight decay, lr * weight_decay (AdamW); 0 if there is none
     grad_multiplier: tl.tensor  # clip coefficient / loss scale; negative if maximizing
+    one_minus_ema_decay: tl.tensor  # of the average of the weights
 
 
 @triton.jit
@@ -42,8 +43,21 @@ def exact_div(x, y):
 
 
 @triton.jit
-def adam_update(p, g, m, v, v_max, s, AMSGRAD: tl.constexpr, CAUTIOUS: tl.constexpr):
-    """Return the new (p, m, v, v_max). Kingma & Ba 2015, algorithm 1; Loshchilov & Hutter 2019.
+def adam_update(
+    p,
+    g,
+    m,
+    v,
+    v_max,
+    ema,
+    s,
+    AMSGRAD: tl.constexpr,
+    CAUTIOUS: tl.constexpr,
+    EMA: tl.constexpr,
+):
+    """Return the new (p, m, v, v_max, ema).
+
+    Kingma & Ba 2015, algorithm 1; Loshchilov & Hutter 2019.
 
     g     = grad_multiplier * g + l2 * p
     m     = m + (1 - beta1) * (g - m)
@@ -51,15 +65,17 @@ def adam_update(p, g, m, v, v_max, s, AMSGRAD: tl.constexpr, CAUTIOUS: tl.conste
     v_max = max(v_max, v)                             (AMSGrad only; otherwise p is updated with v)
     p     = p - (lr_wd * p + step_size * m / (sqrt(v_max) * rsqrt_bc2 + eps))
     cautious: lr_wd * p only where it has the sign of the other term        (arXiv 2510.12402)
+    ema   = ema + (1 - ema_decay) * (p - ema)                         (with an average only)
 
     Every operation rounds once, in the order written below, so CPU and GPU agree bit for bit.
 
     Args:
-        p, g, m, v, v_max: parameter, gradient, moments and AMSGrad's maximum; registers of one
-            float type and shape.
+        p, g, m, v, v_max, ema: parameter, gradient, moments, AMSGrad's maximum and the average of
+            the parameter; registers of one float type and shape.
         s: Scalars of the same type.
         AMSGRAD: keep the running maximum of v. Otherwise v_max comes back unchanged.
         CAUTIOUS: decay a parameter only where the update moves it towards zero.
+        EMA: average the new parameter. Otherwise ema comes back unchanged.
     """
     g = g * s.grad_multiplier
 
@@ -96,5 +112,11 @@ def adam_update(p, g, m, v, v_max, s, AMSGRAD: tl.constexpr, CAUTIOUS: tl.conste
             # decided. (By the sign of m, ptxas 12.9 would fuse 16 additions; see above.)
             towards_zero = tl.where(p < 0, -update, update) > 0
             decay_term = tl.where(towards_zero, decay_term, negative_zero)
-    p = p - (decay_term + update)
-    return p, m, v, v_max
+    new_p = p - (decay_term + update)
+    if EMA:
+        # A step of size zero leaves the parameter as it is, whatever the moments are.
+        averaged = new_p
+        if (s.step_size == 0) & (s.lr_wd == 0):
+            averaged = p
+        ema = ema + s.one_minus_ema_decay * (averaged - ema)
+    return new_p, m, v, v_max, ema
