@@ -160,7 +160,7 @@ def load(
             wanted_entries[saved.param] = wanted
     arena.adopt(state, wanted_entries, in_place=False)
     del before
-    for old, new in zip(groups, saved_groups, strict=True):
+    for old, new in zip(merged, saved_groups, strict=True):
         if isinstance(old.get("ema_decay"), Tensor) and new.get("ema_decay") is not None:
             old["ema_decay"].fill_(new["ema_decay"])
     return merged
@@ -195,10 +195,11 @@ def _merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     seed = as_seed(new.get("seed", 0))
     merged |= {"seed": seed} if "seed" in old and "seed" in new else {}
     merged |= {"cautious": new["cautious"]} if "cautious" in new else {}
-    saved_decay = arguments.as_ema_decay(new.get("ema_decay"))
-    # A tensor of ours stays, because its user goes on changing it: `load` writes the value there.
-    if saved_decay is not None and not isinstance(old.get("ema_decay"), Tensor):
-        merged["ema_decay"] = saved_decay
+    if "ema_decay" in new:
+        saved_decay = arguments.as_ema_decay(new["ema_decay"])
+        # A tensor of ours stays, because its user goes on changing it: `load` writes into it.
+        if saved_decay is None or not isinstance(old.get("ema_decay"), Tensor):
+            merged["ema_decay"] = saved_decay
     if "param_names" in old:
         merged.setdefault("param_names", old["param_names"])
     return {**merged, "params": old["params"]}

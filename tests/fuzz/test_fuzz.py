@@ -206,8 +206,8 @@ def decay_after_the_update(patch):
     """p * (1 - lr * wd) of the new p: off by lr^2 * wd."""
     update = reference.adam_update
 
-    def late(p, g, m, v, v_max, scalars, coupled, decoupled, cautious, store_param, *rest, **more):
-        update(p, g, m, v, v_max, scalars, coupled, False, False, store_param, *rest, **more)
+    def late(p, g, m, v, v_max, ema, scalars, l2, decoupled, cautious, store_param, *rest, **more):
+        update(p, g, m, v, v_max, ema, scalars, l2, False, False, store_param, *rest, **more)
         if decoupled and store_param:
             p *= 1 - scalars[7]
 
@@ -218,13 +218,23 @@ def cautious_by_the_gradient(patch):
     """Its sign is often that of the first moment, but not always."""
     update = reference.adam_update
 
-    def hasty(p, g, m, v, v_max, scalars, coupled, decoupled, cautious, sqrt):
-        new = update(p, g, m, v, v_max, scalars, coupled, decoupled, cautious, sqrt)
-        if not cautious:
-            return new
-        return update(p, g, m, v, v_max, scalars, coupled, bool((g * p > 0).any()), False, sqrt)
+    def hasty(p, g, m, v, v_max, ema, scalars, l2, decoupled, cautious, *rest, **more):
+        decoupled = decoupled and (not cautious or bool((g * p > 0).any()))
+        update(p, g, m, v, v_max, ema, scalars, l2, decoupled, False, *rest, **more)
 
     patch.setattr(reference, "adam_update", hasty)
+
+
+def averages_of_the_weight_before(patch):
+    """An average that is one step late."""
+    update = reference.adam_update
+
+    def late(p, g, m, v, v_max, ema, scalars, *rest, **more):
+        if ema is not None:
+            ema += scalars[9] * (p - ema)
+        update(p, g, m, v, v_max, None, scalars, *rest, **more)
+
+    patch.setattr(reference, "adam_update", late)
 
 
 FAULTS = [
@@ -240,6 +250,7 @@ FAULTS = [
     second_moments_rounded_eight_codes_up,
     decay_after_the_update,
     cautious_by_the_gradient,
+    averages_of_the_weight_before,
 ]
 
 
