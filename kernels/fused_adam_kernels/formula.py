@@ -112,11 +112,12 @@ def adam_update(
             # decided. (By the sign of m, ptxas 12.9 would fuse 16 additions; see above.)
             towards_zero = tl.where(p < 0, -update, update) > 0
             decay_term = tl.where(towards_zero, decay_term, negative_zero)
-    new_p = p - (decay_term + update)
+    before = p
+    p = p - (decay_term + update)
     if EMA:
-        # A step of size zero leaves the parameter as it is, whatever the moments are.
-        averaged = new_p
+        # A step of size zero stores no parameter. Where a moment is not finite, p is NaN by now.
+        averaged = p
         if (s.step_size == 0) & (s.lr_wd == 0):
-            averaged = p
+            averaged = before
         ema = ema + s.one_minus_ema_decay * (averaged - ema)
-    return new_p, m, v, v_max, ema
+    return p, m, v, v_max, ema
