@@ -183,7 +183,7 @@ def build(
     for row in sorted(rows, key=lambda row: (row.options.amsgrad, not row.staged)):
         wanted[row.user_param] = wanted.get(row.user_param, {}) | row.entries
     arena.adopt(state, wanted)
-    arena.begin_averages(state, wanted)
+    arena.begin_averages(state, wanted, stepped=True)
     for row in rows:
         row.slots |= {key: row.param_state.slots[key] for key in row.entries}
     return _launch_groups(rows, staging)
@@ -210,6 +210,7 @@ def make_state(
         if param in wanted:
             reorder(state.get(param, {}), param, options[group].recipe)
     arena.adopt(state, wanted)
+    arena.begin_averages(state, wanted, stepped=False)
 
 
 def _place(row: Row, grad: Tensor, buffers: FlatBuffers | None, staging: Staging) -> None:

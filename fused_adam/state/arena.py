@@ -35,7 +35,7 @@ class StateRef(weakref.ref[Tensor]):
     next step.
     """
 
-    __slots__ = ("copied_version", "key", "param_state")
+    __slots__ = ("fresh_version", "key", "param_state")
 
     def __new__(cls, tensor: Tensor, param_state: ParamState, key: str) -> StateRef:
         return super().__new__(cls, tensor, _free_slot)
@@ -43,8 +43,8 @@ class StateRef(weakref.ref[Tensor]):
     def __init__(self, tensor: Tensor, param_state: ParamState, key: str) -> None:
         super().__init__(tensor, _free_slot)  # type: ignore[call-arg]
         self.param_state, self.key = weakref.ref(param_state), key
-        # Of an average that no step has used yet: its version when it was copied from the weight.
-        self.copied_version: int | None = None
+        # Of an average that no step has used yet: its version when we last wrote to it.
+        self.fresh_version: int | None = None
 
 
 def _free_slot(ref: Any) -> None:
@@ -182,7 +182,7 @@ class Arena:
         """Give every parameter its state.
 
         What stands in `state` is used or copied. What is missing begins as zeros, a master weight
-        and an average as copies of their parameter.
+        as a copy of its parameter. Averages are filled by `begin_averages`.
 
         Args:
             state: the optimizer's state; entries are created, or get our views in place of what
@@ -335,24 +335,25 @@ class Arena:
         elif key == "master_weight":
             param_state.fill(key, part)
         elif key == "ema":
-            param_state.fill(key, _unrounded_weight(param, entry))
-            param_state.refs[key].copied_version = local(view)._version
+            param_state.refs[key].fresh_version = local(view)._version
         entry[key] = view
 
-    def begin_averages(self, state: State, params: Iterable[Tensor]) -> None:
-        """Copy weights anew into averages that still are copies of them: the first step follows.
+    def begin_averages(self, state: State, params: Iterable[Tensor], stepped: bool) -> None:
+        """Copy weights into the averages that nobody has used or written to since they were made.
 
-        `init_state()` may have made them before the weights were loaded.
+        Args:
+            stepped: whether a step follows. Until then weights may be loaded, so the first step
+                copies once more what `init_state()` has copied.
         """
         for param in params:
-            ref = self.param_states[param].refs.get("ema")
+            param_state = self.param_states[param]
+            ref = param_state.refs.get("ema")
             view = None if ref is None else ref()
-            if ref is None or view is None or ref.copied_version is None:
+            if ref is None or view is None or ref.fresh_version is None:
                 continue
-            # Whoever has written to it since wants to begin with that.
-            if local(view)._version == ref.copied_version:
-                self.param_states[param].fill("ema", _unrounded_weight(param, state[param]))
-            ref.copied_version = None
+            if local(view)._version == ref.fresh_version:
+                param_state.fill("ema", _unrounded_weight(param, state[param]))
+            ref.fresh_version = None if stepped else local(view)._version
 
     def counters_unchanged(self) -> bool:
         """Whether nobody but us has written to a step counter since the last step."""

@@ -214,18 +214,19 @@ def test_a_skipped_step_leaves_averages(backend, what):
 
 
 def test_an_average_begins_as_the_weight_before_the_first_step():
-    """Also of parameters that get their first gradient later."""
+    """Also of parameters that get their first gradient later; others go on then."""
     optimizer = FusedAdamW(parameters(FP32, [(40,), (33, 3)]), ema_decay=0.5, **OPTIONS)
     first, late = members(optimizer)
-    for step in range(2):
+    wanted, begin = first.detach().clone(), late.detach().clone()
+    for step in range(3):
         first.grad = gradient(first, 0, step)
+        late.grad = gradient(late, 1, step) if step == 2 else None
+        assert "ema" not in optimizer.state[late]
         optimizer.step()
-    assert "ema" not in optimizer.state[late]
-    before = late.detach().clone()
-    late.grad = gradient(late, 1, 2)
-    optimizer.step()
-    want = before + 0.5 * (late.detach() - before)
-    torch.testing.assert_close(optimizer.state[late]["ema"], want, rtol=0, atol=1e-6)
+        wanted += 0.5 * (first.detach() - wanted)
+    torch.testing.assert_close(optimizer.state[first]["ema"], wanted, rtol=0, atol=1e-6)
+    begin += 0.5 * (late.detach() - begin)
+    torch.testing.assert_close(optimizer.state[late]["ema"], begin, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("precision", [None, "split32", "split24-bf16", "master32", "sr-int8"])
