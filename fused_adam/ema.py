@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 
 from torch import Tensor
 
-from .distributed import local, to_dtensor
+from .distributed import local, to_dtensor, to_local
 from .engine import outside_inference_mode
 from .state.arena import Groups, State
 from .state.checkpoint import keys_of
@@ -24,7 +24,7 @@ def check_averages(groups: Groups, name: str) -> None:
 
 
 def averages(groups: Groups, state: State) -> dict[Tensor, Tensor]:
-    """Return the averages that are kept now, by parameter: entries of the state, not copies.
+    """Return this rank's part of the averages that are kept now, by parameter; not copies.
 
     Without those that are left from a time when the group had an `ema_decay`, and no longer follow.
     """
@@ -33,7 +33,7 @@ def averages(groups: Groups, state: State) -> dict[Tensor, Tensor]:
         for param in group["params"] if group.get("ema_decay") is not None else ():
             average = state.get(param, {}).get("ema")
             if average is not None:
-                found[param] = average
+                found[param] = to_local(param, "ema", average)
     return found
 
 
@@ -42,8 +42,8 @@ def by_name(groups: Groups, state: State) -> dict[str | int, Tensor]:
     keys = keys_of(groups)
     return {
         # Offloaded state is on the host.
-        keys[param]: to_dtensor(param, "ema", local(average).to(param.device, copy=True))
-        for param, average in averages(groups, state).items()
+        keys[param]: to_dtensor(param, "ema", part.to(param.device, copy=True))
+        for param, part in averages(groups, state).items()
     }
 
 
@@ -55,7 +55,7 @@ def swapped(groups: Groups, state: State) -> Iterator[None]:
         # All copies first: memory can run out here alone, and parameters may share theirs.
         exact = [local(param).detach().clone() for param in pairs]
     try:
-        _write(pairs, [local(average) for average in pairs.values()])
+        _write(pairs, pairs.values())
         yield
     finally:
         _write(pairs, exact)

@@ -69,6 +69,7 @@ class RandomKey(NamedTuple):
 def load_addresses(row_ptr, EMA: tl.constexpr):
     """Where the operands of one row are, as numbers."""
     p = tl.load(row_ptr + table.PARAM)
+    # Without an average its column is not read. The address of p says no more about alignment.
     ema = p
     if EMA:
         ema = tl.load(row_ptr + table.EMA)

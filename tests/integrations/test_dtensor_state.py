@@ -213,6 +213,8 @@ def swapped(rank):
             assert torch.equal(row["param"], row["ema"].bfloat16())
             assert isinstance(param, DTensor)
     assert same_bits(whole_results(optimizer), before)
+    # What a user puts there may be whole.
+    optimizer.state[params[0]]["ema"] = whole(optimizer.state[params[0]]["ema"])
     averages = optimizer.ema_state_dict()
     assert all(average.placements == (Shard(0),) for average in averages.values())
     model = torch.nn.ParameterList(params)
