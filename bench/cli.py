@@ -70,6 +70,17 @@ def positive_number(text: str) -> float:
     return number
 
 
+def decay_of_averages(text: str) -> float:
+    """A number of at least 0 and below 1."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = 1.0
+    if not 0 <= number < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 0 and below 1")
+    return number
+
+
 def new_file(suffix: str) -> Callable[[str], Path]:
     """A file with this suffix, to be written into a folder that exists."""
 
@@ -215,6 +226,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--grad-dtype": {**words(DTYPES), "type": dtype, "help": "default: the parameters'"},
     "--amsgrad": flag("keep the maximum of the second moment"),
     "--clip": text(positive_number, "NORM", "clip the gradients' global norm"),
+    "--ema": text(
+        decay_of_averages,
+        "DECAY",
+        "average the weights: inside our step, and by torch's AveragedModel after the others'",
+    ),
     "--check": text(
         positive_number,
         "MIN_RATIO",
@@ -261,7 +277,7 @@ class Command(NamedTuple):
 COMMANDS = {
     "step": Command(
         "time whole steps on models' parameters: ms, GB/s, share of copy bandwidth",
-        (*TIMED, *MODEL, *OPTIMIZERS, *CASE, "--check"),
+        (*TIMED, *MODEL, *OPTIMIZERS, *CASE, "--ema", "--check"),
     ),
     "host": Command(
         "time what a step costs in Python, against the number of tensors",
@@ -269,7 +285,7 @@ COMMANDS = {
     ),
     "memory": Command(
         "measure what optimizers hold, and take for a moment, per parameter",
-        ("--device", "--json", "--quick", *MODEL, *OPTIMIZERS, *CASE),
+        ("--device", "--json", "--quick", *MODEL, *OPTIMIZERS, *CASE, "--ema"),
         {"--model": {"help": f"default: gpt2 on a GPU, otherwise resnet50; of: {ALLOWED}"}},
     ),
     "accuracy": Command(

@@ -1,8 +1,8 @@
 """`memory`: how many bytes per parameter an optimizer holds, and how many it needs for a moment.
 
 A result is one optimizer on one model:
-    model, tensors, parameters, dtype, grad_dtype, amsgrad, optimizer, family
-    state_bytes           optimizer state, step counters not counted
+    model, tensors, parameters, dtype, grad_dtype, amsgrad, ema, optimizer, family
+    state_bytes           optimizer state and averages, step counters not counted
     held_bytes            what constructing and the first step left behind
     construct_peak_bytes  the most that constructing and the first step took
     step_peak_bytes       the most that a later step took on top of that
@@ -25,7 +25,7 @@ import torch
 
 from .harness.console import Progress, Table, exact_bytes
 from .harness.optimizers import OURS, OptimizerSpec
-from .harness.results import Record, Recorder, Result, unique
+from .harness.results import Record, Recorder, Result, averaged, unique
 from .harness.rotation import Job, fitting
 from .harness.session import Session
 from .harness.shapes import numel
@@ -120,7 +120,8 @@ def tables(record: Record) -> list[Table]:
         title = (
             f"bytes per parameter: {model}, {first['parameters']:,} parameters in "
             f"{first['tensors']:,} tensors, {first['dtype']}"
-            f"{', amsgrad' if first['amsgrad'] else ''}; parameters and gradients not counted"
+            f"{', amsgrad' if first['amsgrad'] else ''}{averaged(first)}; "
+            "parameters and gradients not counted"
         )
         rows = [
             [

@@ -43,8 +43,8 @@ class FusedAdamW(FusedAdam, torch.optim.AdamW):
         maximize: follow the gradient uphill. Default: False.
         foreach: accepted for compatibility. There is one implementation, so it chooses nothing.
         capturable: allow the step to be captured in a CUDA graph, after one step outside the graph.
-            A replay reads lr, betas, eps and weight_decay anew if they are tensors on the GPU, and
-            otherwise uses their values at capture. Default: False.
+            A replay reads lr, betas, eps, weight_decay and ema_decay anew if they are tensors on
+            the GPU, and otherwise uses their values at capture. Default: False.
         differentiable: let autograd differentiate through the step. It is then torch's own step and
             cannot be combined with this class's own arguments, except `backend` and `seed`.
             Default: False.
@@ -55,6 +55,11 @@ class FusedAdamW(FusedAdam, torch.optim.AdamW):
             None, everything in the parameter's dtype.
         cautious: decay a parameter only where the update moves it towards zero; docs/training.md
             has an example. Needs decoupled decay. A param group may have its own. Default: False.
+        ema_decay: keep averages of the weights, `ema = ema + (1 - ema_decay) * (p - ema)` with the
+            new weight before it is rounded, in `state` as float32. A number of at least 0 and below
+            1, or a float tensor of shape () on the parameters' device, which may change at any
+            time. A param group may have its own. Use them by `swap_ema()` and `ema_state_dict()`.
+            Default: None, no averages.
         max_grad_norm: clip the global L2 norm of the gradients to this value inside the step, as
             `torch.nn.utils.clip_grad_norm_` would before it. Read the norm from `grad_norm`. inf
             measures the norm and clips nothing. Default: None, no clipping.
@@ -97,6 +102,7 @@ class FusedAdamW(FusedAdam, torch.optim.AdamW):
         fused: bool | None = None,
         precision: str | None = None,
         cautious: bool = False,
+        ema_decay: float | Tensor | None = None,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
         skip_grad_norm: float | Tensor | None = None,
@@ -120,6 +126,7 @@ class FusedAdamW(FusedAdam, torch.optim.AdamW):
             decoupled_weight_decay=True,
             precision=precision,
             cautious=cautious,
+            ema_decay=ema_decay,
             max_grad_norm=max_grad_norm,
             skip_nonfinite=skip_nonfinite,
             skip_grad_norm=skip_grad_norm,

@@ -48,7 +48,7 @@ def as_max_grad_norm(value: Any) -> float | None:
     """
     if value is None:
         return None
-    number = _as_norm(value)
+    number = _as_float(value)
     if not number > 0:
         raise ValueError(
             f"max_grad_norm={value!r} must be a number above 0, or None for no clipping"
@@ -65,11 +65,10 @@ def as_skip_grad_norm(value: Any) -> float | Tensor | None:
     if value is None:
         return None
     if isinstance(value, Tensor):
-        is_scalar = value.dtype.is_floating_point and value.shape == () and not value.is_meta
-        if is_scalar and not distributed.is_sharded(value):
+        if _is_scalar(value):
             return value
     else:
-        number = _as_norm(value)
+        number = _as_float(value)
         if number > 0:
             return number
     raise ValueError(
@@ -78,9 +77,39 @@ def as_skip_grad_norm(value: Any) -> float | Tensor | None:
     )
 
 
-def _as_norm(value: Any) -> float:
-    """A value as a Python float; NaN, which is not above 0, if it is no number."""
-    # Python's bools, numpy's and torch's are numbers, but no norm.
+def as_ema_decay(value: Any) -> float | Tensor | None:
+    """Return the decay of the weights' averages: a Python float, the user's tensor, or None.
+
+    0 makes the average the weight itself, where a warm-up of the decay begins. 1 would keep the
+    first weight for ever. A tensor may change at any time, so its value is not looked at.
+
+    Raises ValueError unless it is a real float of shape () that has a value, and unless a number is
+    at least 0 and below 1.
+    """
+    if value is None:
+        return None
+    if isinstance(value, Tensor):
+        if _is_scalar(value):
+            return value
+    else:
+        number = _as_float(value)
+        if 0 <= number < 1:
+            return number
+    raise ValueError(
+        f"ema_decay={value!r} must be a number of at least 0 and below 1, a float tensor of shape "
+        "() on the parameters' device, or None for no average"
+    )
+
+
+def _is_scalar(tensor: Tensor) -> bool:
+    """Whether it is a real float of shape () that has a value here."""
+    is_scalar = tensor.dtype.is_floating_point and tensor.shape == () and not tensor.is_meta
+    return is_scalar and not distributed.is_sharded(tensor)
+
+
+def _as_float(value: Any) -> float:
+    """A value as a Python float; NaN, which is within no bounds, if it is no number."""
+    # Python's bools, numpy's and torch's are numbers, but not what anybody means here.
     is_bool = isinstance(value, bool) or "bool" in str(getattr(value, "dtype", ""))
     if is_number(value) and not is_bool:
         with contextlib.suppress(OverflowError):  # an int beyond what a float holds
@@ -96,6 +125,7 @@ def check_combinations(
     grad_attribute: object,
     differentiable: bool,
     cautious: bool,
+    ema_decay: float | Tensor | None,
 ) -> None:
     """Raise ValueError if these arguments of one optimizer cannot be combined."""
     if grad_attribute not in GRAD_ATTRIBUTES:
@@ -116,6 +146,8 @@ def check_combinations(
         refuse("skip_grad_norm", skip_grad_norm, "differentiable=True", "that step is torch's")
     if differentiable and cautious:
         refuse("cautious", cautious, "differentiable=True", "that step is torch's")
+    if differentiable and ema_decay is not None:
+        refuse("ema_decay", ema_decay, "differentiable=True", "that step is torch's")
 
 
 def check_cautious(group: Mapping[str, Any], decoupled: object) -> None:
@@ -139,15 +171,16 @@ def complete_group(
     precision: str | None,
     seed: int,
     cautious: bool,
+    ema_decay: float | Tensor | None,
     backend: str,
 ) -> None:
     """Give a param group the optimizer's own options unless it has them, and check it.
 
     Args:
-        group: the group, to which "precision", "seed" and "cautious" are added.
+        group: the group, to which "precision", "seed", "cautious" and "ema_decay" are added.
         number: its position among the groups.
         names: the names of its parameters, or their positions.
-        precision, seed, cautious, backend: the optimizer's arguments.
+        precision, seed, cautious, ema_decay, backend: the optimizer's arguments.
 
     Raises TypeError or ValueError if a parameter or option of the group cannot be stepped.
     """
@@ -158,6 +191,12 @@ def complete_group(
         group["cautious"] = bool(group["cautious"])
         if group["cautious"] and group["differentiable"]:
             refuse("cautious", True, "differentiable=True", "that step is torch's")
+    if ema_decay is not None:
+        group.setdefault("ema_decay", ema_decay)
+    if "ema_decay" in group:
+        group["ema_decay"] = as_ema_decay(group["ema_decay"])
+        if group["ema_decay"] is not None and group["differentiable"]:
+            refuse("ema_decay", group["ema_decay"], "differentiable=True", "that step is torch's")
     # Without a recipe, groups stay as torch has them: so do their checkpoints and their repr.
     if precision is not None:
         group.setdefault("precision", precision)

@@ -33,8 +33,8 @@ from .state.flatten import FlatBuffers
 # are bounded by rows, which is what takes memory: this many per parameter, over all plans.
 MAX_CACHED_ROWS = 8
 
-# What is compiled into a plan's launches, so it has to be equal on every rank.
-OPTIONS_OF_PLANS = ("amsgrad", "precision", "seed", "cautious")
+# What launches depend on, so it has to be equal on every rank.
+OPTIONS_OF_PLANS = ("amsgrad", "precision", "seed", "cautious", "ema_decay")
 
 CheckGroup = Callable[[dict[str, Any]], None]
 
@@ -57,8 +57,9 @@ def params_of(groups: Groups) -> list[Tensor]:
 def plan_options(groups: Groups) -> list[tuple[Any, ...]]:
     """Return what a plan assumes about each group, as written there.
 
-    These are the number of parameters, amsgrad, precision, seed and cautious. All other values of a
-    group may change from step to step, but for the kind of decay where it is cautious.
+    These are the number of parameters, amsgrad, precision, seed, cautious, and whether weights are
+    averaged. All other values of a group may change from step to step, but for the kind of decay
+    where it is cautious.
     """
     try:
         return [
@@ -69,6 +70,7 @@ def plan_options(groups: Groups) -> list[tuple[Any, ...]]:
                 group.get("seed"),
                 # Only decoupled decay can be cautious, so a change of the kind has to be checked.
                 group.get("cautious") and (group["cautious"], group["decoupled_weight_decay"]),
+                group.get("ema_decay") is not None,
             )
             for group in groups
         ]
@@ -79,6 +81,11 @@ def plan_options(groups: Groups) -> list[tuple[Any, ...]]:
             f"param_groups[{number}]['params'] is a {type(lists[number]).__name__}, but must be a "
             "list: what can be read only once has no parameters at the next step"
         ) from None
+
+
+def _comparable(option: object) -> object:
+    """An option as ranks compare it: the value of a tensor would have to be waited for."""
+    return "a tensor" if isinstance(option, Tensor) else option
 
 
 class Engine:
@@ -127,6 +134,7 @@ class Engine:
         # and both have this engine.
         self.in_backward: Any = None  # the handle of `step_in_backward`
         self.origins: Any = None  # while state is offloaded: the devices it came from
+        self.swapped = False  # whether parameters hold the averages of their weights
         self.drop_plans()
 
     def drop_plans(self) -> None:
@@ -322,10 +330,9 @@ class Engine:
                 "placements": getattr(param, "placements", "none"),
                 "gradient": grad is not None,
                 "group": number,
-                **{key: groups[number].get(key) for key in OPTIONS_OF_PLANS},
+                **{key: _comparable(groups[number].get(key)) for key in OPTIONS_OF_PLANS},
                 "max_grad_norm": self.max_grad_norm,
-                # The value of a tensor would have to be waited for.
-                "skip_grad_norm": "a tensor" if isinstance(limit, Tensor) else limit,
+                "skip_grad_norm": _comparable(limit),
             }
             for param, number, grad in zip(self.params, self.group_numbers, grads, strict=True)
         ]
@@ -396,8 +403,14 @@ class Engine:
     # Running a plan
 
     def _run(self, match: Match, groups: Groups, transform: GradTransform) -> None:
-        """Launch everything. Nothing here waits for a device, except where the CPU reads a norm."""
+        """Launch everything. Nothing here waits for a device, except where the CPU reads a norm.
+
+        Raises ValueError for a decay of averages that its user has edited to something else.
+        """
         cached, grads = match
+        for group in groups:
+            if "ema_decay" in group:
+                arguments.as_ema_decay(group["ema_decay"])  # it may change at every step
         hypers = [hyper(group, self.max_grad_norm, self.skip_grad_norm) for group in groups]
         capturing = backends.is_capturing()
         self.last_run = cached

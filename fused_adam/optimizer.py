@@ -57,8 +57,8 @@ class FusedAdam(OptimizerState):
         foreach: accepted for compatibility. There is one implementation, so it chooses nothing.
         maximize: follow the gradient uphill. Default: False.
         capturable: allow the step to be captured in a CUDA graph, after one step outside the graph.
-            A replay reads lr, betas, eps and weight_decay anew if they are tensors on the GPU, and
-            otherwise uses their values at capture. Default: False.
+            A replay reads lr, betas, eps, weight_decay and ema_decay anew if they are tensors on
+            the GPU, and otherwise uses their values at capture. Default: False.
         differentiable: let autograd differentiate through the step. It is then torch's own step and
             cannot be combined with this class's own arguments, except `backend` and `seed`.
             Default: False.
@@ -70,6 +70,11 @@ class FusedAdam(OptimizerState):
             None, everything in the parameter's dtype.
         cautious: decay a parameter only where the update moves it towards zero; docs/training.md
             has an example. Needs decoupled decay. A param group may have its own. Default: False.
+        ema_decay: keep averages of the weights, `ema = ema + (1 - ema_decay) * (p - ema)` with the
+            new weight before it is rounded, in `state` as float32. A number of at least 0 and below
+            1, or a float tensor of shape () on the parameters' device, which may change at any
+            time. A param group may have its own. Use them by `swap_ema()` and `ema_state_dict()`.
+            Default: None, no averages.
         max_grad_norm: clip the global L2 norm of the gradients to this value inside the step, as
             `torch.nn.utils.clip_grad_norm_` would before it. Read the norm from `grad_norm`. inf
             measures the norm and clips nothing. Default: None, no clipping.
@@ -113,6 +118,7 @@ class FusedAdam(OptimizerState):
         decoupled_weight_decay: bool = False,
         precision: str | None = None,
         cautious: bool = False,
+        ema_decay: float | Tensor | None = None,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
         skip_grad_norm: float | Tensor | None = None,
@@ -125,6 +131,7 @@ class FusedAdam(OptimizerState):
         flatten = arguments.as_flag("flatten", flatten)
         skip_nonfinite = arguments.as_flag("skip_nonfinite", skip_nonfinite)
         cautious = arguments.as_flag("cautious", cautious)
+        ema_decay = arguments.as_ema_decay(ema_decay)
         max_grad_norm = arguments.as_max_grad_norm(max_grad_norm)
         skip_grad_norm = arguments.as_skip_grad_norm(skip_grad_norm)
         arguments.check_combinations(
@@ -135,12 +142,13 @@ class FusedAdam(OptimizerState):
             grad_attribute,
             differentiable,
             cautious,
+            ema_decay,
         )
         parse(precision)
         self._backend, self._flatten, self._cautious = backend, flatten, cautious
         self._precision, self._seed, self._grad_attribute = precision, as_seed(seed), grad_attribute
         self._max_grad_norm, self._skip_nonfinite = max_grad_norm, skip_nonfinite
-        self._skip_grad_norm = skip_grad_norm
+        self._skip_grad_norm, self._ema_decay = skip_grad_norm, ema_decay
         # Named, not super(): in FusedAdamW the next class is torch's AdamW, which has another
         # signature.
         torch.optim.Adam.__init__(
@@ -168,7 +176,7 @@ class FusedAdam(OptimizerState):
     def __repr__(self) -> str:
         """torch's text, and below it this class's own arguments where they are set.
 
-        `precision`, `seed` and `cautious` stand in the param groups, which may have their own.
+        Arguments that a param group may have of its own stand in the param groups.
         """
         own = {
             "max_grad_norm": (self._max_grad_norm, None),
@@ -214,7 +222,7 @@ class FusedAdam(OptimizerState):
 
     @disable_dynamo
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a param group, as in torch. It may have `precision` and `cautious` of its own.
+        """Add a param group, as in torch. `precision`, `cautious`, `ema_decay` may be its own.
 
         With `flatten=True`, parameters that are added later are not moved into flat buffers.
 
@@ -225,7 +233,8 @@ class FusedAdam(OptimizerState):
         # torch first: it turns names and iterators into lists, and sets what the group leaves out.
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        if self._precision is not None or self._cautious or group.keys() & checkpoint.OWN_KEYS:
+        ours = (self._precision, self._cautious or None, self._ema_decay)
+        if any(option is not None for option in ours) or group.keys() & checkpoint.OWN_KEYS:
             # Users may give the same dict to another optimizer, which must not get our entries.
             group = self.param_groups[-1] = {**group}
         try:
@@ -233,15 +242,6 @@ class FusedAdam(OptimizerState):
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
-
-    def _check_group(self, group: dict[str, Any]) -> None:
-        """Give the group the optimizer's own options, and raise if it cannot be stepped."""
-        # By identity: `list.index` would compare tensors, which have no single truth value.
-        number = next(i for i, other in enumerate(self.param_groups) if other is group)
-        names = checkpoint.names_of(group)
-        arguments.complete_group(
-            group, number, names, self._precision, self._seed, self._cautious, self._backend
-        )
 
     def _check_before_step(self, group: dict[str, Any]) -> None:
         """Check a group that its user may have edited since it was added."""
@@ -275,7 +275,7 @@ class FusedAdam(OptimizerState):
             return result
         # As torch's own steps begin: raises in a capture unless the groups are capturable.
         self._accelerator_graph_capture_health_check()
-        self._check_not_offloaded()
+        self._check_state_is_here("step()")
         if self._engine.in_backward is not None:
             self._grad_transform()  # refuses a scaler before the closure's backward steps
         loss = None
@@ -293,7 +293,7 @@ class FusedAdam(OptimizerState):
 
     def _step_only(self, params: Sequence[Tensor]) -> None:
         """Step only these parameters, each of which has a gradient."""
-        self._check_not_offloaded()
+        self._check_state_is_here("step()")
         self._engine.step(
             self.param_groups, self.state, GradTransform(), self._check_before_step, params
         )
@@ -473,22 +473,3 @@ class FusedAdam(OptimizerState):
                 setattr(param, self._grad_attribute, None)
         elif present:
             foreach_zero_([grad for _, grad in present])
-
-    def init_state(self) -> None:
-        """Make the state of every parameter that requires gradients, with step count 0.
-
-        Use it with tools that read state before the first step. torch's `get_optimizer_state_dict`
-        otherwise takes a dummy step, which stays counted. Existing state is kept.
-
-        Raises:
-            ValueError: existing state is not the whole state of its parameter. Nothing has changed
-                then.
-            RuntimeError: with `differentiable=True`, or while state is offloaded.
-        """
-        if self.defaults["differentiable"]:
-            raise RuntimeError(
-                "init_state() cannot be combined with differentiable=True, because torch makes "
-                "that state"
-            )
-        self._check_not_offloaded()
-        self._engine.init_state(self.param_groups, self.state, self._check_group)

@@ -6,16 +6,17 @@ another, is in state/.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from . import arguments
+from . import arguments, ema
 from .backends import choose as backends
-from .engine import Engine, outside_inference_mode
-from .state import checkpoint
+from .engine import Engine, outside_inference_mode, params_of
+from .state import checkpoint, shapes
 from .state import offload as offloading
 from .torch_private import disable_dynamo
 
@@ -29,6 +30,7 @@ class OptimizerState(torch.optim.Adam):
     # everything else is made from it.
     _backend: str
     _cautious: bool = False  # pickles of 0.1.0 lack it
+    _ema_decay: float | Tensor | None = None  # pickles of 0.1.0 lack it
     _flatten: bool
     _grad_attribute: str
     _max_grad_norm: float | None
@@ -47,6 +49,42 @@ class OptimizerState(torch.optim.Adam):
             self._grad_attribute,
         )
 
+    def _check_group(self, group: dict[str, Any]) -> None:
+        """Give the group the optimizer's own options, and raise if it cannot be stepped."""
+        # By identity: `list.index` would compare tensors, which have no single truth value.
+        number = next(i for i, other in enumerate(self.param_groups) if other is group)
+        names = checkpoint.names_of(group)
+        arguments.complete_group(
+            group,
+            number,
+            names,
+            self._precision,
+            self._seed,
+            self._cautious,
+            self._ema_decay,
+            self._backend,
+        )
+
+    def init_state(self) -> None:
+        """Make the state of every parameter that requires gradients, with step count 0.
+
+        Use it with tools that read state before the first step. torch's `get_optimizer_state_dict`
+        otherwise takes a dummy step, which stays counted. Existing state is kept.
+
+        Raises:
+            ValueError: existing state is not the whole state of its parameter. Nothing has changed
+                then.
+            RuntimeError: with `differentiable=True`, while state is offloaded, or within
+                `swap_ema()`.
+        """
+        if self.defaults["differentiable"]:
+            raise RuntimeError(
+                "init_state() cannot be combined with differentiable=True, because torch makes "
+                "that state"
+            )
+        self._check_state_is_here("init_state()")
+        self._engine.init_state(self.param_groups, self.state, self._check_group)
+
     def state_dict(self) -> dict[str, Any]:
         """Return the optimizer's state in torch's form.
 
@@ -56,7 +94,11 @@ class OptimizerState(torch.optim.Adam):
         The tensors may be sent to other processes. For that, those on a GPU are views of flat
         segments. To save a single one, take it from `optimizer.state` or clone it, or the file will
         have the whole segment.
+
+        Raises:
+            RuntimeError: within `swap_ema()`: the weights of that moment do not belong to it.
         """
+        self._check_not_swapped("state_dict()")
         return checkpoint.exported(super().state_dict(), self._engine.arena)
 
     @disable_dynamo
@@ -72,7 +114,9 @@ class OptimizerState(torch.optim.Adam):
         Raises:
             ValueError: it is no optimizer's state_dict, or its groups or shapes do not match this
                 optimizer. Nothing has changed then.
+            RuntimeError: within `swap_ema()`.
         """
+        self._check_not_swapped("load_state_dict()")
         state_dict = dict(state_dict)
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = pre_hook(self, state_dict) or state_dict
@@ -99,13 +143,89 @@ class OptimizerState(torch.optim.Adam):
             `{"params": ..., "state": ...}`, with tensors on the parameters' devices. "params" has
             the weights by name, or by position where parameters have no names of their own;
             where a recipe stores more bits than the parameter has, these are in. "state" is a
-            `state_dict` that torch.optim.Adam(W) over float32 parameters loads.
+            `state_dict` that torch.optim.Adam(W) over float32 parameters loads; averages of
+            `ema_decay` are in it, which torch's keep and never change.
+
+        Raises:
+            RuntimeError: within `swap_ema()`.
 
         Example:
             >>> weights = optimizer.export_fp32()["params"]
             >>> torch.save(weights, "weights.pt")
         """
+        self._check_not_swapped("export_fp32()")
         return checkpoint.export_fp32(self.param_groups, super().state_dict())
+
+    @contextlib.contextmanager
+    def swap_ema(self) -> Iterator[None]:
+        """Have the averages of `ema_decay` in the model, for evaluation or to save it.
+
+        Averages are rounded to the parameter's dtype. When the block ends, also by an exception,
+        every parameter has its exact bits back, whatever was written to it meanwhile. Parameters
+        without an average stay as they are: those of groups without `ema_decay`, and those that
+        have had no step yet.
+
+        The exact parameters are copied meanwhile: 2 bytes per averaged bfloat16 parameter, 4 in
+        float32. Averages, moments, master weights and remainders stay where they are, also on the
+        host after `offload()`. `ema_state_dict()` and `offload()` work within the block. What would
+        mix averages with the state of other weights raises there: a step, saving, loading,
+        exporting and copying the optimizer. Do not replay a captured step there.
+
+        Raises:
+            RuntimeError: no param group has an `ema_decay`; within another `swap_ema()`; during the
+                capture of a CUDA graph; or parameters are fake.
+
+        Example:
+            >>> with optimizer.swap_ema():
+            ...     validate(model)
+            ...     torch.save(model.state_dict(), "averaged.pt")
+        """
+        self._check_averages("swap_ema()")
+        self._check_not_swapped("another swap_ema()")
+        self._engine.swapped = True
+        try:
+            with ema.swapped(self.param_groups, self.state):
+                yield
+        finally:
+            self._engine.swapped = False
+
+    @disable_dynamo
+    def ema_state_dict(self) -> dict[str | int, Tensor]:
+        """Return copies of the averages of `ema_decay`, by name, unrounded.
+
+        Returns:
+            Averages by name where the optimizer was made with named parameters, else by position,
+            as in a `state_dict`. A parameter whose name another one has, too, has its position. One
+            without an average is absent. float32, or float64 of float64 parameters, in the
+            parameter's shape and on its device. Of a DTensor it is a DTensor, as in the model's
+            `state_dict`, so the model can load it; `full_tensor()` gathers one.
+
+        Raises:
+            RuntimeError: no param group has an `ema_decay`; during the capture of a CUDA graph; or
+                parameters are fake.
+
+        Example:
+            >>> torch.save(optimizer.ema_state_dict(), "averages.pt")
+        """
+        self._check_averages("ema_state_dict()")
+        with outside_inference_mode():
+            return ema.by_name(self.param_groups, self.state)
+
+    def _check_averages(self, name: str) -> None:
+        """Raise RuntimeError where no averages can be read."""
+        ema.check_averages(self.param_groups, name)
+        if backends.is_capturing():
+            raise RuntimeError(
+                f"{name} cannot be captured in a CUDA graph: call it before or after the capture"
+            )
+        shapes.refuse(name, params_of(self.param_groups))
+
+    def _check_not_swapped(self, name: str) -> None:
+        if self._engine.swapped:
+            raise RuntimeError(
+                f"{name} cannot be used within swap_ema(), because parameters hold averages there: "
+                "leave its `with` block first"
+            )
 
     @disable_dynamo
     def offload(self) -> None:
@@ -167,13 +287,20 @@ class OptimizerState(torch.optim.Adam):
                 "of autograd's graph"
             )
 
-    def _check_not_offloaded(self) -> None:
+    def _check_state_is_here(self, name: str) -> None:
+        """Raise RuntimeError while state or parameters are elsewhere.
+
+        Args:
+            name: what needs them.
+        """
+        self._check_not_swapped(name)
         if self._engine.origins is not None:
             raise RuntimeError(
                 "this optimizer's state is offloaded to the host: call reload() before a step"
             )
 
     def __getstate__(self) -> dict[str, Any]:
+        self._check_not_swapped("a copy or pickle of the optimizer")
         arguments_kept = {name: getattr(self, name) for name in OptimizerState.__annotations__}
         reduce_norm = arguments.ReduceNorm(self._engine.reduce_norm)
         return {**super().__getstate__(), **arguments_kept, "_reduce_norm": reduce_norm}

@@ -32,13 +32,14 @@ class Options(NamedTuple):
     recipe: Recipe
     seed: int
     cautious: bool
+    ema: bool  # whether weights are averaged
 
     def entries(self, part: Tensor) -> Entries:
         """What the state of a parameter holds, of which `part` is here.
 
         Raises ValueError if the recipe cannot store its dtype.
         """
-        return self.recipe.state(part.dtype, part.shape, self.amsgrad)
+        return self.recipe.state(part.dtype, part.shape, self.amsgrad, self.ema)
 
 
 def options_of(group: Mapping[str, Any]) -> Options:
@@ -48,6 +49,7 @@ def options_of(group: Mapping[str, Any]) -> Options:
         recipe=parse(group.get("precision")),
         seed=group.get("seed", 0),
         cautious=group.get("cautious", False),
+        ema=group.get("ema_decay") is not None,
     )
 
 
@@ -104,6 +106,7 @@ class Launch(NamedTuple):
     recipe: Recipe
     amsgrad: bool
     cautious: bool
+    ema: bool
     spans: list[CoalescedRows]
 
 
@@ -175,9 +178,12 @@ def build(
     for row in rows:
         reorder(state.get(row.user_param, {}), row.user_param, row.options.recipe)
     # What is staged together needs neighbouring state, too. A parameter that is listed twice has
-    # one state: what the last of its rows here asks for, the one with AMSGrad if there is one.
-    by_state = sorted(rows, key=lambda row: (row.options.amsgrad, not row.staged))
-    arena.adopt(state, {row.user_param: row.entries for row in by_state})
+    # one state: what all of its rows ask for.
+    wanted: dict[Tensor, Entries] = {}
+    for row in sorted(rows, key=lambda row: (row.options.amsgrad, not row.staged)):
+        wanted[row.user_param] = wanted.get(row.user_param, {}) | row.entries
+    arena.adopt(state, wanted)
+    arena.begin_averages(state, wanted, stepped=True)
     for row in rows:
         row.slots |= {key: row.param_state.slots[key] for key in row.entries}
     return _launch_groups(rows, staging)
@@ -204,6 +210,7 @@ def make_state(
         if param in wanted:
             reorder(state.get(param, {}), param, options[group].recipe)
     arena.adopt(state, wanted)
+    arena.begin_averages(state, wanted, stepped=False)
 
 
 def _place(row: Row, grad: Tensor, buffers: FlatBuffers | None, staging: Staging) -> None:
@@ -232,10 +239,10 @@ def _launch_groups(rows: Sequence[Row], staging: dict[torch.device, Staging]) ->
     return launch_groups
 
 
-def _mix(row: Row) -> tuple[torch.dtype, torch.dtype, Recipe, bool, bool]:
+def _mix(row: Row) -> tuple[torch.dtype, torch.dtype, Recipe, bool, bool, bool]:
     """What is compiled into a kernel, so what the rows of one launch have in common."""
-    options = row.options
-    return row.param.dtype, row.grad_dtype, options.recipe, options.amsgrad, options.cautious
+    amsgrad, recipe, _, cautious, ema = row.options
+    return row.param.dtype, row.grad_dtype, recipe, amsgrad, cautious, ema
 
 
 def _mark_overlaps(rows: Sequence[Row]) -> None:

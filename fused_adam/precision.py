@@ -58,8 +58,13 @@ COMPANDED = ("exp_avg_code", "exp_avg_sq_code", "exp_avg_scale", "exp_avg_sq_sca
 # are too few.
 MAXIMUM = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.bfloat16}
 # Every name a recipe may give to an entry of the state, besides the step counter.
-ENTRIES = ("master_weight", "remainder", *CODED, "max_exp_avg_sq", *CODES_AND_SCALES)
+ENTRIES = ("master_weight", "remainder", *CODED, "max_exp_avg_sq", *CODES_AND_SCALES, "ema")
 NAMES = tuple(f"{weights}-{states}" for weights in WEIGHTS for states in STATES)
+
+
+def average_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What averages of parameters of this dtype are stored in: the type that a step computes in."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 class EntrySpec(NamedTuple):
@@ -109,8 +114,14 @@ class Recipe(NamedTuple):
                 "torch's semantics"
             )
 
-    def state(self, dtype: torch.dtype, shape: torch.Size, amsgrad: bool) -> dict[str, EntrySpec]:
+    def state(
+        self, dtype: torch.dtype, shape: torch.Size, amsgrad: bool, ema: bool = False
+    ) -> dict[str, EntrySpec]:
         """What is stored for a parameter of this dtype and shape, besides the step counter.
+
+        Args:
+            amsgrad: with the maximum of the second moment.
+            ema: with the average of the weights.
 
         Raises ValueError as `check` does.
 
@@ -130,26 +141,29 @@ class Recipe(NamedTuple):
         return {
             **{name: EntrySpec(kind, shape) for name, kind in per_element.items()},
             **{name: EntrySpec(kind, groups) for name, kind in per_group.items()},
-            # Last, as in torch.
+            # After the others, as in torch.
             **({"max_exp_avg_sq": EntrySpec(maximum, shape)} if amsgrad else {}),
+            **({"ema": EntrySpec(average_dtype(dtype), shape)} if ema else {}),
         }
 
-    def held_bytes(self, dtype: torch.dtype, amsgrad: bool = False) -> float:
+    def held_bytes(self, dtype: torch.dtype, amsgrad: bool = False, ema: bool = False) -> float:
         """Bytes of state per parameter element, without padding and step counters.
 
         Example:
             >>> parse("master32").held_bytes(torch.bfloat16)  # three float32: weight and moments
             12.0
         """
-        entries = self.state(dtype, torch.Size([GROUP]), amsgrad).values()
+        entries = self.state(dtype, torch.Size([GROUP]), amsgrad, ema).values()
         return sum(entry.dtype.itemsize * entry.shape.numel() for entry in entries) / GROUP
 
-    def moved_bytes(self, dtype: torch.dtype, grad: torch.dtype, amsgrad: bool = False) -> float:
+    def moved_bytes(
+        self, dtype: torch.dtype, grad: torch.dtype, amsgrad: bool = False, ema: bool = False
+    ) -> float:
         """Bytes that a step reads and writes per parameter element.
 
         moved = 2 * parameter + gradient + 2 * state, as gradients are only read.
         """
-        return 2 * dtype.itemsize + grad.itemsize + 2 * self.held_bytes(dtype, amsgrad)
+        return 2 * dtype.itemsize + grad.itemsize + 2 * self.held_bytes(dtype, amsgrad, ema)
 
 
 def parse(precision: str | None) -> Recipe:

@@ -26,6 +26,7 @@ FLOORS = [
     ["fused_adam.in_backward", "fused_adam.adamw", "fused_adam.reshard"],
     ["fused_adam.optimizer"],
     ["fused_adam.optimizer_state"],
+    ["fused_adam.ema"],
     ["fused_adam.engine"],
     ["fused_adam.cached_plan"],
     ["fused_adam.grad_norms"],

@@ -195,6 +195,16 @@ def other_thread() -> None:
         raise errors[0]
 
 
+def swapped() -> None:
+    """Averages are in the parameters for a while, and every bit comes back."""
+    optimizer = trained(GPU, torch.bfloat16, precision="split32", ema_decay=0.9)
+    before = tensors(optimizer)
+    with optimizer.swap_ema():
+        for param in optimizer.param_groups[0]["params"]:
+            assert torch.equal(param, optimizer.state[param]["ema"].bfloat16())
+    assert all(map(torch.equal, tensors(optimizer), before))
+
+
 RECIPES = ("master32", "split32", "split32-bf16", "split24-bf16", "sr-bf16", "split24-int8")
 PROMISES: dict[str, Callable[[], object]] = {
     "float32": same_bits,
@@ -205,6 +215,8 @@ PROMISES: dict[str, Callable[[], object]] = {
     },
     "native-int8": lambda: same_bits(precision="native-int8"),
     "amsgrad": lambda: same_bits(amsgrad=True),
+    "ema_decay": lambda: same_bits(torch.bfloat16, precision="split32-bf16", ema_decay=0.9),
+    "swap_ema": swapped,
     "skip_nonfinite": lambda: same_bits(skip_nonfinite=True),
     "max_grad_norm": lambda: same_bits(max_grad_norm=1.0),
     "flatten": lambda: same_bits(flatten=True),

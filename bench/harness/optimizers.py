@@ -44,6 +44,7 @@ class OptimizerSpec:
     quantised: its state or weights are lossy beyond rounding: the parity check compares the
         direction of its steps, not rounding errors.
     clips: its step clips by itself; otherwise `clip_grad_norm_` runs before it.
+    averages: its step averages weights by itself; otherwise torch's AveragedModel does after it.
     scratch: memory the step takes for a moment, in copies of the parameters.
     slow: compiles for long, so it takes part only where it is named.
     backend: of ours.
@@ -57,6 +58,7 @@ class OptimizerSpec:
     limits: Callable[[Case], str | None] = lambda case: None
     quantised: bool = False
     clips: bool = False
+    averages: bool = False
     scratch: float = 0.0
     slow: bool = False
     backend: str | None = None
@@ -85,7 +87,8 @@ def ours(backend: str, flatten: bool, precision: str | None = None) -> Optimizer
         extra["precision"] = precision
 
     def make(params: list[Tensor], options: Options) -> Optimizer:
-        arguments = {**torch_arguments(options), "max_grad_norm": options.clip, **extra}
+        own = {"max_grad_norm": options.clip, "ema_decay": options.ema_decay}
+        arguments = {**torch_arguments(options), **own, **extra}
         return FusedAdamW(params, **arguments)
 
     def limits(case: Case) -> str | None:
@@ -104,7 +107,15 @@ def ours(backend: str, flatten: bool, precision: str | None = None) -> Optimizer
     name = " ".join(filter(None, [*words, precision]))
     lossy = precision is not None
     return OptimizerSpec(
-        name, OURS, make, limits, quantised=lossy, clips=True, backend=backend, captures=True
+        name,
+        OURS,
+        make,
+        limits,
+        quantised=lossy,
+        clips=True,
+        averages=True,
+        backend=backend,
+        captures=True,
     )
 
 

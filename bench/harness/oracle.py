@@ -19,6 +19,7 @@ class Options:
 
     clip: the gradients' largest global L2 norm, or None.
     capturable: the step will be captured in a CUDA graph.
+    ema_decay: of averages of the weights, or None.
     """
 
     lr: float = 1e-2
@@ -30,6 +31,7 @@ class Options:
     maximize: bool = False
     clip: float | None = field(default=None, repr=False)
     capturable: bool = field(default=False, repr=False)
+    ema_decay: float | None = field(default=None, repr=False)
 
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments of torch.optim.Adam."""

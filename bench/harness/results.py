@@ -143,11 +143,17 @@ def case_title(result: Result) -> str:
     """What a result of `step` stepped on, in words."""
     grads = "" if result["grad_dtype"] == result["dtype"] else f", {result['grad_dtype']} gradients"
     more = f"{', amsgrad' if result['amsgrad'] else ''}{', clipped' if result['clip'] else ''}"
+    more += averaged(result)
     turns = "" if result["resident"] else ", one optimizer in memory at a time"
     return (
         f"{result['model']}: {result['parameters']:,} parameters in {result['tensors']:,} tensors, "
         f"{result['dtype']}{grads}{more}; {result['mode']}{turns}"
     )
+
+
+def averaged(result: Result) -> str:
+    """Words for a title, if weights were averaged. Records of 0.1.0 do not say."""
+    return "" if result.get("ema") is None else ", weights averaged"
 
 
 def failures(record: Record) -> list[dict[str, Any]]:

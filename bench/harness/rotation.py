@@ -58,6 +58,7 @@ class Job:
             "grad_dtype": str(case.grad_dtype).removeprefix("torch."),
             "amsgrad": case.options.amsgrad,
             "clip": case.options.clip,
+            "ema": case.options.ema_decay,
         }
 
 
@@ -67,6 +68,8 @@ def one_bytes(spec: OptimizerSpec, job: Job) -> float:
     """
     param, grad = job.case.dtype.itemsize, job.case.grad_dtype.itemsize
     state = (3 if job.case.options.amsgrad else 2) * param
+    if job.case.options.ema_decay is not None:
+        state += max(4, param)
     elements = numel(job.shapes)
     # Random numbers are drawn in float32; flat buffers are filled a segment at a time.
     moment = min(elements * (param + grad), SEGMENT_BYTES) + 4 * max(map(math.prod, job.shapes))

@@ -141,7 +141,11 @@ class Session:
     def case(self) -> Case:
         """What is stepped on, from the options that say so."""
         arguments = self.arguments
-        options = AdamWOptions(amsgrad=arguments.amsgrad, clip=arguments.clip)
+        options = AdamWOptions(
+            amsgrad=arguments.amsgrad,
+            clip=arguments.clip,
+            ema_decay=getattr(arguments, "ema", None),
+        )
         grad_dtype = arguments.grad_dtype or arguments.dtype
         return Case(self.device, arguments.dtype, grad_dtype, options)
 

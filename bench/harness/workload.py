@@ -6,11 +6,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from .optimizers import Case, Optimizer, OptimizerSpec, make, step_of
 from .oracle import AdamWOptions, adam_model, tolerance
@@ -54,12 +55,17 @@ def copy_params(params: Sequence[Tensor]) -> list[Tensor]:
 
 @dataclass
 class Instance:
-    """One optimizer over parameters of its own. step: everything from gradients to new weights."""
+    """One optimizer over parameters of its own.
+
+    step: everything from gradients to new weights and their averages.
+    averages: those that the optimizer does not keep itself.
+    """
 
     spec: OptimizerSpec
     params: list[Tensor]
     optimizer: Optimizer
     step: Callable[[], object]
+    averages: list[Tensor] = field(default_factory=list)
 
     @property
     def numel(self) -> int:
@@ -67,23 +73,26 @@ class Instance:
         return sum(param.numel() for param in self.params)
 
     def state_bytes(self) -> int:
-        """Bytes of all tensors in its state; step counters are not counted."""
-        return sum(
+        """Bytes of averages and of all tensors in its state; step counters are not counted."""
+        held = sum(
             tensor_bytes(tensor)
             for param in self.params
             for key, value in self.optimizer.state.get(param, {}).items()
             if key != "step"
             for tensor in tensors_in(value)
         )
+        return held + sum(average.nbytes for average in self.averages)
 
     def moved_bytes(self, clip: bool) -> float:
         """Bytes a perfect step moves: parameters and state read and written, gradients read.
 
         Clipping reads gradients once more, because their norm is known only after all of them.
+        Averaging after the step reads parameters once more.
         """
         params = sum(param.nbytes for param in self.params)
         grads = sum(param.grad.nbytes for param in self.params if param.grad is not None)
-        return 2 * params + 2 * self.state_bytes() + grads * (2 if clip else 1)
+        passes = 3 if self.averages else 2
+        return passes * params + 2 * self.state_bytes() + grads * (2 if clip else 1)
 
 
 def tensors_in(value: Any) -> list[Tensor]:
@@ -114,7 +123,24 @@ def instantiate(spec: OptimizerSpec, params: list[Tensor], case: Case) -> Instan
         if param.grad is not grad:
             assert param.grad is not None and grad is not None
             param.grad.copy_(grad)
-    return Instance(spec, params, optimizer, step_of(spec, optimizer, params, case.options))
+    instance = Instance(spec, params, optimizer, step_of(spec, optimizer, params, case.options))
+    if case.options.ema_decay is not None and not spec.averages:
+        add_averages(instance, case.options.ema_decay)
+    return instance
+
+
+def add_averages(instance: Instance, decay: float) -> None:
+    """Average the weights after each step, as torch's users do."""
+    model = torch.nn.ParameterList(instance.params)
+    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))  # type: ignore[no-untyped-call]
+    instance.averages = list(averaged.parameters())
+    step = instance.step
+
+    def step_and_average() -> None:
+        step()
+        averaged.update_parameters(model)
+
+    instance.step = step_and_average
 
 
 def one_line(error: BaseException) -> str:

@@ -45,7 +45,7 @@ class ArrayOperand(NamedTuple):
 class ArrayChunk(NamedTuple):
     """Elements `start` to `end` of the operands of `adam_update`, and its arguments."""
 
-    operands: Sequence[ArrayOperand | None]  # p, g, m, v, v_max
+    operands: Sequence[ArrayOperand | None]  # p, g, m, v, v_max, ema
     start: int
     end: int
     scalars: Scalars  # numpy's float32
@@ -143,7 +143,7 @@ class Workspace:
     def step(self, chunk: ArrayChunk) -> None:
         """Load, update and store, as `adam_step`."""
         start, end, numel = chunk.start, chunk.end, chunk.end - chunk.start
-        arrays: list[Any] = []  # p, g, m, v, v_max
+        arrays: list[Any] = []  # p, g, m, v, v_max, ema
         copies: list[tuple[Tensor, Tensor]] = []  # a user's memory, and what belongs there
         for place, operand in enumerate(chunk.operands):
             if operand is None:
@@ -159,8 +159,10 @@ class Workspace:
         if numel < self.size:
             scratch = Scratch(*(array[:numel] for array in scratch))
         assert formula.NUMPY is not None
-        p, g, m, v, v_max = arrays
-        formula.adam_update(p, g, m, v, v_max, chunk.scalars, chunk.flags, formula.NUMPY, scratch)
+        p, g, m, v, v_max, ema = arrays
+        formula.adam_update(
+            p, g, m, v, v_max, ema, chunk.scalars, chunk.flags, formula.NUMPY, scratch
+        )
         for memory, copy in copies:
             memory.copy_(copy)
 

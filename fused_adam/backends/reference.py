@@ -31,7 +31,7 @@ from .array_chunks import ArrayChunk, ArrayOperand, chunks_of, step_chunks, suit
 Step = Callable[..., None]
 Operands = dict[str, Tensor]
 # The operands of `adam_step`, in its order.
-OPERANDS = ("param", "grad", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+OPERANDS = ("param", "grad", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "ema")
 
 
 @functools.cache
@@ -246,7 +246,8 @@ class ReferenceRows:
         launch = self.launch
         # A multiplication by 1 is nothing next to the memory's time, and saves a variant.
         flags = values.flags._replace(has_multiplier=True)
-        step = compiled_adam_step((launch.param, launch.grad, launch.amsgrad), flags)
+        variant = launch.param, launch.grad, launch.amsgrad, launch.ema
+        step = compiled_adam_step(variant, flags)
 
         def run(part: Operands) -> None:
             step(*map(part.get, OPERANDS), values.scalars, flags, COMPILED)

@@ -35,6 +35,7 @@ COLUMNS = {
     "exp_avg_sq_lattice": table.EXP_AVG_SQ,
     "exp_avg_ratio_scale": table.EXP_AVG_SCALE,
     "exp_avg_sq_lattice_scale": table.EXP_AVG_SQ_SCALE,
+    "ema": table.EMA,
 }
 
 
@@ -125,10 +126,12 @@ class TritonRunner:
         self.row_table, self.hyper_table = DeviceTable(self.device), DeviceTable(self.device)
         shape = (len(rows), table.SCALARS)
         self.scalars = torch.empty(shape, dtype=group.compute, device=self.device)
-        self.prologue, self.programs = scalars.prologue(skip_spikes), scalars.programs(len(rows))
+        averages = any(launch.ema for launch in group.launches)
+        self.prologue = scalars.prologue(skip_spikes, averages)
+        self.programs = scalars.programs(len(rows))
         self.updates = [
             Update(
-                adam.adam_step(*_mix(launch), launch.amsgrad, launch.cautious),
+                adam.adam_step(*_mix(launch), launch.amsgrad, launch.cautious, launch.ema),
                 self._blocks(launch, position),
             )
             for launch in group.launches

@@ -34,6 +34,7 @@ class Scalars(NamedTuple):
     l2: Tensor  # coupled weight decay, added to the gradient (Adam); 0 if there is none
     lr_wd: Tensor  # decoupled weight decay, lr * weight_decay (AdamW); 0 if there is none
     grad_multiplier: Tensor  # clip coefficient / loss scale; negative if maximizing
+    one_minus_ema_decay: Tensor  # of the average of the weights
 
 
 def load_scalars(scalars: Tensor) -> Scalars:
@@ -157,12 +158,15 @@ def adam_update(
     m: Any,
     v: Any,
     v_max: Any,
+    ema: Any,
     s: Scalars,
     flags: Flags,
     functions: Functions,
     scratch: Scratch = NO_SCRATCH,
 ) -> None:
-    """Update p, m, v and v_max in place. Kingma & Ba 2015, algorithm 1; Loshchilov & Hutter 2019.
+    """Update p, m, v, v_max and ema in place.
+
+    Kingma & Ba 2015, algorithm 1; Loshchilov & Hutter 2019.
 
     g     = grad_multiplier * g + l2 * p
     m     = m + (1 - beta1) * (g - m)
@@ -170,12 +174,14 @@ def adam_update(
     v_max = max(v_max, v)                             (AMSGrad only; otherwise p is updated with v)
     p     = p - (lr_wd * p + step_size * m / (sqrt(v_max) * rsqrt_bc2 + eps))
     cautious: lr_wd * p only where it has the sign of the other term        (arXiv 2510.12402)
+    ema   = ema + (1 - ema_decay) * (p - ema)                         (with an average only)
 
     Every operation rounds once, in the order written below, so CPU and GPU agree bit for bit.
 
     Args:
-        p, g, m, v, v_max: parameter, gradient, moments, and AMSGrad's maximum or None; tensors or
-            numpy arrays of one shape and float type. g is only read.
+        p, g, m, v, v_max, ema: parameter, gradient, moments, AMSGrad's maximum or None, and the
+            average of the parameter or None; tensors or numpy arrays of one shape and float type. g
+            is only read.
         s: Scalars of the same type.
         flags: of these scalars.
         functions: of the library that the operands come from.
@@ -199,25 +205,28 @@ def adam_update(
     v += square
     if v_max is not None:
         maximum(v_max, v, out=v_max)
-    if not flags.store_param:
-        return
-    second_moment = v if v_max is None else v_max
-    denominator = sqrt(second_moment, out=scratch.first)
-    denominator *= s.rsqrt_bc2
-    denominator += s.eps
-    update = multiply(m, s.step_size, out=scratch.second)
-    update /= denominator
+    if flags.store_param:
+        second_moment = v if v_max is None else v_max
+        denominator = sqrt(second_moment, out=scratch.first)
+        denominator *= s.rsqrt_bc2
+        denominator += s.eps
+        update = multiply(m, s.step_size, out=scratch.second)
+        update /= denominator
 
-    # Decay and update are subtracted together, so p rounds once and a tiny decay is not lost.
-    if flags.has_lr_wd:
-        decay = multiply(p, s.lr_wd, out=scratch.first)
-        if flags.cautious:
-            # A product of the two could underflow. Where p is 0, so is the decay, whatever is
-            # decided.
-            towards_zero = where(p < 0, -update, update) > 0
-            decay = where(towards_zero, decay, -0.0)
-        update += decay
-    p -= update
+        # Decay and update are subtracted together, so p rounds once and a tiny decay is not lost.
+        if flags.has_lr_wd:
+            decay = multiply(p, s.lr_wd, out=scratch.first)
+            if flags.cautious:
+                # A product of the two could underflow. Where p is 0, so is the decay, whatever is
+                # decided.
+                towards_zero = where(p < 0, -update, update) > 0
+                decay = where(towards_zero, decay, -0.0)
+            update += decay
+        p -= update
+    if ema is not None:
+        change = subtract(p, ema, out=scratch.first)
+        change *= s.one_minus_ema_decay
+        ema += change
 
 
 def adam_step(
@@ -226,14 +235,16 @@ def adam_step(
     m: Tensor,
     v: Tensor,
     v_max: Tensor | None,
+    ema: Tensor | None,
     scalars: Tensor,
     flags: Flags,
     functions: Functions,
 ) -> None:
-    """Load, update and store: p, m, v and v_max in place, each rounded once to its own dtype.
+    """Load, update and store: p, m, v, v_max and ema in place, each rounded once to its own dtype.
 
     Args:
         p, g, m, v, v_max: flat tensors of one size, of any float dtypes. g is only read.
+        ema: of the scalars' type, or None.
         scalars: shape (SCALARS,), in the order of `table.py` and the type of the arithmetic.
         flags: of these scalars.
         functions: torch's, as for `adam_update`.
@@ -243,7 +254,7 @@ def adam_step(
     # What is of this type already is updated where it is.
     wide_p, wide_m, wide_v = [memory.to(compute) for memory in (p, m, v)]
     wide_v_max = None if v_max is None else v_max.to(compute)
-    adam_update(wide_p, grad, wide_m, wide_v, wide_v_max, s, flags, functions)
+    adam_update(wide_p, grad, wide_m, wide_v, wide_v_max, ema, s, flags, functions)
     if flags.store_param:
         p.copy_(wide_p)
     m.copy_(wide_m)
@@ -281,8 +292,9 @@ def recipe_step(
     p, g = codecs.load_weight(recipe.weights, param, extra), grad.float()
     m, v = codecs.load_moments(m_stored, v_stored, m_scale, v_scale)
     v_max = None if v_max_stored is None else v_max_stored.float()
+    ema = memory.get("ema")
     s = load_scalars(scalars)
-    adam_update(p, g, m, v, v_max, s, flags, EAGER)
+    adam_update(p, g, m, v, v_max, ema, s, flags, EAGER)
 
     if flags.store_param:
         new_p, new_extra = codecs.store_weight(recipe.weights, p, bits)

@@ -29,6 +29,7 @@ class HyperParams(NamedTuple):
     weight_decay: float | Tensor
     decoupled: float
     maximize: float
+    ema_decay: float | Tensor  # 0 without an average
     max_grad_norm: float  # negative: no clipping
     # Larger norms are skipped; inf: only what is not finite; 0: nothing. A tensor is a user's own
     # limit, of any value.
@@ -67,9 +68,12 @@ def hyper(
     Tensors stay tensors, because reading one would wait for its device. Everything else that a
     group may hold, such as numpy's numbers and arrays of one element, becomes a Python float.
     """
-    values = (group["lr"], *group["betas"], group["eps"], group["weight_decay"])
+    ema_decay = group.get("ema_decay")
+    if ema_decay is None:
+        ema_decay = 0.0
+    values = (group["lr"], *group["betas"], group["eps"], group["weight_decay"], ema_decay)
     # Almost always floats already, and this is part of every step.
-    lr, beta1, beta2, eps, weight_decay = [
+    lr, beta1, beta2, eps, weight_decay, ema_decay = [
         x if x.__class__ is float or isinstance(x, Tensor) else as_number(x) for x in values
     ]
     decoupled = float(bool(group["decoupled_weight_decay"]))
@@ -77,7 +81,9 @@ def hyper(
     limit = -1.0 if max_grad_norm is None else max_grad_norm
     skip = 0.0 if skip_grad_norm is None else skip_grad_norm
     # By position: names would take 0.3 us longer.
-    return HyperParams(lr, beta1, beta2, eps, weight_decay, decoupled, maximize, limit, skip)
+    return HyperParams(
+        lr, beta1, beta2, eps, weight_decay, decoupled, maximize, ema_decay, limit, skip
+    )
 
 
 def power(b: float, t: int) -> float:
@@ -186,6 +192,7 @@ def scalars(step: float, hyper: HyperParams, grads: GradTransformValues) -> list
     # Weight decay is either coupled (L2) or decoupled (LR_WD). The other one is 0.
     out[table.L2] = 0.0 if hyper.decoupled else weight_decay
     out[table.LR_WD] = lr * weight_decay if hyper.decoupled else 0.0
+    out[table.ONE_MINUS_EMA_DECAY] = 1.0 - float(hyper.ema_decay)
     out[table.GRAD_MULTIPLIER] = sign / grads.grad_scale * grads.clip
     out[table.SKIP] = float(grads.skip)
     out[table.STEP_NUMBER] = float(t)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..distributed import group_elements, local, local_as_stored, to_dtensor, to_local
+from ..numerics.codecs import load_weight
 from ..precision import GROUP, GROUPED, EntrySpec
 from .memory import Slot, as_flat, as_real, dense_layout, segments
 
@@ -34,7 +35,7 @@ class StateRef(weakref.ref[Tensor]):
     next step.
     """
 
-    __slots__ = ("key", "param_state")
+    __slots__ = ("fresh_version", "key", "param_state")
 
     def __new__(cls, tensor: Tensor, param_state: ParamState, key: str) -> StateRef:
         return super().__new__(cls, tensor, _free_slot)
@@ -42,6 +43,8 @@ class StateRef(weakref.ref[Tensor]):
     def __init__(self, tensor: Tensor, param_state: ParamState, key: str) -> None:
         super().__init__(tensor, _free_slot)  # type: ignore[call-arg]
         self.param_state, self.key = weakref.ref(param_state), key
+        # Of an average that no step has used yet: its version when we last wrote to it.
+        self.fresh_version: int | None = None
 
 
 def _free_slot(ref: Any) -> None:
@@ -179,7 +182,7 @@ class Arena:
         """Give every parameter its state.
 
         What stands in `state` is used or copied. What is missing begins as zeros, a master weight
-        as a copy of its parameter.
+        as a copy of its parameter. Averages are filled by `begin_averages`.
 
         Args:
             state: the optimizer's state; entries are created, or get our views in place of what
@@ -331,7 +334,26 @@ class Arena:
             param_state.fill(key, to_local(param, key, entry[key]))
         elif key == "master_weight":
             param_state.fill(key, part)
+        elif key == "ema":
+            param_state.refs[key].fresh_version = local(view)._version
         entry[key] = view
+
+    def begin_averages(self, state: State, params: Iterable[Tensor], stepped: bool) -> None:
+        """Copy weights into the averages that nobody has used or written to since they were made.
+
+        Args:
+            stepped: whether a step follows. Until then weights may be loaded, so the first step
+                copies once more what `init_state()` has copied.
+        """
+        for param in params:
+            param_state = self.param_states[param]
+            ref = param_state.refs.get("ema")
+            view = None if ref is None else ref()
+            if ref is None or view is None or ref.fresh_version is None:
+                continue
+            if local(view)._version == ref.fresh_version:
+                param_state.fill("ema", _unrounded_weight(param, state[param]))
+            ref.fresh_version = None if stepped else local(view)._version
 
     def counters_unchanged(self) -> bool:
         """Whether nobody but us has written to a step counter since the last step."""
@@ -399,6 +421,17 @@ def _overlapping(ranges: Iterable[_MemoryRange]) -> Iterable[Owner]:
         if memory.start < end and holder:
             yield holder
         end, holder = memory.end, memory.owner
+
+
+def _unrounded_weight(param: Tensor, entry: Mapping[str, Any]) -> Tensor:
+    """This rank's part of the weight, with what a recipe stores of it next to the parameter."""
+    part = local(param).detach()
+    for key in ("master_weight", "remainder"):
+        if entry.get(key) is not None:
+            extra = to_local(param, key, entry[key]).to(part.device)
+            weights = {torch.int16: "split32", torch.int8: "split24"}.get(extra.dtype, "master32")
+            return load_weight(weights, part, extra)
+    return part
 
 
 def _put_in_order(entry: dict[str, Any], wanted: Entries) -> None:

@@ -24,7 +24,7 @@ from .convert import convert, decode, parts_of_entry, same_storage, widened
 from .memory import Slot, is_lazy, with_own_storage
 from .validate import check_entry, check_state_dict
 
-OWN_KEYS = ("precision", "seed", "cautious")  # what we add to torch's param groups
+OWN_KEYS = ("precision", "seed", "cautious", "ema_decay")  # what we add to torch's param groups
 
 
 def exported(state_dict: dict[str, Any], arena: Arena) -> dict[str, Any]:
@@ -109,7 +109,8 @@ def load(
 
     Args:
         groups: the optimizer's param groups, not changed. Their precision stays, and what was saved
-            in another one is converted; seed and `cautious` are the checkpoint's, if it has them.
+            in another one is converted; seed, `cautious` and `ema_decay` are the checkpoint's, if
+            it has them.
         arena, state: the optimizer's; state of parameters that the checkpoint lacks is dropped.
         state_dict: torch's form, in any precision; never aliased and never changed.
         always_decoupled: whether weight decay is decoupled whatever the checkpoint says.
@@ -150,7 +151,8 @@ def load(
     wanted_entries: dict[Tensor, Entries] = {}
     for saved, entry in entries:
         part = local(saved.param).detach()
-        wanted = saved.target.state(part.dtype, part.shape, amsgrad="max_exp_avg_sq" in entry)
+        kept = {"amsgrad": "max_exp_avg_sq" in entry, "ema": "ema" in entry}
+        wanted = saved.target.state(part.dtype, part.shape, **kept)
         if not same_storage(saved.source, saved.target, part, entry):
             entry = convert(entry, part, saved.target)
         _settle(arena, state, saved.param, entry, wanted)
@@ -158,6 +160,9 @@ def load(
             wanted_entries[saved.param] = wanted
     arena.adopt(state, wanted_entries, in_place=False)
     del before
+    for old, new in zip(merged, saved_groups, strict=True):
+        if isinstance(old.get("ema_decay"), Tensor) and new.get("ema_decay") is not None:
+            old["ema_decay"].fill_(new["ema_decay"])
     return merged
 
 
@@ -168,7 +173,7 @@ def _checked_copy(number: object, entry: Any, saved: _Saved) -> dict[str, Any]:
     # of a bfloat16 model loads into a float32 one.
     weights = saved.source.weights
     dtype = saved.param.dtype if weights is None else WEIGHTS[weights].params[0]
-    wanted = saved.source.state(dtype, local(saved.param).shape, amsgrad=True)
+    wanted = saved.source.state(dtype, local(saved.param).shape, amsgrad=True, ema=True)
     check_entry(saved.param, f"parameter {number}", entry, wanted)
     # Copied here, where nothing is written yet: a user's own entry may refuse to be.
     copy = {key: v if isinstance(v, Tensor) else deepcopy(v) for key, v in entry.items()}
@@ -183,13 +188,18 @@ def _without_own(group: Mapping[str, Any]) -> dict[str, Any]:
 def _merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     """The saved group with our parameters, their names and precision.
 
-    Seed and `cautious` are the saved ones, and ours if the checkpoint has none.
+    Seed, `cautious` and `ema_decay` are the saved ones, and ours if the checkpoint has none.
     """
     merged = _without_own(new)
     merged |= {key: old[key] for key in OWN_KEYS if key in old}
     seed = as_seed(new.get("seed", 0))
     merged |= {"seed": seed} if "seed" in old and "seed" in new else {}
     merged |= {"cautious": new["cautious"]} if "cautious" in new else {}
+    if "ema_decay" in new:
+        saved_decay = arguments.as_ema_decay(new["ema_decay"])
+        # A tensor of ours stays, because its user goes on changing it: `load` writes into it.
+        if saved_decay is None or not isinstance(old.get("ema_decay"), Tensor):
+            merged["ema_decay"] = saved_decay
     if "param_names" in old:
         merged.setdefault("param_names", old["param_names"])
     return {**merged, "params": old["params"]}

@@ -97,8 +97,8 @@ def decode(entry: Mapping[str, Any], param: Tensor) -> dict[str, Tensor]:
     """The values of an entry in any precision, under torch's names.
 
     Returns:
-        float32 (or complex64) moments, and `master_weight` if the entry has one or a remainder, all
-        of the parameter's shape.
+        float32 (or complex64) moments and average, and `master_weight` if the entry has one or a
+        remainder, all of the parameter's shape.
     """
     values = {key: widened(entry[key]) for key in ("exp_avg", "exp_avg_sq") if key in entry}
     if CODED["exp_avg"][0] in entry:
@@ -111,6 +111,8 @@ def decode(entry: Mapping[str, Any], param: Tensor) -> dict[str, Tensor]:
             values[key] = flat[: code.numel()].as_strided(code.shape, code.stride())
     if "max_exp_avg_sq" in entry:  # last, as in torch
         values["max_exp_avg_sq"] = widened(entry["max_exp_avg_sq"])
+    if "ema" in entry:
+        values["ema"] = widened(entry["ema"])
     if "master_weight" in entry:
         values["master_weight"] = entry["master_weight"].float()
     elif "remainder" in entry:
@@ -148,6 +150,8 @@ def convert(entry: Mapping[str, Any], param: Tensor, target: Recipe) -> dict[str
         out.update(moments)
     if "max_exp_avg_sq" in values:
         out["max_exp_avg_sq"] = values["max_exp_avg_sq"]
+    if "ema" in values:
+        out["ema"] = values["ema"]
     weight = values.get("master_weight")
     if weight is not None and target.weights == "master32":
         # Halfway between two values a split weight shows the one away from zero, but a master

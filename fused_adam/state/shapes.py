@@ -99,7 +99,9 @@ def _entries(group: dict[str, Any], param: Tensor) -> Iterator[tuple[str, Tensor
     part = local(param).detach()
     recipe = parse(group.get("precision"))
     yield "step", torch.zeros((), dtype=torch.float32, device=part.device)
-    for key, (dtype, _) in recipe.state(part.dtype, part.shape, bool(group["amsgrad"])).items():
+    ema = group.get("ema_decay") is not None
+    entries = recipe.state(part.dtype, part.shape, bool(group["amsgrad"]), ema)
+    for key, (dtype, _) in entries.items():
         if key in GROUPED:
             value = torch.zeros(-(-group_elements(param) // GROUP), dtype=dtype, device=part.device)
         else:

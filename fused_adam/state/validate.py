@@ -20,9 +20,9 @@ from .memory import is_lazy
 
 # What parameters and gradients may store, or the complex dtype of it.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-# AMSGrad and a recipe's weights may be switched on later: the maximum begins at 0, the master
-# weight as a copy of its parameter.
-BEGINS_LATER = ("max_exp_avg_sq", "master_weight", "remainder")
+# AMSGrad, averages and a recipe's weights may be switched on later: the maximum begins at 0, the
+# average and the master weight as a copy of their parameter.
+BEGINS_LATER = ("max_exp_avg_sq", "ema", "master_weight", "remainder")
 # What a param group needs for a step, and what torch does not fill in when it loads.
 GROUP_KEYS = ("params", "lr", "betas", "eps", "weight_decay")
 
@@ -104,8 +104,8 @@ def _check_keys(
             "codes have another meaning now; load the checkpoint with that version, and save "
             "optimizer.export_fp32()['state'], which loads into any precision"
         )
-    # A maximum stays when AMSGrad is switched off, as in torch.
-    allowed = {"max_exp_avg_sq", *wanted}
+    # A maximum stays when AMSGrad is switched off, as in torch, and so does an average.
+    allowed = {"max_exp_avg_sq", "ema", *wanted}
     foreign = [key for key in ENTRIES if key in entry and key not in allowed]
     if foreign:
         raise ValueError(

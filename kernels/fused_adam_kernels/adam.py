@@ -53,6 +53,7 @@ class Pointers(NamedTuple):
     extra: tl.tensor  # master weight or remainder
     m_scale: tl.tensor
     v_scale: tl.tensor
+    ema: tl.tensor  # average of the parameter
 
 
 class RandomKey(NamedTuple):
@@ -65,10 +66,15 @@ class RandomKey(NamedTuple):
 
 
 @triton.jit
-def load_addresses(row_ptr):
+def load_addresses(row_ptr, EMA: tl.constexpr):
     """Where the operands of one row are, as numbers."""
+    p = tl.load(row_ptr + table.PARAM)
+    # Without an average its column is not read. The address of p says no more about alignment.
+    ema = p
+    if EMA:
+        ema = tl.load(row_ptr + table.EMA)
     return Pointers(
-        p=tl.load(row_ptr + table.PARAM),
+        p=p,
         g=tl.load(row_ptr + table.GRAD),
         m=tl.load(row_ptr + table.EXP_AVG),
         v=tl.load(row_ptr + table.EXP_AVG_SQ),
@@ -76,6 +82,7 @@ def load_addresses(row_ptr):
         extra=tl.load(row_ptr + table.EXTRA),
         m_scale=tl.load(row_ptr + table.EXP_AVG_SCALE),
         v_scale=tl.load(row_ptr + table.EXP_AVG_SQ_SCALE),
+        ema=ema,
     )
 
 
@@ -88,6 +95,7 @@ def typed(
     V: tl.constexpr,
     V_MAX: tl.constexpr,
     EXTRA: tl.constexpr,
+    COMPUTE: tl.constexpr,
 ):
     """Pointers to elements of these types."""
     return Pointers(
@@ -99,6 +107,7 @@ def typed(
         extra=at.extra.to(tl.pointer_type(EXTRA)),
         m_scale=at.m_scale.to(tl.pointer_type(tl.bfloat16)),
         v_scale=at.v_scale.to(tl.pointer_type(tl.bfloat16)),
+        ema=at.ema.to(tl.pointer_type(COMPUTE)),
     )
 
 
@@ -118,11 +127,13 @@ def aligned(
     V: tl.constexpr,
     V_MAX: tl.constexpr,
     EXTRA: tl.constexpr,
+    COMPUTE: tl.constexpr,
     PARAM_HINT: tl.constexpr,
     GRAD_HINT: tl.constexpr,
     MOMENT_HINT: tl.constexpr,
     V_MAX_HINT: tl.constexpr,
     EXTRA_HINT: tl.constexpr,
+    EMA_HINT: tl.constexpr,
 ):
     """As `typed`, with a promise to be multiples of so many bytes."""
     return Pointers(
@@ -134,6 +145,7 @@ def aligned(
         extra=multiple(at.extra, EXTRA, EXTRA_HINT),
         m_scale=at.m_scale.to(tl.pointer_type(tl.bfloat16)),
         v_scale=at.v_scale.to(tl.pointer_type(tl.bfloat16)),
+        ema=multiple(at.ema, COMPUTE, EMA_HINT),
     )
 
 
@@ -150,6 +162,7 @@ def load_scalars(ptr):
         l2=tl.load(ptr + table.L2),
         lr_wd=tl.load(ptr + table.LR_WD),
         grad_multiplier=tl.load(ptr + table.GRAD_MULTIPLIER),
+        one_minus_ema_decay=tl.load(ptr + table.ONE_MINUS_EMA_DECAY),
     )
 
 
@@ -174,8 +187,10 @@ def load_block(
     WEIGHTS: tl.constexpr,
     STATES: tl.constexpr,
     AMSGRAD: tl.constexpr,
+    EMA: tl.constexpr,
 ):
-    """Return p, g, m, v and v_max (without AMSGrad: v) of a block as values of type COMPUTE.
+    """Return p, g, m, v, v_max (without AMSGrad: v) and ema (without an average: p) of a block as
+    values of type COMPUTE.
 
     Arguments are those of `update_block`.
     """
@@ -204,7 +219,11 @@ def load_block(
         v_max = to_compute(tl.load(ptrs.v_max + offs, mask=mask, other=0.0), COMPUTE)
     else:
         v_max = v
-    return p, g, m, v, v_max
+    if EMA:
+        ema = tl.load(ptrs.ema + offs, mask=mask, other=0.0)
+    else:
+        ema = p
+    return p, g, m, v, v_max, ema
 
 
 @triton.jit
@@ -237,6 +256,7 @@ def store_block(
     m,
     v,
     v_max,
+    ema,
     bits,
     one,
     moves,  # whether the parameter is stored
@@ -247,6 +267,7 @@ def store_block(
     WEIGHTS: tl.constexpr,
     STATES: tl.constexpr,
     AMSGRAD: tl.constexpr,
+    EMA: tl.constexpr,
 ):
     """Round a block to what is stored, by its random bits, and store it."""
     offs = first + tl.arange(0, N).to(tl.int64)
@@ -278,6 +299,8 @@ def store_block(
     tl.store(ptrs.v + offs, v, mask=mask)
     if AMSGRAD:
         tl.store(ptrs.v_max + offs, to_storage(v_max, ptrs.v_max.dtype.element_ty), mask=mask)
+    if EMA:
+        tl.store(ptrs.ema + offs, ema, mask=mask)
 
 
 @triton.jit
@@ -296,16 +319,20 @@ def update_block(
     STATES: tl.constexpr,
     AMSGRAD: tl.constexpr,
     CAUTIOUS: tl.constexpr,
+    EMA: tl.constexpr,
 ):
     """Load, update and store elements [first, first + N) of one parameter, up to `limit`."""
-    p, g, m, v, v_max = load_block(ptrs, first, limit, N, COMPUTE, WEIGHTS, STATES, AMSGRAD)
-    p, m, v, v_max = adam_update(p, g, m, v, v_max, s, one, AMSGRAD, CAUTIOUS)
+    p, g, m, v, v_max, ema = load_block(
+        ptrs, first, limit, N, COMPUTE, WEIGHTS, STATES, AMSGRAD, EMA
+    )
+    p, m, v, v_max, ema = adam_update(p, g, m, v, v_max, ema, s, one, AMSGRAD, CAUTIOUS, EMA)
     bits = block_bits(key, first, N, SHARED_DRAWS, WEIGHTS, STATES)
     # A step of size zero leaves parameters as they are: p - 0 would turn -0.0 into 0.0.
     moves = (s.step_size != 0) | (s.lr_wd != 0)
     store_block(
-        ptrs, p, m, v, v_max, bits, one, moves, first, limit, N, VEC, WEIGHTS, STATES, AMSGRAD
-    )
+        ptrs, p, m, v, v_max, ema, bits, one, moves, first, limit, N, VEC, WEIGHTS, STATES,
+        AMSGRAD, EMA,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -326,9 +353,11 @@ def adam_kernel(
     MOMENT_HINT: tl.constexpr,
     V_MAX_HINT: tl.constexpr,
     EXTRA_HINT: tl.constexpr,
+    EMA_HINT: tl.constexpr,
     VEC: tl.constexpr,  # elements per thread and access
     AMSGRAD: tl.constexpr,  # keep the running maximum of v
     CAUTIOUS: tl.constexpr,  # decay only towards zero
+    EMA: tl.constexpr,  # average the weights
     BLOCK: tl.constexpr,  # elements per program
     TAIL: tl.constexpr,  # elements per turn of the tail loop; 0: no loop, for `inspect.py`
     LAYOUT: tl.constexpr,  # of the tables, for Triton's cache alone
@@ -341,7 +370,7 @@ def adam_kernel(
     s_ptr = scalars_ptr + row * table.SCALARS
     # A skipped step has no elements.
     n = tl.where(tl.load(s_ptr + table.SKIP) == 0, tl.load(row_ptr + table.NUMEL), 0)
-    at = load_addresses(row_ptr)
+    at = load_addresses(row_ptr, EMA)
     key = load_key(row_ptr, s_ptr)
     s = load_scalars(s_ptr)
     COMPUTE: tl.constexpr = scalars_ptr.dtype.element_ty
@@ -350,30 +379,30 @@ def adam_kernel(
     # The body: vector accesses, for rows whose operands are all aligned to 16 bytes and whose
     # random bits come in whole draws. The compiler vectorizes a masked access only if it sees that
     # the bound is a multiple of the vector: hence 32, which is also a group of 8-bit codes.
-    addresses = at.p | at.g | at.m | at.v | at.v_max | at.extra
+    addresses = at.p | at.g | at.m | at.v | at.v_max | at.extra | at.ema
     misaligned = addresses & 15 | (key.global_offset & (elements_per_draw(STATES) - 1))
     body_end = tl.where(misaligned == 0, n, 0) // 32 * 32
     body = aligned(
-        at, PARAM, GRAD, M, V, V_MAX, EXTRA,
-        PARAM_HINT, GRAD_HINT, MOMENT_HINT, V_MAX_HINT, EXTRA_HINT,
+        at, PARAM, GRAD, M, V, V_MAX, EXTRA, COMPUTE,
+        PARAM_HINT, GRAD_HINT, MOMENT_HINT, V_MAX_HINT, EXTRA_HINT, EMA_HINT,
     )  # fmt: skip
     # A misaligned row runs the body with an empty mask. A branch around it would take fp32 from 72
     # to 80 registers (6 programs at a time instead of 7), and spill up to 24 bytes more with random
     # bits (sm_90). fp32 and bf16 gain nothing from it: the memory's time is still the longer one.
     update_block(
         body, s, one, key, start, body_end, True, BLOCK, VEC, COMPUTE, WEIGHTS, STATES,
-        AMSGRAD, CAUTIOUS,
+        AMSGRAD, CAUTIOUS, EMA,
     )  # fmt: skip
 
     # The tail: what is left, at any alignment. A block of TAIL elements has too few per thread to
     # draw random bits for four at once.
     if TAIL > 0:
-        tail = typed(at, PARAM, GRAD, M, V, V_MAX, EXTRA)
+        tail = typed(at, PARAM, GRAD, M, V, V_MAX, EXTRA, COMPUTE)
         end = tl.minimum(start + BLOCK, n)
         for first in range(tl.maximum(start, body_end), end, TAIL):
             update_block(
                 tail, s, one, key, first, end, False, TAIL, VEC, COMPUTE, WEIGHTS, STATES,
-                AMSGRAD, CAUTIOUS,
+                AMSGRAD, CAUTIOUS, EMA,
             )  # fmt: skip
 
 
@@ -406,12 +435,15 @@ def constants(
     states: str,
     amsgrad: bool,
     cautious: bool = False,
+    ema: bool = False,
 ) -> dict[str, Any]:
     """The update kernel's compile-time arguments by name, in its order."""
     stored = storage_types(param, weights, states)
     # Without AMSGrad v_max is not loaded, so its type does not count.
     v_max = stored.v_max if amsgrad else stored.m
-    widest = max(dtype.itemsize for dtype in (param, grad, stored.m, v_max, stored.extra))
+    compute = torch.float64 if param == torch.float64 else torch.float32
+    operands = (param, grad, stored.m, v_max, stored.extra, *([compute] if ema else []))
+    widest = max(dtype.itemsize for dtype in operands)
     # The promised alignment decides how many elements a thread takes per access, and must give the
     # same number for every operand. With 16 bytes for all, bf16 would take 8 elements next to the 4
     # of fp32, and the compiler would reconcile the two through shared memory.
@@ -431,9 +463,11 @@ def constants(
         "MOMENT_HINT": vec * stored.m.itemsize,
         "V_MAX_HINT": vec * v_max.itemsize,
         "EXTRA_HINT": vec * stored.extra.itemsize,
+        "EMA_HINT": vec * compute.itemsize,
         "VEC": vec,
         "AMSGRAD": amsgrad,
         "CAUTIOUS": cautious,
+        "EMA": ema,
         "BLOCK": config.block,
         "TAIL": config.tail,
         "LAYOUT": table.LAYOUT,
@@ -447,6 +481,7 @@ def adam_step(
     states: str,
     amsgrad: bool,
     cautious: bool = False,
+    ema: bool = False,
 ) -> Launcher:
     """One Adam step in place, in one launch: `launcher(len(blocks), rows, blocks, scalars)`.
 
@@ -457,6 +492,7 @@ def adam_step(
         weights, states: the two halves of a recipe, or "native" and "native".
         amsgrad: keep the running maximum of the second moment.
         cautious: decay a parameter only where the update moves it towards zero.
+        ema: average the parameters.
 
     Arguments of the launcher:
         rows: int64, shape (P, ROW): parameters of one device. Rows that no block names stay as
@@ -466,5 +502,5 @@ def adam_step(
         scalars: shape (P, SCALARS), from the prologue: float32, or float64 for float64 parameters.
     """
     config = launch_config(param, grad, weights, states, amsgrad)
-    arguments = list(constants(param, grad, weights, states, amsgrad, cautious).values())
+    arguments = list(constants(param, grad, weights, states, amsgrad, cautious, ema).values())
     return Launcher(adam_kernel, arguments, config.num_warps, config.max_registers)

@@ -21,6 +21,7 @@ class Scalars(NamedTuple):
     l2: tl.tensor  # coupled weight decay, added to the gradient (Adam); 0 if there is none
     lr_wd: tl.tensor  # decoupled weight decay, lr * weight_decay (AdamW); 0 if there is none
     grad_multiplier: tl.tensor  # clip coefficient / loss scale; negative if maximizing
+    one_minus_ema_decay: tl.tensor  # of the average of the weights
 
 
 @triton.jit
@@ -64,8 +65,22 @@ def hidden_one(ptr, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def adam_update(p, g, m, v, v_max, s, one, AMSGRAD: tl.constexpr, CAUTIOUS: tl.constexpr):
-    """Return the new (p, m, v, v_max). Kingma & Ba 2015, algorithm 1; Loshchilov & Hutter 2019.
+def adam_update(
+    p,
+    g,
+    m,
+    v,
+    v_max,
+    ema,
+    s,
+    one,
+    AMSGRAD: tl.constexpr,
+    CAUTIOUS: tl.constexpr,
+    EMA: tl.constexpr,
+):
+    """Return the new (p, m, v, v_max, ema).
+
+    Kingma & Ba 2015, algorithm 1; Loshchilov & Hutter 2019.
 
     g     = grad_multiplier * g + l2 * p
     m     = m + (1 - beta1) * (g - m)
@@ -73,16 +88,18 @@ def adam_update(p, g, m, v, v_max, s, one, AMSGRAD: tl.constexpr, CAUTIOUS: tl.c
     v_max = max(v_max, v)                             (AMSGrad only; otherwise p is updated with v)
     p     = p - (lr_wd * p + step_size * m / (sqrt(v_max) * rsqrt_bc2 + eps))
     cautious: lr_wd * p only where it has the sign of the other term        (arXiv 2510.12402)
+    ema   = ema + (1 - ema_decay) * (p - ema)                         (with an average only)
 
     Every operation rounds once, in the order written below, so CPU and GPU agree bit for bit.
 
     Args:
-        p, g, m, v, v_max: parameter, gradient, moments and AMSGrad's maximum; registers of one
-            float type and shape.
+        p, g, m, v, v_max, ema: parameter, gradient, moments, AMSGrad's maximum and the average of
+            the parameter; registers of one float type and shape.
         s: Scalars of the same type.
         one: from `hidden_one`.
         AMSGRAD: keep the running maximum of v. Otherwise v_max comes back unchanged.
         CAUTIOUS: decay a parameter only where the update moves it towards zero.
+        EMA: average the new parameter. Otherwise ema comes back unchanged.
     """
     g = g * s.grad_multiplier
 
@@ -118,5 +135,12 @@ def adam_update(p, g, m, v, v_max, s, one, AMSGRAD: tl.constexpr, CAUTIOUS: tl.c
             # decided. (By the sign of m, ptxas 12.9 would fuse 16 additions.)
             towards_zero = tl.where(p < 0, -update, update) > 0
             decay_term = tl.where(towards_zero, decay_term, negative_zero)
+    before = p
     p = p - (decay_term + update)
-    return p, m, v, v_max
+    if EMA:
+        # A step of size zero stores no parameter. Where a moment is not finite, p is NaN by now.
+        averaged = p
+        if (s.step_size == 0) & (s.lr_wd == 0):
+            averaged = before
+        ema = add(s.one_minus_ema_decay * (averaged - ema), ema, one)
+    return p, m, v, v_max, ema

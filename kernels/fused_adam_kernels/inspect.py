@@ -83,6 +83,7 @@ def update(
     amsgrad: bool = False,
     config: Config | None = None,
     cautious: bool = False,
+    ema: bool = False,
 ) -> Variant:
     """The update kernel as `adam_step` launches it, or under another launch configuration."""
     config = config or CONFIGS[kind_of(param, grad, weights, states, amsgrad)]
@@ -91,7 +92,7 @@ def update(
         "blocks_ptr": "*i32",
         "scalars_ptr": "*fp64" if param == FP64 else "*fp32",
     }
-    constants = adam.constants(param, grad, weights, states, amsgrad, cautious)
+    constants = adam.constants(param, grad, weights, states, amsgrad, cautious, ema)
     # In the interpreter the constants have its own launch shape.
     constants |= {"BLOCK": config.block, "TAIL": config.tail}
     stored = adam.storage_types(param, weights, states)
@@ -102,6 +103,8 @@ def update(
         state_bytes += 2 * 2 / 32  # two bfloat16 scales per group of 32
     if weights in ("master32", "split32", "split24"):
         state_bytes += stored.extra.itemsize
+    if ema:
+        state_bytes += 8 if param == FP64 else 4
     return Variant(
         adam.adam_kernel,
         arguments,
@@ -128,7 +131,7 @@ def square_sum(grad: torch.dtype) -> Variant:
     return Variant(norm.square_sum_kernel, arguments, constants, norm.LANES, grad.itemsize)
 
 
-def prologue(skip_spikes: bool = False) -> Variant:
+def prologue(skip_spikes: bool = False, ema: bool = False) -> Variant:
     """The kernel that advances step counters and computes the scalars; counted per row."""
     arguments = {
         "rows_ptr": "*i64",
@@ -140,7 +143,12 @@ def prologue(skip_spikes: bool = False) -> Variant:
         "stats_ptr": "*fp64",
         "num_rows": "i32",
     }
-    constants = {"BLOCK": scalars.BLOCK, "SKIP_SPIKES": skip_spikes, "LAYOUT": table.LAYOUT}
+    constants = {
+        "BLOCK": scalars.BLOCK,
+        "SKIP_SPIKES": skip_spikes,
+        "EMA": ema,
+        "LAYOUT": table.LAYOUT,
+    }
     return Variant(scalars.prologue_kernel, arguments, constants, scalars.BLOCK)
 
 
@@ -149,8 +157,10 @@ VARIANTS = {
     **{f"{name}-amsgrad": update(*mix, amsgrad=True) for name, mix in MIXES.items()},
     **{name: update(*recipe) for name, recipe in RECIPES.items()},
     **{f"{name}-cautious": update(*mix, cautious=True) for name, mix in (MIXES | RECIPES).items()},
+    **{f"{name}-ema": update(*mix, ema=True) for name, mix in (MIXES | RECIPES).items()},
     "prologue": prologue(),
     "prologue-skip-spikes": prologue(skip_spikes=True),
+    "prologue-ema": prologue(ema=True),
     "norm-fp32": square_sum(FP32),
     "norm-bf16": square_sum(BF16),
 }

@@ -74,6 +74,7 @@ def prologue_kernel(
     num_rows: tl.int32,  # P
     BLOCK: tl.constexpr,  # rows per program
     SKIP_SPIKES: tl.constexpr,  # skip finite norms above the limit, too, which may be any number
+    EMA: tl.constexpr,  # whether some launch averages weights
     LAYOUT: tl.constexpr,  # of the tables, for Triton's cache alone
 ):
     """Advance every step counter by one and write its parameter's scalars.
@@ -119,11 +120,14 @@ def prologue_kernel(
     tl.store(out + table.LR_WD, lr_wd.to(COMPUTE), mask=mask)
     sign = tl.where(maximize, -1.0, 1.0).to(tl.float64)
     tl.store(out + table.GRAD_MULTIPLIER, (sign / grad_scale * clip).to(COMPUTE), mask=mask)
+    if EMA:
+        ema_decay = tl.load(hyper + table.HYPER_EMA_DECAY, mask=mask, other=0.0)
+        tl.store(out + table.ONE_MINUS_EMA_DECAY, (1.0 - ema_decay).to(COMPUTE), mask=mask)
     tl.store(out + table.SKIP, tl.where(skip, 1.0, 0.0).to(COMPUTE), mask=mask)
     tl.store(out + table.STEP_NUMBER, t.to(COMPUTE), mask=mask)
 
 
-def prologue(skip_spikes: bool = False) -> Launcher:
+def prologue(skip_spikes: bool = False, ema: bool = False) -> Launcher:
     """Advance the step counters and fill `scalars` for this step.
 
     Call it with `programs(P)` and the arguments below, where P is the number of rows.
@@ -131,6 +135,7 @@ def prologue(skip_spikes: bool = False) -> Launcher:
     Args:
         skip_spikes: skip a step whose norm is above HYPER_SKIP_GRAD_NORM. Otherwise that column
             says whether norms that are not finite are skipped.
+        ema: compute the scalar of the weights' average, too.
 
     Arguments of the launcher:
         rows: int64, shape (P, ROW): addresses of the step counters (float32) and group numbers.
@@ -144,7 +149,7 @@ def prologue(skip_spikes: bool = False) -> Launcher:
             counted.
         num_rows: P.
     """
-    return Launcher(prologue_kernel, [BLOCK, skip_spikes, table.LAYOUT])
+    return Launcher(prologue_kernel, [BLOCK, skip_spikes, ema, table.LAYOUT])
 
 
 def programs(num_rows: int) -> int:

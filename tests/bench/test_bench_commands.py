@@ -186,6 +186,30 @@ def test_memory(run):
     assert "bytes per parameter: gpt2/64" in out and "12.00" in out
 
 
+@pytest.mark.parametrize("command", ["step", "memory"])
+def test_averages_beside_torchs(command, run, shapes):
+    """Ours keeps them in the step; after torch's step AveragedModel reads the parameters again."""
+    few = FEW if command == "step" else ONE
+    code, record, out = run(command, *shapes, *few, *TWO, "--ema", "0.99")
+    assert code == 0 and "float32, weights averaged" in out
+    results = by_name(record)
+    assert {"FusedAdamW reference", "torch fused"} <= set(results)
+    for name, result in results.items():
+        assert result["ema"] == 0.99
+        ours = name.startswith("FusedAdamW")
+        if command == "step":
+            moved = 36 if ours else 40
+            assert (result["held_bytes"], result["moved_bytes"]) == (12, moved)
+        else:
+            assert result["state_bytes"] == 12
+
+
+def test_a_decay_of_averages_is_at_least_0_and_below_1(run, capsys):
+    with pytest.raises(SystemExit):
+        run("step", "--ema", "1")
+    assert "'1' is not a number of at least 0 and below 1" in capsys.readouterr().err
+
+
 def test_precision_recipes_are_rows(run, shapes, capsys):
     """Each recipe is a row, in a dtype that all of them serve; an unknown one is an error."""
     recipes = ["--peers", "none", "--precision", "split32,sr-bf16"]

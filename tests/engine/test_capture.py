@@ -90,6 +90,23 @@ def test_hyper_parameters_on_the_device_change_between_replays(graph, kernel_dev
         assert same_bits(results(captured), results(plain))
 
 
+def test_the_decay_of_averages_is_read_at_replay(graph, kernel_device):
+    decay = torch.tensor(0.5, device=kernel_device)
+    captured = optimizer_on(kernel_device, ema_decay=decay)
+    eager(captured, [0])
+    set_gradients(captured, 1)
+    graph.capture(captured.step)
+    plain = optimizer_on(kernel_device, ema_decay=0.5)
+    eager(plain, [0])
+    for step, value in ((1, 0.5), (2, 0.0), (3, 0.75)):  # exact in float32
+        decay.fill_(value)
+        set_gradients(captured, step, in_place=True)
+        graph.replay()
+        plain.param_groups[0]["ema_decay"] = value
+        eager(plain, [step])
+        assert same_bits(results(captured), results(plain))
+
+
 def test_the_limit_of_spikes_is_read_at_replay(graph, kernel_device):
     limit = torch.tensor(math.inf, device=kernel_device)
     captured = optimizer_on(kernel_device, skip_grad_norm=limit, weight_decay=0.1, cautious=True)

@@ -56,6 +56,7 @@ def change_everything(optimizer, step):
         {"max_grad_norm": 1.0},
         {"skip_nonfinite": True, "amsgrad": True},
         {"skip_grad_norm": 1.0, "cautious": True},
+        {"max_grad_norm": 1.0, "ema_decay": 0.9},
     ],
     ids=str,
 )

@@ -42,6 +42,7 @@ VALUES = {
     "maximize": (False, True),
     "decoupled_weight_decay": (False, True),
     "cautious": (False, True),
+    "ema_decay": (None, 0.5, 0.0, 0.99, "tensor"),
 }
 OPTIONS = st.fixed_dictionaries(
     {}, optional={key: st.sampled_from(values) for key, values in VALUES.items()}
@@ -169,6 +170,7 @@ class Lockstep(RuleBasedStateMachine):
             numbers_of_new.append(numbers_of_new[0])
         known = {key: values[0] for key, values in VALUES.items()} | options
         known["lr"] = 1e-2 if known["lr"] == "tensor" else known["lr"]
+        known["ema_decay"] = 0.9 if known["ema_decay"] == "tensor" else known["ema_decay"]
         known["cautious"] = known["cautious"] and known["decoupled_weight_decay"]
         for side in self.sides:
             side.group({**known, "precision": precision}, numbers_of_new)
@@ -312,7 +314,11 @@ class Lockstep(RuleBasedStateMachine):
 
     def _near(self, stepped=()):
         """Compare the first with the model; where bounds are wide, the model continues from it."""
-        amsgrad = {i for o, members in self.model.groups if o["amsgrad"] for i in members}
+        groups = self.model.groups
+        kept = {  # entries that not every step updates -> of which parameters it does
+            "max_exp_avg_sq": {i for o, members in groups if o["amsgrad"] for i in members},
+            "ema": {i for o, members in groups if o["ema_decay"] is not None for i in members},
+        }
         side = self.sides[0]
         for i, w in enumerate(self.model.weights):
             found = side.read(i)
@@ -330,7 +336,7 @@ class Lockstep(RuleBasedStateMachine):
                     f"{name} of parameter {i} is {found[name]} after {w.steps} steps, "
                     f"but must be {number.value} within {number.error}"
                 )
-                if i in stepped and (name != "max_exp_avg_sq" or i in amsgrad):
+                if i in stepped and i in kept.get(name, stepped):
                     wide = number.error > self.limit * np.abs(number.value)
                     number.set(
                         np.where(wide, found[name], number.value), np.where(wide, 0, number.error)

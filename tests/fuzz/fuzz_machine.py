@@ -26,7 +26,7 @@ from fuzz_lockstep import (
     drawn,
 )
 from fuzz_model import Number, Weights, hides_weights
-from fuzz_side import laid_out, numbers
+from fuzz_side import bits, laid_out, numbers
 from hypothesis.stateful import precondition, rule
 from torch import nn
 
@@ -125,7 +125,7 @@ class Optimizers(Lockstep):
             if how == "dict":
                 side.optimizer.state = dict(reversed(state.items()))
 
-    @rule(what=st.sampled_from(["write", "replace", "step"]), i=INDEXES, seed=SEEDS)
+    @rule(what=st.sampled_from(["write", "replace", "step", "average"]), i=INDEXES, seed=SEEDS)
     def edit_state(self, what, i, seed):
         i %= len(self.scales)
         w = self.model.weights[i]
@@ -136,14 +136,39 @@ class Optimizers(Lockstep):
             entry = side.optimizer.state[side.params[i]]
             if what == "step":
                 entry["step"].fill_(1 + seed % 50)
+            elif what == "average":
+                if "ema" in entry:
+                    entry["ema"].mul_(0.5)
             elif what == "write":
                 entry["exp_avg"].mul_(0.5)
             else:
                 entry["exp_avg"] = entry["exp_avg"] * 0.5
         if what == "step":
             w.steps = 1 + seed % 50
+        elif what == "average":
+            if w.ema is not None:
+                w.ema.set(w.ema.value * 0.5, w.ema.error * 0.5 + 2.0**-134)
         else:
             w.m.set(w.m.value * 0.5, w.m.error * 0.5 + 2.0**-25 * (w.dtype == FP16) + 2.0**-134)
+
+    @rule()
+    def swap_averages(self):
+        """What parameters had comes back, bit for bit."""
+        averaging = {
+            i for o, members in self.model.groups if o["ema_decay"] is not None for i in members
+        }
+        if not averaging:
+            return
+        for side in self.sides:
+            before = [side.snapshot(i) for i in range(len(self.scales))]
+            with side.optimizer.swap_ema():
+                for i, param in enumerate(side.params):
+                    entry = dict.get(side.optimizer.state, param, {})
+                    if i in averaging and "ema" in entry and not self._shares(i):
+                        assert bits(param) == bits(entry["ema"].to(param.dtype))
+                    elif not self._shares(i):
+                        assert bits(param) == before[i]["param"]
+            assert before == [side.snapshot(i) for i in range(len(self.scales))]
 
     @rule(i=INDEXES, layout=LAYOUTS, changed=st.booleans(), seed=SEEDS)
     def swap_data(self, i, layout, changed, seed):
@@ -286,7 +311,7 @@ class Optimizers(Lockstep):
                 old.recoded()
             w.p.set(old.p.value, old.p.error)
             w.m, w.v, w.v_max, w.steps, w.pending = old.m, old.v, old.v_max, old.steps, old.pending
-            w.ratio = old.ratio
+            w.ratio, w.ema = old.ratio, old.ema
         self.model.groups = copy.deepcopy(saved["groups"])
         self._near()
         self._compare()
@@ -330,7 +355,7 @@ class Optimizers(Lockstep):
             if hides_weights(w.precision):  # theirs has no more than the parameter shows
                 w.p = Number(numbers(self.sides[0].params[i]))
             entry = theirs.state[clone]
-            w.steps, w.ratio = int(entry["step"]), math.inf
+            w.steps, w.ratio, w.ema = int(entry["step"]), math.inf, None
             w.m, w.v = (Number(numbers(entry[key])) for key in ("exp_avg", "exp_avg_sq"))
             w.v_max = (
                 Number(numbers(entry["max_exp_avg_sq"])) if "max_exp_avg_sq" in entry else None

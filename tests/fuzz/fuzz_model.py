@@ -112,11 +112,12 @@ STORED_RATIO = {
 }
 
 
-def formats(precision: str | None, dtype: torch.dtype) -> tuple[str, str, str, str]:
-    """What weights, first and second moments and the maximum are stored in."""
+def formats(precision: str | None, dtype: torch.dtype) -> tuple[str, str, str, str, str]:
+    """What weights, first and second moments, the maximum and the average are stored in."""
     name = str(dtype).removeprefix("torch.")
+    ema = "float64" if dtype == torch.float64 else "float32"
     if precision is None:
-        return name, name, name, name
+        return name, name, name, name, ema
     weights, _, states = precision.partition("-")
     weight = {"native": name, "split24": "24 bits", "sr": "random bfloat16"}.get(weights, "float32")
     m, v, v_max = {
@@ -125,7 +126,7 @@ def formats(precision: str | None, dtype: torch.dtype) -> tuple[str, str, str, s
         "bf16": ("bfloat16", "random bfloat16", "bfloat16"),
         "int8": ("ratio codes", "lattice codes", "bfloat16"),
     }[states]
-    return weight, m, v, v_max
+    return weight, m, v, v_max, ema
 
 
 def hides_weights(precision: str | None) -> bool:
@@ -153,16 +154,17 @@ class Weights:
     m: Number | None = None
     v: Number | None = None
     v_max: Number | None = None
+    ema: Number | None = None
     steps: int = 0
     pending: bool = False  # the next step stores the moments anew
     ratio: float = 0.0  # a bound of the implementation's |m| / sqrt(v); inf: nothing is known
 
     def numbers(self) -> Iterator[tuple[str, Number, str]]:
         """What is there: its name in torch's state, the number, its format."""
-        names = ("param", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+        names = ("param", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "ema")
         kinds = formats(self.precision, self.dtype)
         for name, number, kind in zip(
-            names, (self.p, self.m, self.v, self.v_max), kinds, strict=True
+            names, (self.p, self.m, self.v, self.v_max, self.ema), kinds, strict=True
         ):
             if number is not None:
                 yield name, number, kind
@@ -183,7 +185,7 @@ class Weights:
         if dtype != self.dtype:
             self.p.error += rounded(dtype, self.p.reach)
         self.dtype, self.precision, self.pending = dtype, precision, True
-        self._store("param", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+        self._store("param", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "ema")
 
     def recoded(self) -> None:
         """The parameter may lie in another order: 8-bit moments, whose groups follow the memory,
@@ -220,14 +222,14 @@ class Weights:
             self.p.copy(),
             self.dtype,
             self.precision,
-            *(x and x.copy() for x in (self.m, self.v, self.v_max)),
+            *(x and x.copy() for x in (self.m, self.v, self.v_max, self.ema)),
             self.steps,
             self.pending,
             self.ratio,
         )
 
     def begin(self, o: dict[str, Any]) -> None:
-        """Zeros for what is not there yet."""
+        """Zeros for what is not there yet; the weight itself for its average."""
         if self.m is None or self.v is None:
             self.m, self.v = (
                 Number(np.zeros_like(self.p.value)),
@@ -235,6 +237,8 @@ class Weights:
             )
         if o["amsgrad"] and self.v_max is None:
             self.v_max = Number(np.zeros_like(self.p.value))
+        if o["ema_decay"] is not None and self.ema is None:
+            self.ema = self.p.copy()
 
     def step(
         self, grad: Array, o: dict[str, Any], multiplier: float = 1.0, multiplier_error: float = 0.0
@@ -309,7 +313,12 @@ class Weights:
         )
         if lr != 0:
             error += u * (np.abs(value) + error)
+            unrounded = Number(value, error)
             p.set(value, error + FORMATS[kinds[0]](np.abs(value) + error))
+        else:
+            unrounded = p
+        if o["ema_decay"] is not None:
+            self._average(unrounded, float(o["ema_decay"]), u, tiny)
         # Cauchy and Schwarz: (b1 m + (1 - b1) g)^2 <= (b1^2 m^2 / (b2 v) + (1 - b1)^2 / (1 - b2)) *
         # (b2 v + (1 - b2) g^2).
         kept = self.ratio * beta1 / math.sqrt(beta2) if beta1 > 0 and beta2 > 0 else 0.0
@@ -321,6 +330,15 @@ class Weights:
         if o["amsgrad"]:
             v_max.set(x.value, x.error)
         self._store("exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if o["amsgrad"] else []))
+
+    def _average(self, p: Number, decay: float, u: float, tiny: float) -> None:
+        """ema + (1 - decay) * (p - ema): the difference is rounded, 1 - decay, product and sum."""
+        ema = self.ema
+        assert ema is not None
+        value = decay * ema.value + (1 - decay) * p.value
+        error = decay * ema.error + (1 - decay) * p.error
+        error += 4 * u * (1 - decay) * (p.reach + ema.reach) + tiny
+        ema.set(value, error + u * (np.abs(value) + error))
 
     @staticmethod
     def _update(

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fused_adam import FusedAdam
 
 SENTINEL = 7.0  # what lies around the user's tensors
-MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+VALUES = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "ema")  # entries that are stored as numbers
 
 
 def real(tensor: Tensor) -> Tensor:
@@ -170,7 +170,7 @@ class Side:
             )
         if "exp_avg_ratio" in entry:
             found |= decoded(entry)
-        found |= {key: numbers(entry[key]) for key in MOMENTS if key in entry}
+        found |= {key: numbers(entry[key]) for key in VALUES if key in entry}
         return found
 
 

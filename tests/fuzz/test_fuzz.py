@@ -206,8 +206,9 @@ def decay_after_the_update(patch):
     """p * (1 - lr * wd) of the new p: off by lr^2 * wd."""
     update = reference.adam_update
 
-    def late(p, g, m, v, v_max, scalars, flags, *rest):
-        update(p, g, m, v, v_max, scalars, flags._replace(has_lr_wd=False, cautious=False), *rest)
+    def late(p, g, m, v, v_max, ema, scalars, flags, *rest):
+        no_decay = flags._replace(has_lr_wd=False, cautious=False)
+        update(p, g, m, v, v_max, ema, scalars, no_decay, *rest)
         if flags.has_lr_wd and flags.store_param:
             p *= 1 - scalars.lr_wd
 
@@ -218,13 +219,25 @@ def cautious_by_the_gradient(patch):
     """Its sign is often that of the first moment, but not always."""
     update = reference.adam_update
 
-    def hasty(p, g, m, v, v_max, scalars, flags, *rest):
+    def hasty(p, g, m, v, v_max, ema, scalars, flags, *rest):
         if flags.cautious:
             decays = bool((g * p > 0).any())
             flags = flags._replace(has_lr_wd=decays, cautious=False)
-        update(p, g, m, v, v_max, scalars, flags, *rest)
+        update(p, g, m, v, v_max, ema, scalars, flags, *rest)
 
     patch.setattr(reference, "adam_update", hasty)
+
+
+def averages_of_the_weight_before(patch):
+    """An average that is one step late."""
+    update = reference.adam_update
+
+    def late(p, g, m, v, v_max, ema, scalars, *rest, **more):
+        if ema is not None:
+            ema += scalars[9] * (p - ema)
+        update(p, g, m, v, v_max, None, scalars, *rest, **more)
+
+    patch.setattr(reference, "adam_update", late)
 
 
 FAULTS = [
@@ -240,6 +253,7 @@ FAULTS = [
     second_moments_rounded_eight_codes_up,
     decay_after_the_update,
     cautious_by_the_gradient,
+    averages_of_the_weight_before,
 ]
 
 

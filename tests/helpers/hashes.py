@@ -24,10 +24,16 @@ RECIPE_HASHES = {
 CAUTIOUS_HASH = "52083735acadb838207a72a6bb60cdf562ed2b7e3054c735776967523f00c3ca"
 CAUTIOUS_SHORT_HASH = "6b60c20f84cc1599ef4ba0f360cb6c99e84045d698687cdd284c8616ce3870be"
 
+# The same with averages of the weights, which all but the first group keep.
+EMA_HASH = "7ac2d37bef528d185ab6930ccd5d0ac4b5b9f61876e6614214d9043897cdcfa1"
+EMA_SHORT_HASH = "d858825c94d74072bbe07912fedf19d5e5e757b6a0c358dbe0b7b29ff1175dc1"
 
-def optimizer_of(params, split=False, permuted=False, halved=False, cautious=False, **arguments):
+
+def optimizer_of(
+    params, split=False, permuted=False, halved=False, cautious=False, averaged=False, **arguments
+):
     """The same parameters with the same options, in whatever order and grouping; `halved` keeps the
-    order, and `cautious` has every group whose decay can be so.
+    order, `cautious` has every group whose decay can be so, and `averaged` all but the first.
     """
     names = list(PARAMS)
     if permuted:
@@ -46,6 +52,8 @@ def optimizer_of(params, split=False, permuted=False, halved=False, cautious=Fal
         )
         if cautious:
             options = {**options, "cautious": options.get("decoupled_weight_decay", True)}
+        if averaged:
+            options = {**options, "ema_decay": (None, 0.99, 0.9999)[number]}
         groups += [{"params": part, **options} for part in parts]
     if permuted:
         groups.reverse()

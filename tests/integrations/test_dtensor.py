@@ -19,6 +19,8 @@ OPTIONS = [
     (torch.float32, {}),
     (torch.float32, {"amsgrad": True, "weight_decay": 0.1, "maximize": True}),
     (torch.float32, {"cautious": True, "weight_decay": 0.5}),
+    (torch.float32, {"ema_decay": 0.9}),
+    (torch.bfloat16, {"precision": "split32-bf16", "ema_decay": 0.9}),
     (torch.float64, {"max_grad_norm": 0.5}),
     (torch.float32, {"precision": "native-bf16", "seed": 7, "max_grad_norm": 0.5}),
     (torch.float16, {"precision": "master32", "skip_nonfinite": True}),

@@ -136,6 +136,8 @@ def differing(rank, what):
         options["skip_grad_norm"] = torch.tensor(1.0) if rank else 1.0
     if what == "cautious":
         options["cautious"] = bool(rank)
+    if what == "ema_decay":
+        options["ema_decay"] = 0.5 if rank else None
     groups = [{"params": params}]
     if what == "group" and rank:
         groups = [{"params": params[:1]}, {"params": params[1:]}]
@@ -162,7 +164,7 @@ def differing(rank, what):
 @pytest.mark.parametrize(
     "what",
     [
-        *("dtype", "group", "parameters", "precision", "cautious"),
+        *("dtype", "group", "parameters", "precision", "cautious", "ema_decay"),
         *("max_grad_norm", "skip_grad_norm", "gradient"),
     ],
 )

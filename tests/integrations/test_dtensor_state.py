@@ -199,3 +199,28 @@ def gathered_by_plain_parameters(rank):
 
 def test_plain_parameters_gather_split32_state_of_shards():
     assert run_ranks(2, gathered_by_plain_parameters) == [True, True]
+
+
+def swapped(rank):
+    """Averages of shards in the model, and the exact shards back."""
+    mesh = init_device_mesh("cpu", (2,))
+    params = parameters(torch.bfloat16, SHAPES, mesh, (Shard(0),))
+    optimizer = FusedAdamW(params, lr=1e-2, precision="split32", ema_decay=0.5)
+    train(optimizer, 2)
+    before = whole_results(optimizer)
+    with optimizer.swap_ema():
+        for param, row in zip(params, whole_results(optimizer), strict=True):
+            assert torch.equal(row["param"], row["ema"].bfloat16())
+            assert isinstance(param, DTensor)
+    assert same_bits(whole_results(optimizer), before)
+    # What a user puts there may be whole.
+    optimizer.state[params[0]]["ema"] = whole(optimizer.state[params[0]]["ema"])
+    averages = optimizer.ema_state_dict()
+    assert all(average.placements == (Shard(0),) for average in averages.values())
+    model = torch.nn.ParameterList(params)
+    model.load_state_dict({str(i): average for i, average in averages.items()})
+    return [torch.equal(whole(p), whole(averages[i]).bfloat16()) for i, p in enumerate(params)]
+
+
+def test_averages_of_shards_are_in_the_model_for_a_while():
+    assert all(map(all, run_ranks(2, swapped)))

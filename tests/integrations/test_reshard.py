@@ -22,11 +22,11 @@ WHOLE_ROWS = [(5, 64), (7, 32), (3, 2, 96)]
 SHARDED = {"rows": 0, "columns": 1}
 
 
-def optimizer_over(world, shapes, cut, plain=False):
+def optimizer_over(world, shapes, cut, plain=False, **options):
     mesh = None if plain else init_device_mesh("cpu", (world,))
     places = [(Shard(min(SHARDED[cut], len(shape) - 1)),) for shape in shapes]
     params = parameters(torch.bfloat16, shapes, mesh, places)
-    return FusedAdamW(params, lr=1e-2, precision="split24-int8")
+    return FusedAdamW(params, lr=1e-2, precision="split24-int8", **options)
 
 
 def read(optimizer):
@@ -136,3 +136,26 @@ def saved_over_two_dimensions(rank, folder):
 def test_shards_of_two_mesh_dimensions_are_refused(tmp_path):
     for failures in run_ranks(4, saved_over_two_dimensions, str(tmp_path)):
         assert all("several mesh dimensions within groups of 32" in str(x) for x in failures)
+
+
+def averaged(rank, world, folder, load):
+    optimizer = optimizer_over(world, SHAPES, "columns", ema_decay=0.9)
+    if load:
+        optimizer.init_state()
+        state = {"optimizer": optimizer.state_dict()}
+        checkpoint.load(state, checkpoint_id=folder, planner=LoadPlanner())
+        optimizer.load_state_dict(state["optimizer"])
+    else:
+        train(optimizer, 3)
+        checkpoint.save({"optimizer": optimizer.state_dict()}, checkpoint_id=folder)
+    found = optimizer.ema_state_dict()
+    assert all(type(e) is type(p) for e, p in zip(found.values(), optimizer.state, strict=True))
+    return [whole(average) for average in found.values()]
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 4), (4, 2)])
+def test_averages_keep_their_bits_in_other_shards(before, after, tmp_path):
+    [expected, *_] = run_ranks(before, averaged, before, str(tmp_path), False)
+    assert all(average.dtype == torch.float32 for average in expected)
+    for found in run_ranks(after, averaged, after, str(tmp_path), True):
+        assert all(map(torch.equal, found, expected))

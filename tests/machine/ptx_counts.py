@@ -78,6 +78,10 @@ def launch_update(variant: inspect.Variant, shift: int) -> Launch:
             continue
         operands.append(operand(dtypes[constants[constant]], shift))
         row[column] = operands[-1].data_ptr()
+    compute = torch.float64 if variant.arguments["scalars_ptr"] == "*fp64" else torch.float32
+    if constants["EMA"]:
+        operands.append(operand(compute, shift))
+        row[table.EMA] = operands[-1].data_ptr()
     if constants["STATES"] == "int8":
         for column in (table.EXP_AVG_SCALE, table.EXP_AVG_SQ_SCALE):
             operands.append(torch.full((ELEMENTS // GROUP,), 1.0, dtype=torch.bfloat16))
@@ -85,7 +89,6 @@ def launch_update(variant: inspect.Variant, shift: int) -> Launch:
     row[table.NUMEL] = ELEMENTS
     programs = ELEMENTS // constants["BLOCK"]
     blocks = torch.tensor([[0, block] for block in range(programs)], dtype=torch.int32)
-    compute = torch.float64 if variant.arguments["scalars_ptr"] == "*fp64" else torch.float32
     scalars = torch.zeros(table.SCALARS, dtype=compute)
     for column, value in SCALARS.items():
         scalars[column] = value

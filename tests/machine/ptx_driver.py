@@ -22,7 +22,8 @@ READ_ONLY = {
     *("rows_ptr", "blocks_ptr", "hyper_ptr"),
     *("found_inf_ptr", "grad_scale_ptr", "square_sum_ptr"),
 }
-# Column of an operand's address -> the constant of `adam_kernel` that is its element type.
+# Column of an operand's address -> the constant of `adam_kernel` that is its element type. The
+# average has the type of the scalars.
 OPERANDS = {
     table.PARAM: "PARAM",
     table.GRAD: "GRAD",
@@ -119,6 +120,8 @@ def _operands(row: list[int], args: Mapping[str, Any]) -> Iterator[Region]:
         if column not in absent:
             writable = column != table.GRAD
             yield Region(row[column], numel * _itemsize(args[constant]), writable)
+    if args["EMA"]:
+        yield Region(row[table.EMA], numel * args["scalars_ptr"].itemsize, True)
     if args["STATES"] == "int8":
         for column in (table.EXP_AVG_SCALE, table.EXP_AVG_SQ_SCALE):
             yield Region(row[column], -(-numel // GROUP) * SCALE_BYTES, True)

@@ -57,9 +57,12 @@ def agree(dtype=torch.float32, **options):
 INT8 = {"precision": "native-int8"}
 CLIP = {"max_grad_norm": 0.5}
 CAUTIOUS = {"cautious": True, "skip_grad_norm": 1e6}
+AVERAGED = {"ema_decay": 0.9}
 
 
-@pytest.mark.parametrize("options", [{}, {"amsgrad": True}, INT8, CLIP, CAUTIOUS], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"amsgrad": True}, INT8, CLIP, CAUTIOUS, AVERAGED], ids=str
+)
 def test_nothing_planted(options, fresh):
     assert agree(**options)
 

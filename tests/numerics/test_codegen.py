@@ -14,7 +14,9 @@ NVIDIA = {
     "fp32": ({"128": 8}, {"128": 6}),
     "fp32-amsgrad": ({"128": 10}, {"128": 8}),
     "fp32-cautious": ({"128": 8}, {"128": 6}),
+    "fp32-ema": ({"128": 10}, {"128": 8}),
     "bf16": ({"128": 4}, {"128": 3}),
+    "bf16-ema": ({"128": 2, "64": 8}, {"128": 2, "64": 6}),
     "bf16-cautious": ({"128": 4}, {"128": 3}),
     "bf16-fp32-state": ({"128": 4, "64": 4}, {"128": 4, "64": 2}),
     "bf16-amsgrad": ({"128": 5}, {"128": 4}),
@@ -31,6 +33,7 @@ RECIPES = {
     "split32-bf16": ({"128": 5}, {"128": 4}),
     "split24-bf16": ({"128": 4, "64": 1}, {"128": 3, "64": 1}),
     "sr-bf16": ({"128": 4}, {"128": 3}),
+    "split32-bf16-ema": ({"128": 2, "64": 10}, {"128": 2, "64": 8}),
 }
 # Recipes that draw random bits run under a limit of registers, which an H100 was faster with: bytes
 # per thread that are spilled to keep it, at most.
@@ -52,11 +55,13 @@ AMD = {
     "fp32": ({"128": 4}, {"128": 3}),
     "fp32-amsgrad": ({"128": 5}, {"128": 4}),
     "fp32-cautious": ({"128": 4}, {"128": 3}),
+    "fp32-ema": ({"128": 5}, {"128": 4}),
     "bf16": ({"64": 4}, {"64": 3}),
+    "bf16-ema": ({"128": 1, "64": 4}, {"128": 1, "64": 3}),
     "bf16-cautious": ({"64": 4}, {"64": 3}),
     "bf16-fp32-state": ({"128": 2, "64": 2}, {"128": 2, "64": 1}),
 }
-OTHERS = ["fp64", "prologue", "prologue-skip-spikes"]
+OTHERS = ["fp64", "prologue", "prologue-skip-spikes", "prologue-ema"]
 # 1024 elements over 128 threads: 8 each.
 NORMS = {"norm-fp32": 2, "norm-bf16": 1}
 NORM_TARGETS = ["sm_80", "sm_90", "sm_100", "sm_120"]

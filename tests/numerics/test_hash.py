@@ -10,6 +10,8 @@ import torch
 from hashes import (
     CAUTIOUS_HASH,
     CAUTIOUS_SHORT_HASH,
+    EMA_HASH,
+    EMA_SHORT_HASH,
     RECIPE_HASHES,
     RECIPE_STEPS,
     of_recipe,
@@ -58,6 +60,24 @@ def test_thousand_cautious_steps_on_the_host(backend):
 def test_short_cautious_hash_on_the_kernel(kernel_device):
     steps = run(SHORT_STEPS, kernel_device, backend="triton", cautious=True)
     assert steps == CAUTIOUS_SHORT_HASH
+
+
+@pytest.mark.parametrize("flatten", [False, True])
+@pytest.mark.parametrize("backend", ["reference", "compiled"])
+def test_thousand_averaged_steps_on_the_host(backend, flatten):
+    assert run(STEPS, backend=backend, flatten=flatten, averaged=True) == EMA_HASH
+
+
+@pytest.mark.parametrize("flatten", [False, True])
+def test_short_averaged_hash_on_the_kernel(flatten, kernel_device):
+    steps = run(SHORT_STEPS, kernel_device, backend="triton", flatten=flatten, averaged=True)
+    assert steps == EMA_SHORT_HASH
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("flatten", [False, True])
+def test_thousand_averaged_steps_on_a_gpu(flatten):
+    assert run(STEPS, "cuda", backend="triton", flatten=flatten, averaged=True) == EMA_HASH
 
 
 @pytest.mark.gpu

@@ -80,7 +80,7 @@ def test_nothing_around_the_buffers_is_touched(numel, offset, backend, dtype, ke
     before = grad.clone()
     param = view.requires_grad_()
     param.grad = grad
-    optimizer = FusedAdamW([param], lr=0.1, amsgrad=True, backend=backend)
+    optimizer = FusedAdamW([param], lr=0.1, amsgrad=True, ema_decay=0.5, backend=backend)
     optimizer.step()
     optimizer.step()
     with torch.no_grad():
@@ -93,7 +93,7 @@ def test_nothing_around_the_buffers_is_touched(numel, offset, backend, dtype, ke
 
     twin = torch.nn.Parameter(values((numel,), 0, dtype))
     twin.grad = values((numel,), 1, dtype)
-    expected = FusedAdamW([twin], lr=0.1, amsgrad=True, backend="reference")
+    expected = FusedAdamW([twin], lr=0.1, amsgrad=True, ema_decay=0.5, backend="reference")
     expected.step()
     expected.step()
     assert same_bits(results(optimizer), results(expected))

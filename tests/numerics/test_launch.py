@@ -147,7 +147,7 @@ def test_a_kernel_compiled_for_other_tables_is_not_taken_from_the_cache(tmp_path
     for name in ("same", "wider"):
         shutil.copytree(ROOT / "kernels", tmp_path / name)
     path = tmp_path / "wider" / "fused_adam_kernels" / "table.py"
-    path.write_text(path.read_text().replace("ROW = 15", "ROW = 16"))
+    path.write_text(path.read_text().replace("ROW = 16", "ROW = 17"))
     today = hashes(ROOT / "kernels")
     assert hashes(tmp_path / "same") == today
     assert not set(hashes(tmp_path / "wider")) & set(today)

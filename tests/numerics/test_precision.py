@@ -145,10 +145,14 @@ def test_bytes_per_parameter(name, dtype, held, moved):
     assert recipe.moved_bytes(dtype, FP32) == moved + FP32.itemsize - dtype.itemsize
 
 
-def test_amsgrad_adds_one_entry():
+def test_amsgrad_and_averages_add_one_entry_each():
     assert parse("split24-int8").held_bytes(BF16, amsgrad=True) == 3.125 + 2
     assert parse("split32").held_bytes(BF16, amsgrad=True) == 10 + 4
     assert parse(None).moved_bytes(FP32, FP32, amsgrad=True) == 36
+    # An average is float32 with every recipe, and float64 of float64 parameters.
+    assert parse("split24-int8").held_bytes(BF16, ema=True) == 3.125 + 4
+    assert parse(None).moved_bytes(FP32, FP32, ema=True) == 36
+    assert parse(None).held_bytes(torch.float64, ema=True) == 24
 
 
 def test_state_entries():
