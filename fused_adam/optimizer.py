@@ -15,6 +15,7 @@ from torch.optim.optimizer import ParamsT
 from fused_adam_kernels import table
 
 from . import arguments
+from .arguments import STREAM_BYTES
 from .backends import choose as backends
 from .engine import outside_inference_mode, params_of
 from .numerics.scalars import GradTransform
@@ -89,6 +90,11 @@ class FusedAdam(OptimizerState):
             bits. Default: "auto".
         seed: seed of the stochastic rounding that some recipes use. torch's random generators are
             not touched. Give each of several optimizers its own. Default: 0.
+        state_device: "cpu" keeps moments, master weights and remainders in pinned host memory for
+            good. A step streams them through the device: docs/training.md says how long it takes.
+            Default: None, the parameters' device.
+        stream_bytes: size of each of the three buffers on the device that state is streamed
+            through. Default: 256 MiB.
 
     Raises:
         TypeError, ValueError: an argument cannot be used; the message says what is allowed. For
@@ -120,6 +126,8 @@ class FusedAdam(OptimizerState):
         grad_attribute: str = "grad",
         backend: str = "auto",
         seed: int = 0,
+        state_device: str | None = None,
+        stream_bytes: int = STREAM_BYTES,
     ) -> None:
         backends.check_name(backend)
         flatten = arguments.as_flag("flatten", flatten)
@@ -127,6 +135,8 @@ class FusedAdam(OptimizerState):
         cautious = arguments.as_flag("cautious", cautious)
         max_grad_norm = arguments.as_max_grad_norm(max_grad_norm)
         skip_grad_norm = arguments.as_skip_grad_norm(skip_grad_norm)
+        state_device = arguments.as_state_device(state_device)
+        stream_bytes = arguments.as_stream_bytes(stream_bytes)
         arguments.check_combinations(
             flatten,
             max_grad_norm,
@@ -135,12 +145,14 @@ class FusedAdam(OptimizerState):
             grad_attribute,
             differentiable,
             cautious,
+            state_device,
         )
         parse(precision)
         self._backend, self._flatten, self._cautious = backend, flatten, cautious
         self._precision, self._seed, self._grad_attribute = precision, as_seed(seed), grad_attribute
         self._max_grad_norm, self._skip_nonfinite = max_grad_norm, skip_nonfinite
         self._skip_grad_norm = skip_grad_norm
+        self._state_device, self._stream_bytes = state_device, stream_bytes
         # Named, not super(): in FusedAdamW the next class is torch's AdamW, which has another
         # signature.
         torch.optim.Adam.__init__(
@@ -158,11 +170,13 @@ class FusedAdam(OptimizerState):
             fused=fused,
             decoupled_weight_decay=decoupled_weight_decay,
         )
+        self._make_engine()
         # Refuse a backend that cannot run now, not at the first step. Parameters on meta get their
         # device later: the first step asks for those.
         for device in {param.device for param in self._params()} - {torch.device("meta")}:
-            backends.choose(backend, device)
-        self._make_engine()
+            name = backends.choose(backend, device)
+            if self._engine.arena.is_streamed(device):
+                backends.check_streams(device, name)
         self._move_to_buffers()
 
     def __repr__(self) -> str:
@@ -177,6 +191,8 @@ class FusedAdam(OptimizerState):
             "flatten": (self._flatten, False),
             "grad_attribute": (self._grad_attribute, "grad"),
             "backend": (self._backend, "auto"),
+            "state_device": (self._state_device, None),
+            "stream_bytes": (self._stream_bytes, STREAM_BYTES),
         }
         lines = [f"{name}: {value}\n" for name, (value, default) in own.items() if value != default]
         return super().__repr__().removesuffix(")") + "".join(lines) + ")"
@@ -234,15 +250,6 @@ class FusedAdam(OptimizerState):
             self.param_groups.pop()
             raise
 
-    def _check_group(self, group: dict[str, Any]) -> None:
-        """Give the group the optimizer's own options, and raise if it cannot be stepped."""
-        # By identity: `list.index` would compare tensors, which have no single truth value.
-        number = next(i for i, other in enumerate(self.param_groups) if other is group)
-        names = checkpoint.names_of(group)
-        arguments.complete_group(
-            group, number, names, self._precision, self._seed, self._cautious, self._backend
-        )
-
     def _check_before_step(self, group: dict[str, Any]) -> None:
         """Check a group that its user may have edited since it was added."""
         self._check_group(group)
@@ -288,14 +295,14 @@ class FusedAdam(OptimizerState):
         with torch.no_grad():
             self._move_to_buffers()
             transform = self._grad_transform()
-            self._engine.step(self.param_groups, self.state, transform, self._check_before_step)
+            self._engine.step(self.param_groups, self._state, transform, self._check_before_step)
         return loss
 
     def _step_only(self, params: Sequence[Tensor]) -> None:
         """Step only these parameters, each of which has a gradient."""
         self._check_not_offloaded()
         self._engine.step(
-            self.param_groups, self.state, GradTransform(), self._check_before_step, params
+            self.param_groups, self._state, GradTransform(), self._check_before_step, params
         )
 
     def _grad_transform(self) -> GradTransform:
@@ -473,22 +480,3 @@ class FusedAdam(OptimizerState):
                 setattr(param, self._grad_attribute, None)
         elif present:
             foreach_zero_([grad for _, grad in present])
-
-    def init_state(self) -> None:
-        """Make the state of every parameter that requires gradients, with step count 0.
-
-        Use it with tools that read state before the first step. torch's `get_optimizer_state_dict`
-        otherwise takes a dummy step, which stays counted. Existing state is kept.
-
-        Raises:
-            ValueError: existing state is not the whole state of its parameter. Nothing has changed
-                then.
-            RuntimeError: with `differentiable=True`, or while state is offloaded.
-        """
-        if self.defaults["differentiable"]:
-            raise RuntimeError(
-                "init_state() cannot be combined with differentiable=True, because torch makes "
-                "that state"
-            )
-        self._check_not_offloaded()
-        self._engine.init_state(self.param_groups, self.state, self._check_group)

@@ -6,6 +6,7 @@ another, is in state/.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -36,6 +37,8 @@ class OptimizerState(torch.optim.Adam):
     _seed: int
     _skip_grad_norm: float | Tensor | None = None  # pickles of 0.1.0 lack it
     _skip_nonfinite: bool
+    _state_device: str | None = None  # pickles of 0.1.0 lack it
+    _stream_bytes: int = arguments.STREAM_BYTES  # pickles of 0.1.0 lack it
 
     def _make_engine(self) -> None:
         """Make what is derived from the arguments; also after pickle and deepcopy."""
@@ -45,6 +48,59 @@ class OptimizerState(torch.optim.Adam):
             self._skip_nonfinite,
             self._skip_grad_norm,
             self._grad_attribute,
+            self._state_device,
+            self._stream_bytes,
+        )
+
+    # A property, so that nobody reads what a step is still copying to the host.
+    @property
+    def state(self) -> defaultdict[Tensor, Any]:
+        """State by parameter, as in torch: a dict of dicts.
+
+        With `state_device="cpu"`, reading this waits for what the last step copies to the host.
+        Tensors that were taken from here before that step are read after another look here.
+        """
+        engine = self.__dict__.get("_engine")  # torch's constructor comes before it
+        if engine is not None:
+            engine.finish_copies()
+        return self._state
+
+    @state.setter
+    def state(self, value: defaultdict[Tensor, Any]) -> None:
+        self.__dict__["state"] = value
+
+    @property
+    def _state(self) -> defaultdict[Tensor, Any]:
+        """The same without a wait: for a step, which reads no values."""
+        state: defaultdict[Tensor, Any] = self.__dict__["state"]
+        return state
+
+    def init_state(self) -> None:
+        """Make the state of every parameter that requires gradients, with step count 0.
+
+        Use it with tools that read state before the first step. torch's `get_optimizer_state_dict`
+        otherwise takes a dummy step, which stays counted. Existing state is kept.
+
+        Raises:
+            ValueError: existing state is not the whole state of its parameter. Nothing has changed
+                then.
+            RuntimeError: with `differentiable=True`, or while state is offloaded.
+        """
+        if self.defaults["differentiable"]:
+            raise RuntimeError(
+                "init_state() cannot be combined with differentiable=True, because torch makes "
+                "that state"
+            )
+        self._check_not_offloaded()
+        self._engine.init_state(self.param_groups, self.state, self._check_group)
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        """Give the group the optimizer's own options, and raise if it cannot be stepped."""
+        # By identity: `list.index` would compare tensors, which have no single truth value.
+        number = next(i for i, other in enumerate(self.param_groups) if other is group)
+        names = checkpoint.names_of(group)
+        arguments.complete_group(
+            group, number, names, self._precision, self._seed, self._cautious, self._backend
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -96,16 +152,17 @@ class OptimizerState(torch.optim.Adam):
         Also works before the first step.
 
         Returns:
-            `{"params": ..., "state": ...}`, with tensors on the parameters' devices. "params" has
-            the weights by name, or by position where parameters have no names of their own;
-            where a recipe stores more bits than the parameter has, these are in. "state" is a
-            `state_dict` that torch.optim.Adam(W) over float32 parameters loads.
+            `{"params": ..., "state": ...}`, with tensors on the parameters' devices, or on the host
+            with `state_device="cpu"`. "params" has the weights by name, or by position where
+            parameters have no names of their own; where a recipe stores more bits than the
+            parameter has, these are in. "state" is a `state_dict` that torch.optim.Adam(W) over
+            float32 parameters loads.
 
         Example:
             >>> weights = optimizer.export_fp32()["params"]
             >>> torch.save(weights, "weights.pt")
         """
-        return checkpoint.export_fp32(self.param_groups, super().state_dict())
+        return checkpoint.export_fp32(self.param_groups, super().state_dict(), self._engine.arena)
 
     @disable_dynamo
     def offload(self) -> None:
@@ -119,6 +176,8 @@ class OptimizerState(torch.optim.Adam):
         There is one copy per segment (up to 1 GiB), not one per parameter. Parameters and step
         counters (4 bytes per parameter) stay on the device, and state of CPU parameters where it
         is. A deepcopy or unpickled copy is not offloaded: its first step moves state to the device.
+        With `state_device="cpu"` state is on the host anyway: what is freed are the buffers that it
+        is streamed through, and a step makes them anew, without `reload()`.
 
         CUDA graphs that were captured before have addresses of the old memory. Never replay them
         again: capture new ones after `reload()` and a step.
@@ -132,6 +191,9 @@ class OptimizerState(torch.optim.Adam):
             >>> optimizer.reload()
         """
         self._check_may_move("offload")
+        if self._engine.arena.on_host:
+            self._engine.drop_plans()  # frees the rings
+            return
         origins: offloading.Origins = self._engine.origins or {}
         with outside_inference_mode():
             offloading.to_host(self._engine.arena, self.state, origins)

@@ -19,7 +19,7 @@ from ..distributed import as_byte_pairs, local, to_dtensor
 from ..numerics import codecs
 from ..precision import ENTRIES, WEIGHTS, Recipe, as_seed, parse
 from . import shapes
-from .arena import Arena, Entries, Groups, ParamState, State
+from .arena import HOST, Arena, Entries, Groups, ParamState, State
 from .convert import convert, decode, parts_of_entry, same_storage, widened
 from .memory import Slot, is_lazy, with_own_storage
 from .validate import check_entry, check_state_dict
@@ -220,8 +220,11 @@ def keys_of(groups: Groups) -> dict[Tensor, str | int]:
     return keys
 
 
-def export_fp32(groups: Groups, state_dict: dict[str, Any]) -> dict[str, Any]:
+def export_fp32(groups: Groups, state_dict: dict[str, Any], arena: Arena) -> dict[str, Any]:
     """Weights by name or position, and a state_dict in torch's form: all float32 copies.
+
+    They are on the parameters' devices, or on the host if that is where `arena` has state: the
+    device may have no room for all of it.
 
     Returns `{"params": {name: weight}, "state": state_dict}`.
     """
@@ -232,9 +235,11 @@ def export_fp32(groups: Groups, state_dict: dict[str, Any]) -> dict[str, Any]:
     params = [param for group in groups for param in group["params"]]
     for number, param in zip(numbers, params, strict=True):
         parts = parts_of_entry(state_dict["state"].get(number, {}), param)
-        # Offloaded state is on the host.
-        entry = {key: v.to(param.device) if key in ENTRIES else v for key, v in parts.items()}
         part = local(param).detach()
+        if arena.is_streamed(part.device):
+            part = part.to(HOST)
+        # Offloaded state is on the host.
+        entry = {key: v.to(part.device) if key in ENTRIES else v for key, v in parts.items()}
         values = decode(entry, part)
         weight = values.pop("master_weight", None)
         if weight is None:
