@@ -94,7 +94,7 @@ class FusedAdam(OptimizerState):
             good. A step streams them through the device: docs/training.md says how long it takes.
             Default: None, the parameters' device.
         stream_bytes: size of each of the three buffers on the device that state is streamed
-            through. Default: 256 MiB.
+            through, in bytes. Default: 268435456, 256 MiB.
 
     Raises:
         TypeError, ValueError: an argument cannot be used; the message says what is allowed. For

@@ -1,8 +1,8 @@
 """Cuts a launch group into pieces whose state fits one buffer on the device.
 
-With `state_device="cpu"` a step works on one piece after the other. This file decides which elements
-each piece has, which host memory is copied for it, and where in the buffer that lies. It copies and
-launches nothing.
+With `state_device="cpu"` a step works on one piece after the other. This file decides which
+elements each piece has, which host memory is copied for it, and where in the buffer that lies. It
+copies and launches nothing.
 """
 
 from __future__ import annotations

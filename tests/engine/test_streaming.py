@@ -4,6 +4,8 @@ of copies and launches.
 A CPU stands in for the device, and `streams.py` for its streams.
 """
 
+from itertools import pairwise
+
 import pytest
 import torch
 from recipes import dtype_of, every_recipe
@@ -173,7 +175,7 @@ def test_steps_inside_backward(streams):
     losses(optimizer, model)
     assert same_bits(results(optimizer), results(expected))
     buffers = [buffer for queue, buffer, _ in streams.log if queue == COMPUTE]
-    assert all(a != b for a, b in zip(buffers, buffers[1:], strict=False))
+    assert all(a != b for a, b in pairwise(buffers))
     handle.remove()
 
 
@@ -195,17 +197,17 @@ def test_parts_draw_the_bits_of_the_whole_row(offset, share):
 def test_what_is_copied_in_which_order(streams):
     optimizer, _ = pair(shapes=[(1024 * 4,), (500,), (37,)])
     train(optimizer, 1)
-    optimizer.state  # waits
+    assert optimizer.state  # waits
     streams.log.clear()
     train(optimizer, 1, first=1)
-    optimizer.state
+    assert optimizer.state
     held = sum(4 * -(-numel // 32) * 32 * 2 for numel in (1024 * 4, 500, 37))
     for queue in (IN, OUT):
         copied = [(buffer, nbytes) for name, buffer, nbytes in streams.log if name == queue]
         assert sum(nbytes for _, nbytes in copied) == held
         assert all(nbytes <= BUFFER for _, nbytes in copied)
         numbers = [buffer for buffer, _ in copied]
-        assert {b - a for a, b in zip(numbers, numbers[1:], strict=False)} <= {1, 1 - BUFFERS}
+        assert {b - a for a, b in pairwise(numbers)} <= {1, 1 - BUFFERS}
     for number in range(BUFFERS):
         queues = [queue for queue, buffer, _ in streams.log if buffer == number]
         assert queues == [IN, COMPUTE, OUT] * (len(queues) // 3)
@@ -310,7 +312,7 @@ def test_pieces_cover_every_element_once_and_split_no_group(recipe, gap):
         assert all(start % CUT == 0 for start in ends[:-1])
     for piece in pieces:
         taken = sorted((run.offset, run.offset + run.nbytes) for run in piece.runs)
-        assert all(a[1] <= b[0] for a, b in zip(taken, taken[1:], strict=False))
+        assert all(a[1] <= b[0] for a, b in pairwise(taken))
         assert taken[-1][1] <= capacity and all(start % RUN_ALIGN == 0 for start, _ in taken)
         for part in piece.parts:
             for key, place in part.state.items():

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 from collections import deque
+from typing import ClassVar
 
 import torch
 
@@ -31,11 +32,10 @@ class ShuffledStreams:
     in, and that no copy out comes before its launch.
     """
 
-    random = random.Random(0)
-    ignored: tuple[str, ...] = ()  # queues that wait for nothing, to see what goes wrong then
-    checked = True  # whether wrong orders raise
-    log: list[tuple[str, int, int]] = []  # what ran: queue, number of the buffer, bytes copied
-    synchronized = 0
+    random: ClassVar = random.Random(0)
+    ignored: ClassVar[tuple[str, ...]] = ()  # queues that wait for nothing, to see what goes wrong
+    log: ClassVar[list[tuple[str, int, int]]] = []  # what ran: queue, number of buffer, bytes
+    synchronized: ClassVar = 0  # how often the host has waited
 
     def __init__(self, device: torch.device) -> None:
         self.queues = {queue: deque() for queue in (IN, COMPUTE, OUT)}
@@ -56,9 +56,8 @@ class ShuffledStreams:
         before = {IN: "empty", COMPUTE: "filled", OUT: "updated"}[queue]
         after = {IN: "filled", COMPUTE: "updated", OUT: "empty"}[queue]
         stage, holds = self.stages.get(key, ("empty", None))
-        if self.checked:
-            assert stage == before, f"{queue} of a buffer that is {stage}"
-            assert queue == IN or holds == id(piece)
+        assert stage == before, f"{queue} of a buffer that is {stage}"
+        assert queue == IN or holds == id(piece)
         self.stages[key] = after, id(piece)
         copied = 0 if queue == COMPUTE else sum(len(copy.addresses) for copy in piece.copies)
         ShuffledStreams.log.append((queue, self.buffers.index(key), copied))
@@ -107,7 +106,6 @@ def simulate(monkeypatch, seed=0):
         "log": [],
         "synchronized": 0,
         "ignored": (),
-        "checked": True,
     }.items():
         monkeypatch.setattr(ShuffledStreams, name, value)
     run = triton.StreamedUpdates.run
