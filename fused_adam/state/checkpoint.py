@@ -152,6 +152,10 @@ def load(
         part = local(saved.param).detach()
         wanted = saved.target.state(part.dtype, part.shape, amsgrad="max_exp_avg_sq" in entry)
         if not same_storage(saved.source, saved.target, part, entry):
+            if arena.is_streamed(part.device):
+                # Before the first step nothing is filled in place, so all that is converted is
+                # there at once: the device may have no room for it.
+                part, entry = part.to(HOST), _on_host(entry)
             entry = convert(entry, part, saved.target)
         _settle(arena, state, saved.param, entry, wanted)
         if entry:
@@ -159,6 +163,11 @@ def load(
     arena.adopt(state, wanted_entries, in_place=False)
     del before
     return merged
+
+
+def _on_host(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """The entry with its tensors of ours on the host."""
+    return {key: value.to(HOST) if key in ENTRIES else value for key, value in entry.items()}
 
 
 def _checked_copy(number: object, entry: Any, saved: _Saved) -> dict[str, Any]:

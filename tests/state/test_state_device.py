@@ -12,7 +12,7 @@ from streams import host_zeros, simulate
 from torch._subclasses import FakeTensorMode
 from training import parameters, results, same_bits, train
 
-from fused_adam import FusedAdam, FusedAdamW, step_in_backward
+from fused_adam import FusedAdam, FusedAdamW, arguments, step_in_backward
 from fused_adam.backends import streaming
 from fused_adam.precision import ENTRIES
 from fused_adam.state import arena, memory
@@ -314,7 +314,12 @@ def test_repr_names_what_is_set():
 # On a GPU
 
 
-SIZES = [(300, 301), (100_001,), (), (77,), (40, 512)]
+SIZES = [(100, 101), (8193,), (), (77,), (40, 64)]
+
+
+@pytest.fixture
+def small_buffers(monkeypatch):
+    monkeypatch.setattr(arguments, "LEAST_STREAM_BYTES", 1)
 
 
 def on_gpu(precision, **options):
@@ -327,9 +332,9 @@ def on_gpu(precision, **options):
 @pytest.mark.gpu
 @pytest.mark.parametrize("flatten", [False, True])
 @pytest.mark.parametrize("precision", RECIPES)
-def test_real_streams_have_the_bits_of_state_on_the_device(precision, flatten):
+def test_real_streams_have_the_bits_of_state_on_the_device(small_buffers, precision, flatten):
     options = {"max_grad_norm": 1.0, "amsgrad": True, "flatten": flatten}
-    optimizer = on_gpu(precision, state_device="cpu", stream_bytes=1 << 20, **options)
+    optimizer = on_gpu(precision, state_device="cpu", stream_bytes=50_000, **options)
     expected = on_gpu(precision, **options)
     for each in (optimizer, expected):
         train(each, 5)
@@ -347,8 +352,8 @@ def test_real_streams_have_the_bits_of_state_on_the_device(precision, flatten):
 
 
 @pytest.mark.gpu
-def test_a_streamed_step_waits_for_nothing():
-    optimizer = on_gpu(None, state_device="cpu", stream_bytes=1 << 20)
+def test_a_streamed_step_waits_for_nothing(small_buffers):
+    optimizer = on_gpu(None, state_device="cpu", stream_bytes=50_000)
     train(optimizer, 2)
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -370,11 +375,10 @@ def test_state_of_another_precision_loads_from_the_host(precision, source):
     for each in (optimizer, expected):
         copy_weights(trained, each)
     state_dict = trained.state_dict()
-    expected.load_state_dict(state_dict)
     for entry in state_dict["state"].values():
         entry.update({key: value.cpu() for key, value in entry.items()})
-    optimizer.load_state_dict(state_dict)
     for each in (optimizer, expected):
+        each.load_state_dict(state_dict)
         train(each, 2, first=2)
     assert same_bits(results(optimizer), results(expected))
 
