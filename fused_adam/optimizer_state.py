@@ -72,6 +72,10 @@ class OptimizerState(torch.optim.Adam):
     @property
     def _state(self) -> defaultdict[Tensor, Any]:
         """The same without a wait: for a step, which reads no values."""
+        # Lightning's wrapper is a subclass with an empty `__dict__`, and gets what is no attribute
+        # of its own from the optimizer within.
+        if "state" not in self.__dict__:
+            raise AttributeError("state")
         state: defaultdict[Tensor, Any] = self.__dict__["state"]
         return state
 

@@ -107,6 +107,23 @@ def test_state_that_is_read_right_after_a_step_is_whole(streams):
             assert torch.equal(optimizer.state[mine]["exp_avg"], expected.state[other]["exp_avg"])
 
 
+def test_state_that_is_moved_is_read_when_it_is_there(monkeypatch):
+    """A parameter gets another memory format, so its state is copied while copies out may run."""
+    for seed in range(4):
+        with monkeypatch.context() as patch:
+            simulate(patch, seed)
+            optimizers = (
+                streamed(shapes=[(40, 50), (60, 20)]),
+                resident(shapes=[(40, 50), (60, 20)]),
+            )
+            for each in optimizers:
+                train(each, 3)
+                for param in members(each):
+                    param.data, param.grad = param.data.T.contiguous().T, None
+                train(each, 2, first=3)
+            assert same_bits(*map(results, optimizers))
+
+
 def test_buffers_are_no_larger_than_all_state_and_grow_with_it(streams):
     optimizer, expected = streamed(shapes=[(33,)]), resident(shapes=[(33,)])
     for each in (optimizer, expected):
