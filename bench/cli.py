@@ -275,11 +275,8 @@ COMMANDS = {
     ),
     "stream": Command(
         "time steps with state on the host: ms, GB/s per direction, next to pinned copies",
-        ("--device", "--json", "--quick", "--seconds", *MODEL, "--precision", "--dtype"),
-        {
-            "--model": {"help": f"default: llama-3-8b/8, a billion parameters; of: {ALLOWED}"},
-            "--dtype": {"help": "of parameters (default: the first that a recipe serves)"},
-        },
+        ("--device", "--json", "--quick", "--seconds", *MODEL, "--precision"),
+        {"--model": {"help": f"default: llama-3-8b/8, a billion parameters; of: {ALLOWED}"}},
     ),
     "accuracy": Command(
         "compare optimizers with a float64 run of the same formula",

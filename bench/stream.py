@@ -55,7 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
     seconds = (arguments.seconds or (QUICK_SECONDS if arguments.quick else SECONDS)) / len(jobs)
     with session.measuring() as progress:
         for model, recipe in jobs:
-            dtype = arguments.dtype or dtypes_of(recipe)[0]
+            dtype = dtypes_of(recipe)[0]
             case = Case(session.device, dtype, dtype)
             name = f"FusedAdamW {recipe or ''}".strip()
             if session.device.type == "cpu":

@@ -56,8 +56,9 @@ def test_what_is_recorded_of_a_device(monkeypatch, fits, capsys):
 
 @pytest.mark.gpu
 def test_a_gpu_is_measured(tmp_path):
-    file = tmp_path / "record.json"
-    command = ["stream", "--device", "cuda", "--model", "gpt2/64", "--seconds", "1", "--quick"]
+    file, shapes = tmp_path / "record.json", tmp_path / "shapes.json"
+    shapes.write_text("[[64, 32], [5]]")
+    command = ["stream", "--device", "cuda", "--shapes", str(shapes), "--seconds", "1"]
     assert cli.main([*command, "--json", str(file)]) == 0
     record = json.loads(file.read_text())
     assert [result["share_of_copy"]["median"] > 0 for result in record["results"]] == [True, True]

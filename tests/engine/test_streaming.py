@@ -217,7 +217,8 @@ def test_what_is_copied_in_which_order(streams):
 def test_any_order_that_events_allow(monkeypatch, seed):
     """`streams.py` asserts that each buffer is filled, updated and emptied, in this order."""
     simulate(monkeypatch, seed)
-    check_equal(*pair(shapes=[(1025,), (2200,)], precision="native-fp32"), 6)
+    # Five pieces: more than buffers, so some wait for others and not for themselves of last step.
+    check_equal(*pair(shapes=[(1025,), (3300,)], precision="native-fp32"), 5)
 
 
 @pytest.mark.parametrize("queue", [IN, COMPUTE, OUT])
