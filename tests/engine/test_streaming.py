@@ -18,10 +18,11 @@ from fused_adam.backends import choose, streaming
 from fused_adam.backends.pieces import CUT, HIGH_WORD, RUN_ALIGN, advanced_offset, cut
 from fused_adam.backends.streaming import BUFFERS, COMPUTE, IN, OUT
 from fused_adam.numerics.codecs import random_words
-from fused_adam.plan import CoalescedRows, Launch, Row, options_of
+from fused_adam.plan import Row, _launch, options_of
 from fused_adam.precision import parse
 from fused_adam.state.arena import ParamState
 from fused_adam.state.memory import Slot
+from fused_adam.state.staging import Staging
 
 # Around a group and a piece; larger than a buffer; empty and 0-dim.
 SHAPES = [(), (33,), (0, 3), (1025,), (31, 100), (5,)]
@@ -277,25 +278,24 @@ def test_a_capture_is_refused(streams, monkeypatch):
 
 def launches(numels, recipe="native-int8", dtype=torch.float32, gap=0):
     """One launch over parameters of these sizes, with their state in one segment per entry."""
-    group = {"amsgrad": False, "precision": recipe}
-    options = options_of(group)
-    meta = torch.empty(0, dtype=dtype, device="meta")
+    options = options_of({"amsgrad": False, "precision": recipe})
+    params = [torch.empty(numel, dtype=dtype, device="meta") for numel in numels]
     room = [-(-numel // 32) * 32 + gap for numel in numels]
-    entries = options.entries(meta)
+    entries = options.entries(params[0])
     segments = {
         key: torch.empty(sum(room), dtype=spec.dtype, device="meta")
         for key, spec in entries.items()
     }
-    spans = []
-    for i, numel in enumerate(numels):
+    rows = []
+    for i, (param, numel) in enumerate(zip(params, numels, strict=True)):
         share = {key: 32 if "scale" in key else 1 for key in entries}
         slots = {
             key: Slot(segment, sum(room[:i]) // share[key], -(-numel // share[key]))
             for key, segment in segments.items()
         }
-        row = Row(i, i, 0, meta, meta, dtype, options, entries, ParamState(), 0, slots)
-        spans.append(CoalescedRows([row], numel))
-    return [Launch(dtype, dtype, options.recipe, False, False, spans)]
+        row = Row(i, i, 0, param, param, dtype, options, entries, ParamState(), 0, slots)
+        rows.append(row)
+    return [_launch(rows, Staging())]
 
 
 @pytest.mark.parametrize("recipe", ["native-fp32", "native-int8", "split24-int8", "master32-bf16"])
