@@ -88,11 +88,6 @@ class Copy:
     def copy_out(self) -> None:
         self._on_host().copy_(self.on_device, non_blocking=True)
 
-    def overlaps(self, other: Copy) -> bool:
-        """Whether both have memory of the host in common."""
-        mine, theirs = self.addresses, other.addresses
-        return mine.start < theirs.stop and theirs.start < mine.stop
-
 
 class Buffer:
     """One buffer of a ring, and what was last done with it."""
@@ -107,7 +102,7 @@ class StreamedPiece(NamedTuple):
     """A piece that always goes through the same buffer, so tables with its addresses stay right."""
 
     buffer: Buffer
-    copies: list[Copy]
+    copies: list[Copy]  # in the order of their addresses on the host
 
 
 class Ring:
@@ -140,7 +135,9 @@ class Ring:
         for piece in pieces:
             buffer = self.buffers[self.next]
             self.next = (self.next + 1) % BUFFERS
-            assigned.append(StreamedPiece(buffer, [Copy(run, buffer.memory) for run in piece.runs]))
+            copies = [Copy(run, buffer.memory) for run in piece.runs]
+            copies.sort(key=lambda copy: copy.addresses.start)
+            assigned.append(StreamedPiece(buffer, copies))
         return assigned
 
     def step(self, piece: StreamedPiece, update: Work) -> None:
@@ -155,7 +152,9 @@ class Ring:
             # The buffer has to be empty. Another one may still hold newer values of this state: of
             # the step before, or of a parameter that is listed twice. What was in a buffer before
             # its last piece is on the host: the last one was copied in after that.
-            if other.emptied is not None and (other is buffer or _overlap(other.copies, piece)):
+            if other.emptied is not None and (
+                other is buffer or _overlap(other.copies, piece.copies)
+            ):
                 streams.wait(IN, other.emptied)
         streams.run(IN, partial(copy_in, piece))
         streams.wait(COMPUTE, streams.record(IN))
@@ -183,5 +182,15 @@ def copy_out(piece: StreamedPiece) -> None:
         copy.copy_out()
 
 
-def _overlap(copies: Sequence[Copy], piece: StreamedPiece) -> bool:
-    return any(copy.overlaps(other) for copy in copies for other in piece.copies)
+def _overlap(copies: Sequence[Copy], others: Sequence[Copy]) -> bool:
+    """Whether some memory of the host is in both. State in disorder has a copy per parameter."""
+    i, j = 0, 0
+    while i < len(copies) and j < len(others):
+        mine, theirs = copies[i].addresses, others[j].addresses
+        if mine.stop <= theirs.start:
+            i += 1
+        elif theirs.stop <= mine.start:
+            j += 1
+        else:
+            return True
+    return False

@@ -5,6 +5,7 @@ A CPU stands in for the device, and `streams.py` for its streams.
 """
 
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -237,7 +238,7 @@ def test_a_step_reads_what_the_last_one_has_written(monkeypatch, waits):
     some orders read stale values.
     """
     if not waits:
-        monkeypatch.setattr(streaming, "_overlap", lambda copies, piece: False)
+        monkeypatch.setattr(streaming, "_overlap", lambda copies, others: False)
     equal = []
     for seed in range(5):
         with monkeypatch.context() as patch:
@@ -247,6 +248,17 @@ def test_a_step_reads_what_the_last_one_has_written(monkeypatch, waits):
                 alternate(optimizer, 8)
             equal.append(same_bits(*map(results, optimizers)))
     assert all(equal) if waits else not all(equal)
+
+
+def test_overlaps_of_host_memory():
+    def copies(*ranges):
+        return [SimpleNamespace(addresses=range(*each)) for each in ranges]
+
+    some = copies((0, 10), (20, 30), (50, 60))
+    assert not streaming._overlap(some, copies((10, 20), (30, 50), (60, 70)))
+    assert not streaming._overlap(some, []) and not streaming._overlap([], some)
+    for other in ((9, 11), (0, 100), (25, 26), (59, 60), (40, 51)):
+        assert streaming._overlap(some, copies((10, 20), other) if other[0] > 20 else copies(other))
 
 
 def test_the_host_waits_for_copies_only_to_read_state(streams):
