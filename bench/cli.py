@@ -257,6 +257,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--steps": text(ANY_STEPS, "N", "training steps (default: 250)"),
     "--seed": text(SEED, "N", "of weights and batches (default: 0)", default=0),
     "--memory": text(positive_number, "GB", "of the GPU's memory, at most (default: all of it)"),
+    "--state-device": words(("cpu",), help="FusedAdamW's state in host memory"),
     "--in-backward": flag("FusedAdamW steps while backward runs (step_in_backward)"),
     "--seeds": text(whole_number(2, 100), "N", "how many seeds, from --seed on (default: 3)"),
 }
@@ -287,6 +288,11 @@ COMMANDS = {
         "measure what optimizers hold, and take for a moment, per parameter",
         ("--device", "--json", "--quick", *MODEL, *OPTIMIZERS, *CASE, "--ema"),
         {"--model": {"help": f"default: gpt2 on a GPU, otherwise resnet50; of: {ALLOWED}"}},
+    ),
+    "stream": Command(
+        "time steps with state on the host: ms, GB/s per direction, next to pinned copies",
+        ("--device", "--json", "--quick", "--seconds", *MODEL, "--precision"),
+        {"--model": {"help": f"default: llama-3-8b/8, a billion parameters; of: {ALLOWED}"}},
     ),
     "accuracy": Command(
         "compare optimizers with a float64 run of the same formula",
@@ -331,7 +337,7 @@ COMMANDS = {
         "train GPT-2 or an 8 B Llama in bf16: tokens per second, peak memory, loss",
         (
             *("--device", "--json", "--model", "--peers", "--precision"),
-            *("--steps", "--seed", "--memory", "--in-backward"),
+            *("--steps", "--seed", "--memory", "--in-backward", "--state-device"),
         ),
         {
             "--model": text(

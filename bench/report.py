@@ -6,7 +6,7 @@ import argparse
 import re
 from pathlib import Path
 
-from . import convergence, demo, env, schemes, suite, train, verify
+from . import convergence, demo, env, schemes, stream, suite, train, verify
 from .harness.console import Screen, Table, markdown_lines
 from .harness.results import Record, read
 from .harness.session import TableMaker, all_tables, draw
@@ -17,6 +17,7 @@ TABLES: dict[str, TableMaker] = {
     "env": env.tables,
     "suite": suite.tables,
     "schemes": schemes.tables,
+    "stream": stream.tables,
     "demo": demo.tables,
     "train": train.tables,
     "convergence": convergence.tables,

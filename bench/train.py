@@ -4,8 +4,8 @@ torch's AdamW and FusedAdamW without a recipe train fp32 weights under autocast;
 bf16 weights. All begin with the same weights and see the same batches: two characters of Python's
 own library are one token.
 
-A result: {"model", "parameters", "weights", "optimizer", "family", "in_backward", "steps",
-"tokens" per step, "tokens_per_s", "peak_bytes", "state_bytes", "first_loss", "loss"}.
+A result: {"model", "parameters", "weights", "optimizer", "family", "in_backward", "state_device",
+"steps", "tokens" per step, "tokens_per_s", "peak_bytes", "state_bytes", "first_loss", "loss"}.
 `tokens_per_s`: a statistic over blocks of steps. `peak_bytes`: the most that torch's allocator
 held, null on a CPU. `state_bytes`: per parameter. `loss`: nats per token, the mean of the last
 steps.
@@ -121,7 +121,7 @@ def make_model(model: Model, dtype: torch.dtype, seed: int, device: torch.device
 
 
 def make_optimizer(
-    name: str, recipe: str | None, model: nn.Module, lr: float
+    name: str, recipe: str | None, model: nn.Module, lr: float, state_device: str | None = None
 ) -> torch.optim.Optimizer:
     """Decay for matrices, none for vectors."""
     params = list(model.parameters())
@@ -131,7 +131,7 @@ def make_optimizer(
     ]
     if name == TORCH_FUSED:
         return torch.optim.AdamW(groups, lr=lr, betas=BETAS, fused=True)
-    return FusedAdamW(groups, lr=lr, betas=BETAS, precision=recipe)
+    return FusedAdamW(groups, lr=lr, betas=BETAS, precision=recipe, state_device=state_device)
 
 
 def measure(
@@ -144,6 +144,7 @@ def measure(
 ) -> None:
     """One optimizer; what stops it is recorded."""
     in_backward = arguments.in_backward and name != TORCH_FUSED
+    state_device = None if name == TORCH_FUSED else arguments.state_device
     for model_name in arguments.model or ["gpt2"]:
         model = MODELS[model_name]
         # An 8 B model has no room for fp32 weights: there torch's trains bf16 weights too.
@@ -155,12 +156,13 @@ def measure(
             "optimizer": name,
             "family": TORCH if name == TORCH_FUSED else OURS,
             "in_backward": in_backward,
+            "state_device": state_device,
         }
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         try:
             made = make_model(model, dtype, arguments.seed, device)
-            optimizer = make_optimizer(name, recipe, made, model.lr)
+            optimizer = make_optimizer(name, recipe, made, model.lr, state_device)
             if in_backward:
                 assert isinstance(optimizer, FusedAdamW)
                 step_in_backward(made, optimizer)
@@ -230,7 +232,9 @@ def tables(record: Record) -> list[Table]:
         )
         rows = [
             [
-                r["optimizer"] + (", in backward" if r["in_backward"] else ""),
+                r["optimizer"]
+                + (", in backward" if r["in_backward"] else "")
+                + (", state on the host" if r.get("state_device") else ""),
                 r["weights"],
                 spread(r["tokens_per_s"]),
                 "-" if r["peak_bytes"] is None else f"{r['peak_bytes'] / 1e9:.2f}",

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from .arguments import STREAM_BYTES
 from .optimizer import FusedAdam
 
 
@@ -79,6 +80,11 @@ class FusedAdamW(FusedAdam, torch.optim.AdamW):
             bits. Default: "auto".
         seed: seed of the stochastic rounding that some recipes use. torch's random generators are
             not touched. Give each of several optimizers its own. Default: 0.
+        state_device: "cpu" keeps moments, master weights and remainders in pinned host memory for
+            good. A step streams them through the device: docs/training.md says how long it takes.
+            Default: None, the parameters' device.
+        stream_bytes: size of each of the three buffers on the device that state is streamed
+            through, in bytes. Default: 268435456, 256 MiB.
 
     Raises:
         TypeError, ValueError: an argument cannot be used; the message says what is allowed. For
@@ -110,6 +116,8 @@ class FusedAdamW(FusedAdam, torch.optim.AdamW):
         grad_attribute: str = "grad",
         backend: str = "auto",
         seed: int = 0,
+        state_device: str | None = None,
+        stream_bytes: int = STREAM_BYTES,
     ) -> None:
         super().__init__(
             params,
@@ -134,4 +142,6 @@ class FusedAdamW(FusedAdam, torch.optim.AdamW):
             grad_attribute=grad_attribute,
             backend=backend,
             seed=seed,
+            state_device=state_device,
+            stream_bytes=stream_bytes,
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
+import operator
 import pickle
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
@@ -20,6 +21,9 @@ from .numerics.scalars import as_number, is_number
 from .precision import as_seed, parse
 from .torch_private import is_traceable_wrapper_subclass
 
+STREAM_BYTES = 256 << 20  # takes 5 ms at 50 GB/s: long next to a launch, short next to a step
+# 1024 elements, the least that a buffer has to hold, take 24 kB with the largest state.
+LEAST_STREAM_BYTES = 1 << 20
 GRAD_ATTRIBUTES = ("grad", "main_grad", "decoupled_grad")
 
 
@@ -38,6 +42,33 @@ def as_flag(name: str, value: Any) -> bool:
     if not (isinstance(value, bool) or is_numpy):
         raise TypeError(f"{name}={value!r} must be True or False")
     return bool(value)
+
+
+def as_state_device(value: Any) -> str | None:
+    """Return where state lies: "cpu", or None for the parameters' device.
+
+    Raises ValueError unless it is one of the two; `torch.device("cpu")` is.
+    """
+    if value is None or value == "cpu" or value == torch.device("cpu"):
+        return None if value is None else "cpu"
+    raise ValueError(
+        f"state_device={value!r} must be 'cpu', for pinned memory of the host, or None, for the "
+        "parameters' device"
+    )
+
+
+def as_stream_bytes(value: Any) -> int:
+    """Return the size of a buffer as a Python int. Raises ValueError unless it is large enough."""
+    number = 0
+    if not isinstance(value, bool):
+        with contextlib.suppress(TypeError):
+            number = operator.index(value)
+    if number < LEAST_STREAM_BYTES:
+        raise ValueError(
+            f"stream_bytes={value!r} must be a whole number of bytes from {LEAST_STREAM_BYTES} "
+            "(1 MiB) on"
+        )
+    return number
 
 
 def as_max_grad_norm(value: Any) -> float | None:
@@ -126,6 +157,7 @@ def check_combinations(
     differentiable: bool,
     cautious: bool,
     ema_decay: float | Tensor | None,
+    state_device: str | None,
 ) -> None:
     """Raise ValueError if these arguments of one optimizer cannot be combined."""
     if grad_attribute not in GRAD_ATTRIBUTES:
@@ -148,6 +180,8 @@ def check_combinations(
         refuse("cautious", cautious, "differentiable=True", "that step is torch's")
     if differentiable and ema_decay is not None:
         refuse("ema_decay", ema_decay, "differentiable=True", "that step is torch's")
+    if differentiable and state_device is not None:
+        refuse("state_device", state_device, "differentiable=True", "that step is torch's")
 
 
 def check_cautious(group: Mapping[str, Any], decoupled: object) -> None:

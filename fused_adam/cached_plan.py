@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .backends import choose as backends
+from .backends.streaming import Ring
 from .grad_norms import GradNorms
 from .guards import Gradients, PlanGuard
 from .plan import LaunchGroup
@@ -68,6 +69,7 @@ def bind(
     skip_spikes: bool,
     guard: PlanGuard,
     params: Sequence[Tensor],
+    rings: Mapping[torch.device, Ring],
 ) -> CachedPlan:
     """Give every launch group the runner that launches it.
 
@@ -78,13 +80,14 @@ def bind(
         skip_spikes: whether steps of large norms are skipped, too.
         guard: says whether the plan still fits.
         params: all parameters of the optimizer, in order.
+        rings: what state is streamed through, for devices whose state is on the host.
     """
     rows = [row for group in launch_groups for row in group.rows]
     launches = [launch for group in launch_groups for launch in group.launches]
     spans = [span.rows for launch in launches for span in launch.spans]
     counters = [row.param_state.counters for row in rows]
     runners = [
-        backends.bind(names[group.device], group, takes_norm, skip_spikes)
+        backends.bind(names[group.device], group, takes_norm, skip_spikes, rings.get(group.device))
         for group in launch_groups
     ]
     return CachedPlan(

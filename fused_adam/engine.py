@@ -19,8 +19,10 @@ from fused_adam_kernels import table
 
 from . import arguments, plan
 from .backends import choose as backends
+from .backends.pieces import state_bytes
+from .backends.streaming import Ring
 from .cached_plan import CachedPlan, Match, PlanKey, bind
-from .distributed import LocalShards, RankGroup, is_sharded
+from .distributed import LocalShards, RankGroup, is_sharded, local
 from .grad_norms import GradNorms
 from .guards import Gradients, PlanGuard, StateGuard, reader
 from .numerics.scalars import GradTransform, hyper
@@ -28,6 +30,7 @@ from .state import shapes
 from .state.arena import Arena, Groups, Params, State, advance_step_keys
 from .state.convert import keep_dtype_of_moments
 from .state.flatten import FlatBuffers
+from .state.memory import as_real
 
 # Patterns of missing gradients come back (experts, frozen layers), and so should their plans. They
 # are bounded by rows, which is what takes memory: this many per parameter, over all plans.
@@ -96,8 +99,8 @@ class Engine:
     step that guard is nearly all the Python that runs.
 
     Args:
-        backend, max_grad_norm, skip_nonfinite, skip_grad_norm, grad_attribute: the optimizer's
-            arguments.
+        backend, max_grad_norm, skip_nonfinite, skip_grad_norm, grad_attribute, state_device,
+        stream_bytes: the optimizer's arguments.
     """
 
     def __init__(
@@ -107,6 +110,8 @@ class Engine:
         skip_nonfinite: bool,
         skip_grad_norm: float | Tensor | None,
         grad_attribute: str,
+        state_device: str | None,
+        stream_bytes: int,
     ) -> None:
         self.backend, self.read_attribute = backend, reader(grad_attribute)
         self.max_grad_norm, self.skip_spikes = max_grad_norm, skip_grad_norm is not None
@@ -118,7 +123,9 @@ class Engine:
         self.stats: Tensor | None = None  # the last gradient norm, and what else `table.py` says
         self.last_norms: GradNorms | None = None  # of the last step, by parameter
 
-        self.arena = Arena()
+        self.state_device, self.stream_bytes = state_device, stream_bytes
+        self.arena = Arena(on_host=state_device is not None)
+        self.rings: dict[torch.device, Ring] = {}  # what state on the host is streamed through
         self.flat: FlatBuffers | None = None  # with flatten=True
         self.ranks: RankGroup | None = None  # where parameters are DTensors
         # Per parameter, whether its gradient counts here: of copies, one rank's does. Empty: all.
@@ -140,6 +147,9 @@ class Engine:
     def drop_plans(self) -> None:
         """Forget every plan; the next step makes one."""
         self._advance_step_keys()
+        # Plans have addresses in the rings. The next ones may need larger buffers.
+        self.finish_copies()
+        self.rings.clear()
         self.params: list[Tensor] = []
         self.positions: dict[int, list[int]] = {}  # id of a parameter -> where it is listed
         self.group_numbers: list[int] = []  # per parameter
@@ -147,6 +157,11 @@ class Engine:
         self.options: list[plan.Options] = []  # the same, parsed
         self.plans: dict[PlanKey, CachedPlan] = {}  # least recently used first
         self.usual: CachedPlan | None = None  # tried first, before a key is made
+
+    def finish_copies(self) -> None:
+        """Wait until state on the host is what the last step has made of it."""
+        for ring in self.rings.values():
+            ring.finish()
 
     def step(
         self,
@@ -177,13 +192,15 @@ class Engine:
             params = params_of(groups)
             if shapes.are_all(params):
                 grads = self.read_attribute(params)
-                self.stats = shapes.step(groups, state, grads, only, self.needs_norm)
+                on_host = self.arena.on_host
+                self.stats = shapes.step(groups, state, grads, only, self.needs_norm, on_host)
                 return
             match = self._plan_anew(groups, state, check_group, only)
         self._run(match, groups, transform)
 
     def init_state(self, groups: Groups, state: State, check_group: CheckGroup) -> None:
         """Make the state of every parameter that requires gradients, with step count 0."""
+        self.finish_copies()
         for group in groups:
             keep_dtype_of_moments(group, state, self.arena)
         self._learn(groups, check_group)
@@ -273,6 +290,7 @@ class Engine:
                 "yet: run a step with the same parameters, and gradients of the same layout, "
                 "before the capture"
             )
+        self.finish_copies()  # state may be copied to where the plan wants it
         for group in groups:
             keep_dtype_of_moments(group, state, self.arena)
         if not (self._are_current(groups) and self.arena.counters_unchanged()):
@@ -350,6 +368,8 @@ class Engine:
         by_position = dict(zip(key.positions, grads, strict=True))
         devices = {param.device for param in stepped}
         names = {device: backends.choose(self.backend, device) for device in devices}
+        for device in filter(self.arena.is_streamed, devices):
+            backends.check_streams(device, names[device])
         launch_groups = plan.build(
             params=self.params,
             grads=by_position,
@@ -382,11 +402,31 @@ class Engine:
             arena=self.arena,
             state_guard=StateGuard(state, rows),
         )
-        cached = bind(launch_groups, names, self.needs_norm, self.skip_spikes, guard, self.params)
+        for device in filter(self.arena.is_streamed, devices - self.rings.keys()):
+            self.rings[device] = Ring(device, self._buffer_bytes(device))
+        cached = bind(
+            launch_groups,
+            names,
+            self.needs_norm,
+            self.skip_spikes,
+            guard,
+            self.params,
+            self.rings,
+        )
         self._cache(key, cached)
         gradients = cached.guard.gradients(state)
         assert gradients is not None
         return Match(cached, gradients)
+
+    def _buffer_bytes(self, device: torch.device) -> int:
+        """How large buffers for state have to be: no larger than the state of all parameters."""
+        parts = [local(param) for param in self.params]
+        needed = sum(
+            state_bytes(self.options[group].entries(part).items(), as_real(part).numel())
+            for part, group in zip(parts, self.group_numbers, strict=True)
+            if part.device == device
+        )
+        return min(self.stream_bytes, needed)
 
     def _cache(self, key: PlanKey, cached: CachedPlan) -> None:
         """Keep the plan, and drop those that were not used for longest if there are too many."""

@@ -15,6 +15,7 @@ from torch.optim.optimizer import ParamsT
 from fused_adam_kernels import table
 
 from . import arguments
+from .arguments import STREAM_BYTES
 from .backends import choose as backends
 from .engine import outside_inference_mode, params_of
 from .numerics.scalars import GradTransform
@@ -94,6 +95,11 @@ class FusedAdam(OptimizerState):
             bits. Default: "auto".
         seed: seed of the stochastic rounding that some recipes use. torch's random generators are
             not touched. Give each of several optimizers its own. Default: 0.
+        state_device: "cpu" keeps moments, master weights and remainders in pinned host memory for
+            good. A step streams them through the device: docs/training.md says how long it takes.
+            Default: None, the parameters' device.
+        stream_bytes: size of each of the three buffers on the device that state is streamed
+            through, in bytes. Default: 268435456, 256 MiB.
 
     Raises:
         TypeError, ValueError: an argument cannot be used; the message says what is allowed. For
@@ -126,6 +132,8 @@ class FusedAdam(OptimizerState):
         grad_attribute: str = "grad",
         backend: str = "auto",
         seed: int = 0,
+        state_device: str | None = None,
+        stream_bytes: int = STREAM_BYTES,
     ) -> None:
         backends.check_name(backend)
         flatten = arguments.as_flag("flatten", flatten)
@@ -134,6 +142,8 @@ class FusedAdam(OptimizerState):
         ema_decay = arguments.as_ema_decay(ema_decay)
         max_grad_norm = arguments.as_max_grad_norm(max_grad_norm)
         skip_grad_norm = arguments.as_skip_grad_norm(skip_grad_norm)
+        state_device = arguments.as_state_device(state_device)
+        stream_bytes = arguments.as_stream_bytes(stream_bytes)
         arguments.check_combinations(
             flatten,
             max_grad_norm,
@@ -143,12 +153,14 @@ class FusedAdam(OptimizerState):
             differentiable,
             cautious,
             ema_decay,
+            state_device,
         )
         parse(precision)
         self._backend, self._flatten, self._cautious = backend, flatten, cautious
         self._precision, self._seed, self._grad_attribute = precision, as_seed(seed), grad_attribute
         self._max_grad_norm, self._skip_nonfinite = max_grad_norm, skip_nonfinite
         self._skip_grad_norm, self._ema_decay = skip_grad_norm, ema_decay
+        self._state_device, self._stream_bytes = state_device, stream_bytes
         # Named, not super(): in FusedAdamW the next class is torch's AdamW, which has another
         # signature.
         torch.optim.Adam.__init__(
@@ -166,11 +178,13 @@ class FusedAdam(OptimizerState):
             fused=fused,
             decoupled_weight_decay=decoupled_weight_decay,
         )
+        self._make_engine()
         # Refuse a backend that cannot run now, not at the first step. Parameters on meta get their
         # device later: the first step asks for those.
         for device in {param.device for param in self._params()} - {torch.device("meta")}:
-            backends.choose(backend, device)
-        self._make_engine()
+            name = backends.choose(backend, device)
+            if self._engine.arena.is_streamed(device):
+                backends.check_streams(device, name)
         self._move_to_buffers()
 
     def __repr__(self) -> str:
@@ -185,6 +199,8 @@ class FusedAdam(OptimizerState):
             "flatten": (self._flatten, False),
             "grad_attribute": (self._grad_attribute, "grad"),
             "backend": (self._backend, "auto"),
+            "state_device": (self._state_device, None),
+            "stream_bytes": (self._stream_bytes, STREAM_BYTES),
         }
         lines = [f"{name}: {value}\n" for name, (value, default) in own.items() if value != default]
         return super().__repr__().removesuffix(")") + "".join(lines) + ")"
@@ -288,14 +304,14 @@ class FusedAdam(OptimizerState):
         with torch.no_grad():
             self._move_to_buffers()
             transform = self._grad_transform()
-            self._engine.step(self.param_groups, self.state, transform, self._check_before_step)
+            self._engine.step(self.param_groups, self._state, transform, self._check_before_step)
         return loss
 
     def _step_only(self, params: Sequence[Tensor]) -> None:
         """Step only these parameters, each of which has a gradient."""
         self._check_state_is_here("step()")
         self._engine.step(
-            self.param_groups, self.state, GradTransform(), self._check_before_step, params
+            self.param_groups, self._state, GradTransform(), self._check_before_step, params
         )
 
     def _grad_transform(self) -> GradTransform:

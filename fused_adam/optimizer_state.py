@@ -7,6 +7,7 @@ another, is in state/.
 from __future__ import annotations
 
 import contextlib
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -38,6 +39,8 @@ class OptimizerState(torch.optim.Adam):
     _seed: int
     _skip_grad_norm: float | Tensor | None = None  # pickles of 0.1.0 lack it
     _skip_nonfinite: bool
+    _state_device: str | None = None  # pickles of 0.1.0 lack it
+    _stream_bytes: int = arguments.STREAM_BYTES  # pickles of 0.1.0 lack it
 
     def _make_engine(self) -> None:
         """Make what is derived from the arguments; also after pickle and deepcopy."""
@@ -47,7 +50,36 @@ class OptimizerState(torch.optim.Adam):
             self._skip_nonfinite,
             self._skip_grad_norm,
             self._grad_attribute,
+            self._state_device,
+            self._stream_bytes,
         )
+
+    # A property, so that nobody reads what a step is still copying to the host.
+    @property
+    def state(self) -> defaultdict[Tensor, Any]:
+        """State by parameter, as in torch: a dict of dicts.
+
+        With `state_device="cpu"`, reading this waits for what the last step copies to the host.
+        Tensors that were taken from here before that step are read after another look here.
+        """
+        engine = self.__dict__.get("_engine")  # torch's constructor comes before it
+        if engine is not None:
+            engine.finish_copies()
+        return self._state
+
+    @state.setter
+    def state(self, value: defaultdict[Tensor, Any]) -> None:
+        self.__dict__["state"] = value
+
+    @property
+    def _state(self) -> defaultdict[Tensor, Any]:
+        """The same without a wait: for a step, which reads no values."""
+        # Lightning's wrapper is a subclass with an empty `__dict__`, and gets what is no attribute
+        # of its own from the optimizer within.
+        if "state" not in self.__dict__:
+            raise AttributeError("state")
+        state: defaultdict[Tensor, Any] = self.__dict__["state"]
+        return state
 
     def _check_group(self, group: dict[str, Any]) -> None:
         """Give the group the optimizer's own options, and raise if it cannot be stepped."""
@@ -140,11 +172,12 @@ class OptimizerState(torch.optim.Adam):
         Also works before the first step.
 
         Returns:
-            `{"params": ..., "state": ...}`, with tensors on the parameters' devices. "params" has
-            the weights by name, or by position where parameters have no names of their own;
-            where a recipe stores more bits than the parameter has, these are in. "state" is a
-            `state_dict` that torch.optim.Adam(W) over float32 parameters loads; averages of
-            `ema_decay` are in it, which torch's keep and never change.
+            `{"params": ..., "state": ...}`, with tensors on the parameters' devices, or on the host
+            with `state_device="cpu"`. "params" has the weights by name, or by position where
+            parameters have no names of their own; where a recipe stores more bits than the
+            parameter has, these are in. "state" is a `state_dict` that torch.optim.Adam(W) over
+            float32 parameters loads; averages of `ema_decay` are in it, which torch's keep and
+            never change.
 
         Raises:
             RuntimeError: within `swap_ema()`.
@@ -154,7 +187,7 @@ class OptimizerState(torch.optim.Adam):
             >>> torch.save(weights, "weights.pt")
         """
         self._check_not_swapped("export_fp32()")
-        return checkpoint.export_fp32(self.param_groups, super().state_dict())
+        return checkpoint.export_fp32(self.param_groups, super().state_dict(), self._engine.arena)
 
     @contextlib.contextmanager
     def swap_ema(self) -> Iterator[None]:
@@ -239,6 +272,8 @@ class OptimizerState(torch.optim.Adam):
         There is one copy per segment (up to 1 GiB), not one per parameter. Parameters and step
         counters (4 bytes per parameter) stay on the device, and state of CPU parameters where it
         is. A deepcopy or unpickled copy is not offloaded: its first step moves state to the device.
+        With `state_device="cpu"` state is on the host anyway: what is freed are the buffers that it
+        is streamed through, and a step makes them anew, without `reload()`.
 
         CUDA graphs that were captured before have addresses of the old memory. Never replay them
         again: capture new ones after `reload()` and a step.
@@ -252,6 +287,9 @@ class OptimizerState(torch.optim.Adam):
             >>> optimizer.reload()
         """
         self._check_may_move("offload")
+        if self._engine.arena.on_host:
+            self._engine.drop_plans()  # frees the rings
+            return
         origins: offloading.Origins = self._engine.origins or {}
         with outside_inference_mode():
             offloading.to_host(self._engine.arena, self.state, origins)

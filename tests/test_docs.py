@@ -207,6 +207,27 @@ def test_recipes_cost_what_the_tables_say(page, name, held, moved):
     assert moved is None or recipe.moved_bytes(dtype, dtype) == float(moved)
 
 
+def test_seconds_of_streamed_state_follow_from_its_bytes():
+    rows = re.findall(
+        r"^\| (`.*?`)(, fp32 parameters)? \| ([\d.]+) \| (.*/.*) \|$",
+        PAGES["docs/training.md"],
+        re.M,
+    )
+    assert len(rows) == 8
+    for name, native, held, cells in rows:
+        recipe = parse(None if native else name.strip('`"'))
+        dtype = torch.float32 if native or "native" in name else torch.bfloat16
+        assert recipe.held_bytes(dtype) == float(held)
+        *seconds, tokens = [[float(x) for x in cell.split("/")] for cell in cells.split("|")]
+        for billions, (pcie4, pcie5) in zip((1, 8, 32), seconds, strict=True):
+            assert pcie4 == round(float(held) * billions / 25, 2)
+            assert pcie5 == round(float(held) * billions / 55, 2)
+        assert tokens == [
+            round(float(held) * flops / (4 * bandwidth) / 1000, 1)
+            for flops, bandwidth in ((200e12, 25e9), (400e12, 55e9))
+        ]
+
+
 def test_every_recommended_recipe_has_a_row():
     by_page = {
         page: [name for other, name, *_ in rows_of_recipes() if other == page]
@@ -286,7 +307,7 @@ def test_the_oldest_versions_are_the_same_everywhere():
 
 def test_every_guarantee_names_tests_that_exist():
     rows = re.findall(r"^\| \*\*.*$", PAGES["docs/guarantees.md"], re.M)
-    assert len(rows) == 10 and all(len(row.split(" | ")) == 3 for row in rows)
+    assert len(rows) == 11 and all(len(row.split(" | ")) == 3 for row in rows)
     for row in rows:
         tests = named(row.split(" | ")[2])
         assert tests and all(path.startswith("tests/") for path, _ in tests)

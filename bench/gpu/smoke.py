@@ -20,7 +20,7 @@ import torch
 
 from fused_adam import FusedAdamW, step_in_backward
 
-GPU = torch.device("cuda")
+GPU, FP32 = torch.device("cuda"), torch.float32
 SIZES = ((33, 70), (1,), (1025,), (5,))
 # After these words of CUDA nothing in the process works any more.
 FATAL = (
@@ -157,6 +157,23 @@ def offloaded() -> None:
     assert all(map(torch.equal, tensors(plain), tensors(moved))), "other bits than without it"
 
 
+def streamed() -> None:
+    """State on the host, in more pieces than there are buffers; read while copies may run."""
+    options: dict[str, Any] = {"lr": 1e-2, "max_grad_norm": 1.0}
+    both: list[list[torch.Tensor]] = []
+    on_host: dict[str, Any] = {"state_device": "cpu", "stream_bytes": 1 << 20}
+    for more in ({}, on_host):
+        params = [torch.nn.Parameter(torch.ones(500_001, device=GPU)), *parameters(FP32, GPU)]
+        optimizer = FusedAdamW(params, **options, **more)
+        for step in range(3):
+            set_grads(params, step)
+            optimizer.step()
+        entries = optimizer.state.values()
+        both.append([*params, *(entry[key] for entry in entries for key in sorted(entry))])
+        assert all(entry["exp_avg"].is_cpu == bool(more) for entry in entries), "state elsewhere"
+    assert all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(*both, strict=True)), "other bits"
+
+
 def resumed() -> None:
     """Through a checkpoint of torch's own form."""
     whole, half = trained(GPU, steps=4), trained(GPU, steps=2)
@@ -226,6 +243,7 @@ PROMISES: dict[str, Callable[[], object]] = {
     "step in backward": in_backward,
     "GradScaler": scaler,
     "offload": offloaded,
+    "state on the host": streamed,
     "checkpoint": resumed,
     "default device": default_device,
     "another thread": other_thread,

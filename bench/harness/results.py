@@ -4,9 +4,9 @@ Schema "fused-adam-bench/1". A reader refuses another name. A new key does not c
 another meaning of a key does.
 
     schema     "fused-adam-bench/1"
-    command    "step", "host", "memory", "accuracy", "schemes", "verify", "suite", "demo", "env",
-               "convergence" ("recipes" in older records); parts of a suite: "tests", "ceiling",
-               "sweep"
+    command    "step", "host", "memory", "stream", "accuracy", "schemes", "verify", "suite", "demo",
+               "env", "convergence" ("recipes" in older records); parts of a suite: "tests",
+               "ceiling", "sweep"
     arguments  the command's options by name: text, numbers, booleans, or lists of them
     machine    device, cpu, cores, threads, memory_bytes, cache_bytes, load (of one minute, at the
                start), system, versions, commit; on a GPU also gpu, gpu_memory_bytes,

@@ -15,12 +15,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..arguments import refuse
 from ..numerics.formula import CHUNK
 from ..numerics.norm import PartialSums
 from ..numerics.scalars import GradTransform, Hyper
 from ..plan import LaunchGroup
 from ..state.staging import Staging
 from .reference import ReferenceRunner
+from .streaming import Ring
 
 BACKENDS = ("auto", "triton", "reference", "compiled")
 TRITON_DEVICES = ("cuda", "xpu")  # ROCm devices are called cuda
@@ -152,6 +154,27 @@ def _no_compiled(device: torch.device) -> str | None:
     return None
 
 
+def check_streams(device: torch.device, backend: str) -> None:
+    """Raise ValueError or RuntimeError unless state on the host can be streamed to this device.
+
+    Args:
+        device: of some of the parameters, whose memory is not the host's.
+        backend: a name that `choose` returned for the device.
+    """
+    if backend != "triton":
+        refuse(
+            "state_device",
+            "cpu",
+            f"backend={backend!r} on {device}",
+            "only the Triton kernels step on buffers that state is streamed through; use 'triton'",
+        )
+    if not hasattr(torch.get_device_module(device), "Stream"):
+        raise RuntimeError(
+            f"state_device='cpu' needs a device with streams, and {device} has none: leave "
+            "state_device out to have state on the parameters' device"
+        )
+
+
 def staging(backend: str) -> Staging:
     """What is copied into scratch memory for this backend, besides what has to be.
 
@@ -163,16 +186,23 @@ def staging(backend: str) -> Staging:
     return Staging(small=CHUNK // 8, page=2 * CHUNK, shared=True)
 
 
-def bind(backend: str, group: LaunchGroup, needs_norm: bool, skip_spikes: bool) -> Runner:
+def bind(
+    backend: str,
+    group: LaunchGroup,
+    needs_norm: bool,
+    skip_spikes: bool,
+    ring: Ring | None = None,
+) -> Runner:
     """The runner of one launch group.
 
     Args:
         backend: a name that `choose` returned.
         needs_norm: whether `square_sum` will be asked for.
         skip_spikes: whether steps of large norms are skipped, too.
+        ring: what the group's state is streamed through, if it is on the host.
     """
     if backend != "triton":
         return ReferenceRunner(group, backend)
     from .triton import TritonRunner  # imports triton
 
-    return TritonRunner(group, needs_norm, skip_spikes)
+    return TritonRunner(group, needs_norm, skip_spikes, ring)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -16,11 +17,14 @@ from torch import Tensor
 
 from fused_adam_kernels import adam, norm, scalars, table
 
+from ..numerics.codecs import elements_per_draw
 from ..numerics.norm import PartialSums
 from ..numerics.scalars import GradTransform, Hyper
-from ..plan import CoalescedRows, Launch, LaunchGroup, Row
+from ..plan import CoalescedRows, Launch, LaunchGroup, Row, grouped
 from ..state import staging
 from ..state.memory import send, upload
+from .pieces import Part, advanced_offset, cut
+from .streaming import Ring, StreamedPiece
 
 # Name of an operand -> its column among a row's addresses.
 COLUMNS = {
@@ -108,15 +112,37 @@ class TritonRunner:
 
     It keeps addresses, and no tensor behind them but what is staged: state and parameters that
     users move away are free.
+
+    Args:
+        group: what to run.
+        needs_norm, skip_spikes: as for `choose.bind`.
+        ring: what state on the host is streamed through; None if state is on the device.
     """
 
-    def __init__(self, group: LaunchGroup, needs_norm: bool, skip_spikes: bool) -> None:
+    def __init__(
+        self, group: LaunchGroup, needs_norm: bool, skip_spikes: bool, ring: Ring | None = None
+    ) -> None:
         rows = group.rows
         self.device, self.num_rows = group.device, len(rows)
         position = {row.grad_index: i for i, row in enumerate(rows)}
         spans = [span for launch in group.launches for span in launch.spans]
         leaders = {span.first.grad_index: span for span in spans}
         table_rows = [_table_row(row, leaders.get(row.grad_index)) for row in rows]
+        launchers = [
+            adam.adam_step(*_mix(launch), launch.amsgrad, launch.cautious, launch.ema)
+            for launch in group.launches
+        ]
+        self.streamed: StreamedUpdates | None = None
+        self.updates: list[Update] = []
+        if ring is not None:
+            self.streamed = StreamedUpdates(group, launchers, ring, table_rows, position)
+            table_rows += self.streamed.rows
+        else:
+            self.updates = [
+                Update(launcher, _blocks(launch, _work(launch, position), self.device))
+                for launcher, launch in zip(launchers, group.launches, strict=True)
+                if launch.spans
+            ]
         self.host_rows = on_host(table_rows, torch.int64)
         # Backward may put a gradient elsewhere at every step, unless it is staged or in a flat
         # buffer: these rows get new addresses.
@@ -124,19 +150,11 @@ class TritonRunner:
         self.moving_rows = on_host([position[row.grad_index] for row in moving], torch.int64)
         self.moving_grads = on_host([row.grad_index for row in moving], torch.int64)
         self.row_table, self.hyper_table = DeviceTable(self.device), DeviceTable(self.device)
-        shape = (len(rows), table.SCALARS)
+        shape = (len(table_rows), table.SCALARS)
         self.scalars = torch.empty(shape, dtype=group.compute, device=self.device)
         averages = any(launch.ema for launch in group.launches)
         self.prologue = scalars.prologue(skip_spikes, averages)
         self.programs = scalars.programs(len(rows))
-        self.updates = [
-            Update(
-                adam.adam_step(*_mix(launch), launch.amsgrad, launch.cautious, launch.ema),
-                self._blocks(launch, position),
-            )
-            for launch in group.launches
-            if launch.spans
-        ]
         self.norm = Norm(group) if needs_norm else None
         self.partial_sums = self.norm.partial_sums if self.norm else None
         # What the prologue reads in a step without them: no overflow, a scale of one, no norm,
@@ -147,18 +165,12 @@ class TritonRunner:
         self.no_stats = torch.zeros(table.STATS, dtype=torch.float64, device=self.device)
         self.staged = _staged_copies(rows)
 
-    def _blocks(self, launch: Launch, position: dict[int, int]) -> Tensor:
-        """The launch's work, a block each: leading row and number of the chunk; int32, (B, 2)."""
-        block = adam.launch_config(*_mix(launch), launch.amsgrad).block
-        counts = [-(-span.numel // block) for span in launch.spans]
-        chunks, total = on_host(counts, torch.int64), sum(counts)
-        leaders = on_host([position[span.first.grad_index] for span in launch.spans], torch.int64)
-        row = torch.repeat_interleave(leaders, chunks, output_size=total)
-        first = torch.repeat_interleave(chunks.cumsum(0) - chunks, chunks, output_size=total)
-        chunk = torch.arange(total, device="cpu") - first
-        return upload(torch.stack([row, chunk], dim=1).to(torch.int32), self.device)
-
     def begin(self, grads: Sequence[Tensor], addresses: Sequence[int], capturing: bool) -> None:
+        if capturing and self.streamed:
+            raise RuntimeError(
+                "state_device='cpu' cannot be captured in a CUDA graph, because copies from and to "
+                "the host run on streams of their own: step outside of the graph"
+            )
         self.capturing = capturing
         with self._on_device():
             # All gradients' addresses are the key: one list comparison costs less than picking out
@@ -177,6 +189,8 @@ class TritonRunner:
             # An array takes Python's numbers four times as fast as a tensor does.
             all_addresses = torch.frombuffer(array("q", addresses), dtype=torch.int64)
             rows[self.moving_rows, table.GRAD] = all_addresses[self.moving_grads]
+        if self.streamed:
+            self.streamed.set_grads(rows)
         return rows
 
     def square_sum(self) -> Tensor:
@@ -203,6 +217,8 @@ class TritonRunner:
             )
             for launch, blocks in self.updates:
                 launch(len(blocks), self.device_rows, blocks, self.scalars)
+            if self.streamed:
+                self.streamed.run(self.device_rows, self.scalars)
             if self.staged:
                 self.staged.store_params()
 
@@ -246,6 +262,121 @@ class TritonRunner:
         if self.device.type == "cpu":
             return contextlib.nullcontext()
         return torch.get_device_module(self.device).device(self.device)
+
+
+class Work(NamedTuple):
+    """A row of the row table, and how many elements an update covers."""
+
+    row: int
+    numel: int
+
+
+def _work(launch: Launch, position: Mapping[int, int]) -> list[Work]:
+    """What the launch updates; `position` of a row in the table, by its grad_index."""
+    return [Work(position[span.first.grad_index], span.numel) for span in launch.spans]
+
+
+def _blocks(launch: Launch, work: Sequence[Work], device: torch.device) -> Tensor:
+    """The work, a block each: row and number of the chunk; int32, (B, 2)."""
+    block = adam.launch_config(*_mix(launch), launch.amsgrad).block
+    counts = [-(-numel // block) for _, numel in work]
+    chunks, total = on_host(counts, torch.int64), sum(counts)
+    rows = on_host([row for row, _ in work], torch.int64)
+    row = torch.repeat_interleave(rows, chunks, output_size=total)
+    first = torch.repeat_interleave(chunks.cumsum(0) - chunks, chunks, output_size=total)
+    chunk = torch.arange(total, device="cpu") - first
+    return upload(torch.stack([row, chunk], dim=1).to(torch.int32), device)
+
+
+class StreamedLaunches(NamedTuple):
+    """A piece of state that is on the host, and the launches that update it."""
+
+    piece: StreamedPiece
+    updates: list[Update]
+
+
+class StreamedUpdates:
+    """The updates of one launch group whose state is on the host.
+
+    Each part of a piece has a row of its own, behind those of the parameters: with addresses in a
+    buffer, and with a copy of its parameter's scalars. So the kernels are those of state on the
+    device, and the prologue still counts every step once.
+
+    Args:
+        group: what to update.
+        launchers: those of the group's launches.
+        ring: what the state is streamed through.
+        table_rows: the row table of the parameters.
+        position: grad_index of a row -> where it is in that table.
+    """
+
+    def __init__(
+        self,
+        group: LaunchGroup,
+        launchers: Sequence[Callable[..., None]],
+        ring: Ring,
+        table_rows: Sequence[list[int]],
+        position: Mapping[int, int],
+    ) -> None:
+        self.ring, self.num_rows = ring, len(table_rows)
+        self.rows: list[list[int]] = []
+        self.pieces: list[StreamedLaunches] = []
+        owners: list[int] = []
+        grad_offsets: list[int] = []
+        pieces = cut(group.launches, ring.nbytes)
+        for piece, streamed in zip(pieces, ring.assign(pieces), strict=True):
+            updates = []
+            for number, parts in grouped(piece.parts, lambda part: part.launch).items():
+                work = []
+                for part in parts:
+                    row = part.span.first
+                    owners.append(position[row.grad_index])
+                    grad_offsets.append(part.start * row.grad_dtype.itemsize)
+                    work.append(Work(self.num_rows + len(self.rows), part.numel))
+                    buffer = streamed.buffer.memory.data_ptr()
+                    self.rows.append(_part_row(table_rows[owners[-1]], part, buffer))
+                blocks = _blocks(group.launches[number], work, group.device)
+                updates.append(Update(launchers[number], blocks))
+            self.pieces.append(StreamedLaunches(streamed, updates))
+        self.host_owners = on_host(owners, torch.int64)
+        self.grad_offsets = on_host(grad_offsets, torch.int64)
+        self.owners = upload(self.host_owners, group.device)
+
+    def set_grads(self, rows: Tensor) -> None:
+        """Give all parts the addresses of their gradients, which the parameters' rows have."""
+        grads = rows[self.host_owners, table.GRAD] + self.grad_offsets
+        rows[self.num_rows :, table.GRAD] = grads
+
+    def run(self, rows: Tensor, scalars: Tensor) -> None:
+        """Launch everything. `scalars`: the prologue has written those of the parameters."""
+        of_params, of_parts = scalars[: self.num_rows], scalars[self.num_rows :]
+        torch.index_select(of_params, 0, self.owners, out=of_parts)
+        for piece, updates in self.pieces:
+            self.ring.step(piece, partial(_launch, updates, rows, scalars))
+
+
+def _launch(updates: Sequence[Update], rows: Tensor, scalars: Tensor) -> None:
+    for launch, blocks in updates:
+        launch(len(blocks), rows, blocks, scalars)
+
+
+def _part_row(owner: Sequence[int], part: Part, buffer: int) -> list[int]:
+    """The row of a part.
+
+    Args:
+        owner: the row of the span that it is a part of.
+        part: what to update.
+        buffer: the address of the buffer that its state is in.
+    """
+    row, columns = part.span.first, list(owner)
+    for key, place in part.state.items():
+        columns[COLUMNS[key]] = buffer + place.offset
+    columns[table.PARAM] += part.start * row.param.element_size()
+    columns[table.NUMEL] = part.numel
+    if row.options.recipe.random:
+        share = elements_per_draw(row.options.recipe.states)
+        columns[table.GLOBAL_OFFSET] = advanced_offset(row.global_offset, part.start, share)
+    return columns
 
 
 def _like(default: Tensor, value: Tensor | None) -> Tensor:

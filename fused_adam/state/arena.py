@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import weakref
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -14,12 +15,23 @@ from torch import Tensor
 from ..distributed import group_elements, local, local_as_stored, to_dtensor, to_local
 from ..numerics.codecs import load_weight
 from ..precision import GROUP, GROUPED, EntrySpec
-from .memory import Slot, as_flat, as_real, dense_layout, segments
+from .memory import (
+    Slot,
+    align,
+    as_flat,
+    as_real,
+    dense_layout,
+    is_apart,
+    pinned_zeros,
+    segments,
+)
 
 Entries = dict[str, EntrySpec]  # what one parameter's state consists of, besides the step counter
 State = MutableMapping[Any, Any]  # `optimizer.state`: parameter -> its entry, a dict
 Groups = Sequence[dict[str, Any]]  # `optimizer.param_groups`
 Params = Sequence[Tensor]  # parameters of one optimizer, in its order
+
+HOST = torch.device("cpu")
 
 
 def reads_cost_nothing(tensor: Tensor) -> bool:
@@ -161,9 +173,15 @@ class Arena:
     live as long as an entry of `state` uses them. A tensor that the user put into `state` is
     stepped on where it is, if we would have stored it alike; else its values are copied into memory
     of ours.
+
+    Args:
+        on_host: whether all state but the step counters lies in pinned memory of the host. Then
+            everything that the user puts into `state` is copied, because only segments of ours can
+            be streamed to the device in large copies.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, on_host: bool = False) -> None:
+        self.on_host = on_host
         self.param_states: dict[Tensor, ParamState] = {}
         self.counters: list[Counters] = []  # ours
         # How often state has moved after it was first stored: older plans have stale addresses.
@@ -177,6 +195,10 @@ class Arena:
         known = set(map(id, params))
         for param in [param for param in self.param_states if id(param) not in known]:
             del self.param_states[param]
+
+    def is_streamed(self, device: torch.device) -> bool:
+        """Whether state of parameters on this device lies on the host."""
+        return self.on_host and is_apart(device)
 
     def adopt(self, state: State, wanted: Mapping[Tensor, Entries], in_place: bool = True) -> None:
         """Give every parameter its state.
@@ -242,8 +264,16 @@ class Arena:
         self.state_moves += state_moved
         for device, params in steps.items():
             self._make_counters(state, params, device)
+        asked = sum(
+            sum(map(align, _numels(params, key))) // _share(key) * dtype.to_real().itemsize
+            for (key, dtype, device), params in missing.items()
+            if self.is_streamed(device)
+        )
         for (key, dtype, device), params in missing.items():
-            self._make_slots(state, params, key, dtype, device)
+            zeros: Callable[..., Tensor] = torch.zeros
+            if self.is_streamed(device):
+                device, zeros = HOST, partial(pinned_zeros, asked=asked)
+            self._make_slots(state, params, key, dtype, device, zeros)
         for param in {param for params in [*missing.values(), *steps.values()] for param in params}:
             _put_in_order(state[param], wanted[param])
         used = {id(param_state.counters) for param_state in self.param_states.values()}
@@ -279,6 +309,8 @@ class Arena:
                 # Of unpickled tensors, only those in shared memory have another holder.
                 if is_ours:
                     part: Tensor | None = local(value)
+                elif key != "step" and self.is_streamed(local(param).device):
+                    part = None
                 elif self.unpickled and not local(value).is_shared():  # type: ignore[no-untyped-call]
                     part = None
                 else:
@@ -312,16 +344,18 @@ class Arena:
         counters.note()
 
     def _make_slots(
-        self, state: State, params: Params, key: str, dtype: torch.dtype, device: torch.device
+        self,
+        state: State,
+        params: Params,
+        key: str,
+        dtype: torch.dtype,
+        device: torch.device,
+        zeros: Callable[..., Tensor],
     ) -> None:
         """Slots for one entry of these parameters, with the values of that entry."""
-        # Scales have one element for every GROUP of the parameter.
-        grouped = key in GROUPED
-        numels = [
-            group_elements(param) if grouped else as_real(local(param)).numel() for param in params
-        ]
         owners = iter(params)
-        for slots in segments(numels, dtype.to_real(), device, GROUP if grouped else 1):
+        numels = _numels(params, key)
+        for slots in segments(numels, dtype.to_real(), device, _share(key), zeros):
             for slot in slots:
                 self._move_in(state, next(owners), key, slot)
 
@@ -371,6 +405,18 @@ class Arena:
         """Take the counters as they are now for our own work."""
         for c in self.counters:
             c.note()
+
+
+def _share(key: str) -> int:
+    """How many elements of a parameter have one element of the entry in common."""
+    return GROUP if key in GROUPED else 1
+
+
+def _numels(params: Params, key: str) -> list[int]:
+    """How many elements of each parameter an entry is for."""
+    if key in GROUPED:
+        return [group_elements(param) for param in params]
+    return [as_real(local(param)).numel() for param in params]
 
 
 def advance_step_keys(param_states: Iterable[ParamState]) -> None:

@@ -19,7 +19,7 @@ from ..distributed import as_byte_pairs, local, to_dtensor
 from ..numerics import codecs
 from ..precision import ENTRIES, WEIGHTS, Recipe, as_seed, parse
 from . import shapes
-from .arena import Arena, Entries, Groups, ParamState, State
+from .arena import HOST, Arena, Entries, Groups, ParamState, State
 from .convert import convert, decode, parts_of_entry, same_storage, widened
 from .memory import Slot, is_lazy, with_own_storage
 from .validate import check_entry, check_state_dict
@@ -154,6 +154,10 @@ def load(
         kept = {"amsgrad": "max_exp_avg_sq" in entry, "ema": "ema" in entry}
         wanted = saved.target.state(part.dtype, part.shape, **kept)
         if not same_storage(saved.source, saved.target, part, entry):
+            if arena.is_streamed(part.device):
+                # Before the first step nothing is filled in place, so all that is converted is
+                # there at once: the device may have no room for it.
+                part, entry = part.to(HOST), _on_host(entry)
             entry = convert(entry, part, saved.target)
         _settle(arena, state, saved.param, entry, wanted)
         if entry:
@@ -164,6 +168,11 @@ def load(
         if isinstance(old.get("ema_decay"), Tensor) and new.get("ema_decay") is not None:
             old["ema_decay"].fill_(new["ema_decay"])
     return merged
+
+
+def _on_host(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """The entry with its tensors of ours on the host."""
+    return {key: value.to(HOST) if key in ENTRIES else value for key, value in entry.items()}
 
 
 def _checked_copy(number: object, entry: Any, saved: _Saved) -> dict[str, Any]:
@@ -230,8 +239,11 @@ def keys_of(groups: Groups) -> dict[Tensor, str | int]:
     return keys
 
 
-def export_fp32(groups: Groups, state_dict: dict[str, Any]) -> dict[str, Any]:
+def export_fp32(groups: Groups, state_dict: dict[str, Any], arena: Arena) -> dict[str, Any]:
     """Weights by name or position, and a state_dict in torch's form: all float32 copies.
+
+    They are on the parameters' devices, or on the host if that is where `arena` has state: the
+    device may have no room for all of it.
 
     Returns `{"params": {name: weight}, "state": state_dict}`.
     """
@@ -242,9 +254,11 @@ def export_fp32(groups: Groups, state_dict: dict[str, Any]) -> dict[str, Any]:
     params = [param for group in groups for param in group["params"]]
     for number, param in zip(numbers, params, strict=True):
         parts = parts_of_entry(state_dict["state"].get(number, {}), param)
-        # Offloaded state is on the host.
-        entry = {key: v.to(param.device) if key in ENTRIES else v for key, v in parts.items()}
         part = local(param).detach()
+        if arena.is_streamed(part.device):
+            part = part.to(HOST)
+        # Offloaded state is on the host.
+        entry = {key: v.to(part.device) if key in ENTRIES else v for key, v in parts.items()}
         values = decode(entry, part)
         weight = values.pop("master_weight", None)
         if weight is None:

@@ -156,8 +156,9 @@ def convert(entry: Mapping[str, Any], param: Tensor, target: Recipe) -> dict[str
     if weight is not None and target.weights == "master32":
         # Halfway between two values a split weight shows the one away from zero, but a master
         # weight rounds to the even one, and would count as overwritten. Its last place settles it.
-        nearer = torch.nextafter(weight, param.detach().float())
-        tie = (weight.to(param.dtype) != param) & (nearer.to(param.dtype) == param)
+        shown = param.detach().to(weight.device)  # a checkpoint may be on the host
+        nearer = torch.nextafter(weight, shown.float())
+        tie = (weight.to(param.dtype) != shown) & (nearer.to(param.dtype) == shown)
         out["master_weight"] = torch.where(tie, nearer, weight)
     elif weight is not None and target.weights in ("split32", "split24"):
         bits = half[: param.numel()].view(param.shape).to(weight.device)

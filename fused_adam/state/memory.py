@@ -5,7 +5,7 @@ No optimizer here.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +20,30 @@ SLOT_ALIGN = 32
 # A segment is the unit of offloading and of running out of memory: it is small against a GPU, and
 # large against the cost of one copy.
 SEGMENT_BYTES = 1 << 30
+
+
+def is_apart(device: torch.device) -> bool:
+    """Whether tensors on this device are not in the host's memory."""
+    return device.type != "cpu"
+
+
+def pinned_zeros(numel: int, *, dtype: torch.dtype, device: torch.device, asked: int) -> Tensor:
+    """As `torch.zeros`, in pinned memory of the host, which a device reads without a wait.
+
+    Args:
+        numel, dtype, device: as for `torch.zeros`; the device is a CPU.
+        asked: bytes that are allocated along with these, for the error.
+
+    Raises RuntimeError if the host has no more memory that can be pinned.
+    """
+    try:
+        return torch.zeros(numel, dtype=dtype, device=device, pin_memory=True)
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"state_device='cpu' needs {asked:,} bytes of pinned host memory, and pinning "
+            f"{numel * dtype.itemsize:,} of them failed ({error}): free host memory, raise the "
+            "limit of locked memory (ulimit -l), or choose a precision with smaller state"
+        ) from error
 
 
 def align(numel: int) -> int:
@@ -117,7 +141,11 @@ class Slot:
 
 
 def segments(
-    numels: Sequence[int], dtype: torch.dtype, device: torch.device, group: int = 1
+    numels: Sequence[int],
+    dtype: torch.dtype,
+    device: torch.device,
+    group: int = 1,
+    zeros: Callable[..., Tensor] = torch.zeros,
 ) -> Iterator[list[Slot]]:
     """Allocate zeroed slots for `numels`, in order; each list of slots shares one segment.
 
@@ -128,6 +156,7 @@ def segments(
         numels: elements of each parameter.
         group: a divisor of SLOT_ALIGN; a slot has one element for every `group` elements of its
             parameter, rounded up.
+        zeros: allocates a segment.
     """
     limit = SEGMENT_BYTES // dtype.itemsize * group
     starts: list[int] = []
@@ -136,7 +165,7 @@ def segments(
         starts.append(end)
         end += align(numel)
         if i + 1 == len(numels) or end + align(numels[i + 1]) > limit:
-            segment = torch.zeros(end // group, dtype=dtype, device=device)
+            segment = zeros(end // group, dtype=dtype, device=device)
             batch = numels[i + 1 - len(starts) : i + 1]
             yield [
                 Slot(segment, start // group, -(-n // group))

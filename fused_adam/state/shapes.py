@@ -17,7 +17,7 @@ from fused_adam_kernels import table
 from ..distributed import group_elements, is_sharded, local, to_dtensor
 from ..precision import GROUP, GROUPED, parse
 from ..torch_private import FakeTensor, under_fake_mode
-from .arena import Groups, Params, State
+from .arena import HOST, Groups, Params, State
 from .validate import check_pair
 
 
@@ -57,6 +57,7 @@ def step(
     grads: Sequence[Tensor | None],
     only: Params | None,
     needs_norm: bool,
+    on_host: bool = False,
 ) -> Tensor | None:
     """Make the state of every parameter that is stepped, and count the step.
 
@@ -65,6 +66,7 @@ def step(
         grads: of all parameters in order, or None.
         only: the parameters to step; None: all that have a gradient.
         needs_norm: whether gradients are clipped or checked.
+        on_host: whether state but the step counters is on the host.
 
     Returns the tensor that would hold the norm and the number of skipped steps, if `needs_norm`.
     Raises what a real step raises for a parameter or gradient that it cannot take.
@@ -86,7 +88,7 @@ def step(
         with local(param).fake_mode:  # type: ignore[attr-defined]
             entry = state.setdefault(param, {})
             if not entry:
-                entry.update(_entries(group, param))
+                entry.update(_entries(group, param, on_host))
             entry["step"] += 1
             if needs_norm and stats is None:
                 stats = torch.zeros(table.STATS, dtype=torch.float64, device=param.device)
@@ -94,16 +96,17 @@ def step(
     return stats
 
 
-def _entries(group: dict[str, Any], param: Tensor) -> Iterator[tuple[str, Tensor]]:
+def _entries(group: dict[str, Any], param: Tensor, on_host: bool) -> Iterator[tuple[str, Tensor]]:
     """The parameter's state as a first step would make it: names and fake tensors."""
     part = local(param).detach()
     recipe = parse(group.get("precision"))
     yield "step", torch.zeros((), dtype=torch.float32, device=part.device)
+    device = HOST if on_host else part.device
     ema = group.get("ema_decay") is not None
     entries = recipe.state(part.dtype, part.shape, bool(group["amsgrad"]), ema)
     for key, (dtype, _) in entries.items():
         if key in GROUPED:
-            value = torch.zeros(-(-group_elements(param) // GROUP), dtype=dtype, device=part.device)
+            value = torch.zeros(-(-group_elements(param) // GROUP), dtype=dtype, device=device)
         else:
-            value = torch.zeros_like(part, dtype=dtype)
+            value = torch.zeros_like(part, dtype=dtype, device=device)
         yield key, to_dtensor(param, key, value)

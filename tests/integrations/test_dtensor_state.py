@@ -9,6 +9,7 @@ import torch
 from ranks import run_ranks
 from sharded_runs import FEW_SHAPES, SHAPES, STEPS, in_rows, parameters, train
 from shards import whole, whole_results
+from streams import simulate
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from training import same_bits
@@ -90,6 +91,29 @@ def test_state_goes_to_the_host_and_back(precision):
     [trained, _] = run_ranks(2, in_rows, 2, torch.bfloat16, {"precision": precision}, SHAPES)
     for before, meanwhile, after in everyone:
         assert same_bits(before, meanwhile) and same_bits(after, trained[0])
+
+
+def streamed(rank, precision):
+    """As on a GPU: streams are simulated. Rows of 7 and 6, so shards end within a group."""
+    simulate(pytest.MonkeyPatch())
+    mesh = init_device_mesh("cpu", (2,))
+    found = []
+    for more in ({}, {"state_device": "cpu", "stream_bytes": 12_000}):
+        params = parameters(torch.bfloat16, [(13, 150), (3,), (5, 8)], mesh, (Shard(0),))
+        optimizer = FusedAdamW(
+            params, lr=1e-2, precision=precision, backend="triton", max_grad_norm=1.0, **more
+        )
+        train(optimizer, 3)
+        found.append((whole_results(optimizer), optimizer.state_dict()["state"][0]))
+    (resident, _), (on_host, entry) = found
+    assert all(isinstance(entry[key], DTensor) for key in entry if key != "step")
+    return resident, on_host
+
+
+@pytest.mark.parametrize("precision", ["split32-bf16", "split24-int8"])
+def test_state_on_the_host_has_the_bits_of_state_on_the_device(precision):
+    for resident, on_host in run_ranks(2, streamed, precision):
+        assert same_bits(resident, on_host)
 
 
 def copied_entry_by_entry(entry):
