@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .distributed import local, to_dtensor, to_local
 from .engine import outside_inference_mode
-from .state.arena import Groups, State
+from .state.arena import HOST, Arena, Groups, State
 from .state.checkpoint import keys_of
 
 
@@ -37,14 +37,20 @@ def averages(groups: Groups, state: State) -> dict[Tensor, Tensor]:
     return found
 
 
-def by_name(groups: Groups, state: State) -> dict[str | int, Tensor]:
-    """Return copies of the averages by their parameters' names, or positions."""
+def by_name(groups: Groups, state: State, arena: Arena) -> dict[str | int, Tensor]:
+    """Return copies of the averages by their parameters' names, or positions.
+
+    They are on the parameters' devices, or on the host if that is where `arena` has state: the
+    device may have no room for all of it.
+    """
     keys = keys_of(groups)
-    return {
-        # Offloaded state is on the host.
-        keys[param]: to_dtensor(param, "ema", part.to(param.device, copy=True))
-        for param, part in averages(groups, state).items()
-    }
+    found = {}
+    for param, part in averages(groups, state).items():
+        device = local(param).device
+        # Offloaded state is on the host, too, but comes back to the device.
+        copy = part.to(HOST if arena.is_streamed(device) else device, copy=True)
+        found[keys[param]] = to_dtensor(param, "ema", copy)
+    return found
 
 
 @contextlib.contextmanager

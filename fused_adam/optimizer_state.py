@@ -230,8 +230,9 @@ class OptimizerState(torch.optim.Adam):
             Averages by name where the optimizer was made with named parameters, else by position,
             as in a `state_dict`. A parameter whose name another one has, too, has its position. One
             without an average is absent. float32, or float64 of float64 parameters, in the
-            parameter's shape and on its device. Of a DTensor it is a DTensor, as in the model's
-            `state_dict`, so the model can load it; `full_tensor()` gathers one.
+            parameter's shape and on its device, or on the host with `state_device="cpu"`. Of a
+            DTensor it is a DTensor, as in the model's `state_dict`, so the model can load it;
+            `full_tensor()` gathers one.
 
         Raises:
             RuntimeError: no param group has an `ema_decay`; during the capture of a CUDA graph; or
@@ -242,7 +243,7 @@ class OptimizerState(torch.optim.Adam):
         """
         self._check_averages("ema_state_dict()")
         with outside_inference_mode():
-            return ema.by_name(self.param_groups, self.state)
+            return ema.by_name(self.param_groups, self.state, self._engine.arena)
 
     def _check_averages(self, name: str) -> None:
         """Raise RuntimeError where no averages can be read."""

@@ -93,6 +93,18 @@ def test_options(streams, dtype, options):
     check_equal(*pair(dtype, **options), 3)
 
 
+@pytest.mark.parametrize("precision", [None, "split24-int8", "master32"])
+def test_averages_of_the_weights(streams, precision):
+    dtype = dtype_of(precision) if precision else torch.float32
+    optimizers = pair(dtype, precision=precision, ema_decay=0.9, stream_bytes=24_000)
+    check_equal(*optimizers, 3)
+    mine, other = (optimizer.ema_state_dict() for optimizer in optimizers)
+    assert len(mine) == len(SHAPES) and all(torch.equal(mine[key], other[key]) for key in other)
+    with optimizers[0].swap_ema():
+        pass
+    check_equal(*optimizers, 2, first=3)
+
+
 def test_a_skipped_step_leaves_state_as_it_was(streams):
     optimizers = streamed, _ = pair(skip_nonfinite=True)
     check_equal(*optimizers, 1)
