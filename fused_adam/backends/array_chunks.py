@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..numerics import formula
-from ..numerics.formula import Scalars, Scratch
+from ..numerics.formula import Flags, Scalars, Scratch
 
 # Elements per chunk. Measured on 16 Mi elements and two threads: 2^15 takes 1.5 times as long, as
 # threads wait for Python's lock between calls, and 2^18 is 2 % faster but splits into few chunks.
@@ -49,7 +49,7 @@ class ArrayChunk(NamedTuple):
     start: int
     end: int
     scalars: Scalars  # numpy's float32
-    flags: tuple[bool, bool, bool, bool]  # has_l2, has_lr_wd, cautious, store_param
+    flags: Flags
 
 
 def suits(device: torch.device, compute: torch.dtype) -> bool:
@@ -61,7 +61,7 @@ def chunks_of(
     operands: Sequence[ArrayOperand | None],
     numel: int,
     scalars: Tensor,
-    flags: tuple[bool, bool, bool, bool],
+    flags: Flags,
 ) -> list[ArrayChunk]:
     """Cut the first `numel` elements of the operands into chunks.
 
@@ -100,10 +100,9 @@ def step_chunks(chunks: Sequence[ArrayChunk]) -> None:
 def _start_helpers(count: int, remaining: deque[ArrayChunk], size: int) -> list[Future[None]]:
     """Have other threads take chunks as well."""
     helpers = []
-    inference = torch.is_inference_mode_enabled()  # each thread has its own
     for _ in range(count):
         try:
-            helpers.append(_pool().submit(_help, remaining, size, inference))
+            helpers.append(_pool().submit(_step_remaining, remaining, size))
         except RuntimeError:  # the interpreter is shutting down, and this thread works alone
             break
     return helpers
@@ -117,11 +116,6 @@ def _pool() -> ThreadPoolExecutor:
 if hasattr(os, "register_at_fork"):
     # A forked child has no threads but the one that forked.
     os.register_at_fork(after_in_child=_pool.cache_clear)
-
-
-def _help(remaining: deque[ArrayChunk], size: int, inference: bool) -> None:
-    with torch.inference_mode(inference):
-        _step_remaining(remaining, size)
 
 
 def _step_remaining(remaining: deque[ArrayChunk], size: int) -> None:
@@ -159,7 +153,7 @@ class Workspace:
             else:
                 memory, copy = operand.tensor[start:end], self._converted(place)[:numel]
                 arrays.append(copy.copy_(memory).numpy())
-                if place > 1 or (place == 0 and chunk.flags[-1]):
+                if place > 1 or (place == 0 and chunk.flags.store_param):
                     copies.append((memory, copy))
         scratch = self.scratch
         if numel < self.size:
@@ -167,7 +161,7 @@ class Workspace:
         assert formula.NUMPY is not None
         p, g, m, v, v_max, ema = arrays
         formula.adam_update(
-            p, g, m, v, v_max, ema, chunk.scalars, *chunk.flags, formula.NUMPY, scratch
+            p, g, m, v, v_max, ema, chunk.scalars, chunk.flags, formula.NUMPY, scratch
         )
         for memory, copy in copies:
             memory.copy_(copy)

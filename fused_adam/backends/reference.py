@@ -18,7 +18,7 @@ from torch.nn.functional import pad
 from fused_adam_kernels import table
 
 from ..numerics.codecs import elements_per_draw, random_words
-from ..numerics.formula import CHUNK, COMPILED, EAGER, adam_step, recipe_step
+from ..numerics.formula import CHUNK, COMPILED, EAGER, Flags, adam_step, recipe_step
 from ..numerics.norm import PartialSums, square_sums, total
 from ..numerics.scalars import LAST_STEP, GradTransform, Hyper, scalars
 from ..plan import CoalescedRows, Launch, LaunchGroup, Row, grouped
@@ -51,28 +51,6 @@ def _step_slots(p: Tensor, *rest: Any) -> None:
     # Else the compiler asks in every iteration whether it is the last: a fifth of the time.
     check(p.numel() % SLOT_ALIGN == 0)
     adam_step(p, *rest)
-
-
-class Flags(NamedTuple):
-    """What a step leaves out; in the order of `adam_step`'s arguments."""
-
-    has_l2: bool
-    has_lr_wd: bool
-    cautious: bool
-    store_param: bool
-
-    @staticmethod
-    def of(scalars: Tensor, cautious: bool) -> Flags:
-        """From scalars that are rounded to the arithmetic's dtype, as the kernel sees them.
-
-        Args:
-            cautious: whether the param group is. Without a decay that chooses nothing, so
-                torch.compile gets no variant of its own.
-        """
-        numbers = scalars.tolist()
-        has_l2, has_lr_wd = numbers[table.L2] != 0, numbers[table.LR_WD] != 0
-        store_param = numbers[table.STEP_SIZE] != 0 or has_lr_wd
-        return Flags(has_l2, has_lr_wd, cautious and has_lr_wd, store_param)
 
 
 class StepValues(NamedTuple):
@@ -262,15 +240,17 @@ class ReferenceRows:
         for start, end in self.chunks:
             part = {key: tensor[start:end] for key, tensor in operands.items()}
             step: Step = adam_step
-            step(*map(part.get, OPERANDS), values.scalars, *values.flags, EAGER)
+            step(*map(part.get, OPERANDS), values.scalars, values.flags, EAGER)
 
     def _compiled(self, operands: Operands, values: StepValues) -> None:
         launch = self.launch
+        # A multiplication by 1 is nothing next to the memory's time, and saves a variant.
+        flags = values.flags._replace(has_multiplier=True)
         variant = launch.param, launch.grad, launch.amsgrad, launch.ema
-        step = compiled_adam_step(variant, values.flags)
+        step = compiled_adam_step(variant, flags)
 
         def run(part: Operands) -> None:
-            step(*map(part.get, OPERANDS), values.scalars, *values.flags, COMPILED)
+            step(*map(part.get, OPERANDS), values.scalars, flags, COMPILED)
 
         end, body = align(self.numel), self.numel // SLOT_ALIGN * SLOT_ALIGN
         if all(x.numel() == end for x in operands.values()):
@@ -298,7 +278,7 @@ class ReferenceRows:
             bits = random_words(
                 seed, start, step, row.param_index, count, device, row.global_offset, share
             )
-            recipe_step(recipe, memory, values.scalars, *values.flags, bits)
+            recipe_step(recipe, memory, values.scalars, values.flags, bits)
             _copy_back(copies)
 
     @staticmethod
@@ -312,10 +292,9 @@ class ReferenceRows:
             elif key in ("param", "grad"):
                 memory[key] = tensor[start:end]
             else:
+                # Behind the end codes are zeros and stay so, as they never have a gradient: they do
+                # not reach their group's scale.
                 memory[key] = tensor[start:whole]
-                # A group's scale depends on all of its elements. Those behind the end count as
-                # zeros, whatever a NaN has left there.
-                memory[key][end - start :] = 0
         return memory
 
 

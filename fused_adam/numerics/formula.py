@@ -42,6 +42,35 @@ def load_scalars(scalars: Tensor) -> Scalars:
     return Scalars(*scalars.unbind()[: len(Scalars._fields)])
 
 
+class Flags(NamedTuple):
+    """What a step does not leave out. Python values: torch.compile needs no branch for them."""
+
+    has_multiplier: bool  # the gradient's is not 1
+    has_l2: bool
+    has_lr_wd: bool
+    cautious: bool  # decay a parameter only where the update moves it towards zero
+    # A step of size zero leaves parameters as they are: p - 0 would turn -0.0 into 0.0.
+    store_param: bool
+
+    @staticmethod
+    def of(scalars: Tensor, cautious: bool) -> Flags:
+        """From one row of scalars, rounded to the arithmetic's dtype, as the kernel sees them.
+
+        Args:
+            cautious: whether the param group is. Without a decay that chooses nothing, so
+                torch.compile gets no variant of its own.
+        """
+        s: Any = Scalars(*scalars.tolist()[: len(Scalars._fields)])
+        has_lr_wd = s.lr_wd != 0
+        return Flags(
+            has_multiplier=s.grad_multiplier != 1,
+            has_l2=s.l2 != 0,
+            has_lr_wd=has_lr_wd,
+            cautious=cautious and has_lr_wd,
+            store_param=s.step_size != 0 or has_lr_wd,
+        )
+
+
 def _numpy_or_none() -> Any:
     """numpy, if it is installed and torch can share memory with it."""
     try:
@@ -91,20 +120,21 @@ class Functions(NamedTuple):
     for a new one.
     """
 
-    multiply: Callable[..., Any]
+    add: Callable[..., Any]
     subtract: Callable[..., Any]
+    multiply: Callable[..., Any]
     maximum: Callable[..., Any]
     where: Callable[..., Any]
     sqrt: Callable[..., Any]  # correctly rounded
 
 
-EAGER = Functions(torch.multiply, torch.subtract, torch.maximum, torch.where, exact_sqrt)
+EAGER = Functions(torch.add, torch.subtract, torch.multiply, torch.maximum, torch.where, exact_sqrt)
 # Inductor's square root is correctly rounded.
 COMPILED = EAGER._replace(sqrt=torch.sqrt)
 # numpy's functions are the processor's own instructions, which round correctly. A call costs 0.3 us
 # where torch's costs 1 us, and never waits for other threads. None without numpy.
 NUMPY = _NUMPY and Functions(
-    _NUMPY.multiply, _NUMPY.subtract, _NUMPY.maximum, _NUMPY.where, _NUMPY.sqrt
+    _NUMPY.add, _NUMPY.subtract, _NUMPY.multiply, _NUMPY.maximum, _NUMPY.where, _NUMPY.sqrt
 )
 
 
@@ -130,10 +160,7 @@ def adam_update(
     v_max: Any,
     ema: Any,
     s: Scalars,
-    has_l2: bool,
-    has_lr_wd: bool,
-    cautious: bool,
-    store_param: bool,
+    flags: Flags,
     functions: Functions,
     scratch: Scratch = NO_SCRATCH,
 ) -> None:
@@ -156,20 +183,18 @@ def adam_update(
             average of the parameter or None; tensors or numpy arrays of one shape and float type. g
             is only read.
         s: Scalars of the same type.
-        has_l2, has_lr_wd: whether `s.l2` and `s.lr_wd` are not zero. As Python values they cost
-            nothing to test, and torch.compile needs no branch.
-        cautious: decay a parameter only where the update moves it towards zero.
-        store_param: False leaves p as it is, whatever the scalars say.
+        flags: of these scalars.
         functions: of the library that the operands come from.
         scratch: arrays of the same library, which are overwritten.
     """
-    multiply, subtract, maximum, where, sqrt = functions
+    add, subtract, multiply, maximum, where, sqrt = functions
     # Below, nearly all is computed in place: memory that stays in the cache is worth more than new.
-    g = multiply(g, s.grad_multiplier, out=scratch.grad)
+    if flags.has_multiplier:
+        g = multiply(g, s.grad_multiplier, out=scratch.grad)
 
     # A weight decay of 0 must be absent, not multiplied: 0 * inf would turn an infinite p into NaN.
-    if has_l2:
-        g += multiply(p, s.l2, out=scratch.first)
+    if flags.has_l2:
+        g = add(g, multiply(p, s.l2, out=scratch.first), out=scratch.grad)
 
     change = subtract(g, m, out=scratch.first)
     change *= s.one_minus_beta1
@@ -180,7 +205,7 @@ def adam_update(
     v += square
     if v_max is not None:
         maximum(v_max, v, out=v_max)
-    if store_param:
+    if flags.store_param:
         second_moment = v if v_max is None else v_max
         denominator = sqrt(second_moment, out=scratch.first)
         denominator *= s.rsqrt_bc2
@@ -189,9 +214,9 @@ def adam_update(
         update /= denominator
 
         # Decay and update are subtracted together, so p rounds once and a tiny decay is not lost.
-        if has_lr_wd:
+        if flags.has_lr_wd:
             decay = multiply(p, s.lr_wd, out=scratch.first)
-            if cautious:
+            if flags.cautious:
                 # A product of the two could underflow. Where p is 0, so is the decay, whatever is
                 # decided.
                 towards_zero = where(p < 0, -update, update) > 0
@@ -212,10 +237,7 @@ def adam_step(
     v_max: Tensor | None,
     ema: Tensor | None,
     scalars: Tensor,
-    has_l2: bool,
-    has_lr_wd: bool,
-    cautious: bool,
-    store_param: bool,
+    flags: Flags,
     functions: Functions,
 ) -> None:
     """Load, update and store: p, m, v, v_max and ema in place, each rounded once to its own dtype.
@@ -224,10 +246,7 @@ def adam_step(
         p, g, m, v, v_max: flat tensors of one size, of any float dtypes. g is only read.
         ema: of the scalars' type, or None.
         scalars: shape (SCALARS,), in the order of `table.py` and the type of the arithmetic.
-        has_l2, has_lr_wd: whether these scalars are not zero.
-        cautious: as for `adam_update`.
-        store_param: False for a step of size zero, which leaves parameters as they are: p - 0 would
-            turn -0.0 into 0.0.
+        flags: of these scalars.
         functions: torch's, as for `adam_update`.
     """
     compute, s = scalars.dtype, load_scalars(scalars)
@@ -235,9 +254,8 @@ def adam_step(
     # What is of this type already is updated where it is.
     wide_p, wide_m, wide_v = [memory.to(compute) for memory in (p, m, v)]
     wide_v_max = None if v_max is None else v_max.to(compute)
-    flags = has_l2, has_lr_wd, cautious, store_param
-    adam_update(wide_p, grad, wide_m, wide_v, wide_v_max, ema, s, *flags, functions)
-    if store_param:
+    adam_update(wide_p, grad, wide_m, wide_v, wide_v_max, ema, s, flags, functions)
+    if flags.store_param:
         p.copy_(wide_p)
     m.copy_(wide_m)
     v.copy_(wide_v)
@@ -249,10 +267,7 @@ def recipe_step(
     recipe: Recipe,
     memory: dict[str, Tensor],
     scalars: Tensor,
-    has_l2: bool,
-    has_lr_wd: bool,
-    cautious: bool,
-    store_param: bool,
+    flags: Flags,
     bits: Tensor,
 ) -> None:
     """`adam_step` on what a recipe stores. The arithmetic is float32.
@@ -261,7 +276,7 @@ def recipe_step(
         memory: name -> flat tensor: `param`, `grad` and the recipe's own entries, each of N
             elements (scales: N / 32). N is a multiple of 32 if there are scales. Everything but
             the gradient is written in place.
-        scalars, has_l2, has_lr_wd, cautious, store_param: as for `adam_step`.
+        scalars, flags: as for `adam_step`.
         bits: int32, shape (N,): one word of random bits per element; shape (0,) if the recipe needs
             no random bits.
     """
@@ -279,10 +294,9 @@ def recipe_step(
     v_max = None if v_max_stored is None else v_max_stored.float()
     ema = memory.get("ema")
     s = load_scalars(scalars)
-    flags = has_l2, has_lr_wd, cautious, store_param
-    adam_update(p, g, m, v, v_max, ema, s, *flags, EAGER)
+    adam_update(p, g, m, v, v_max, ema, s, flags, EAGER)
 
-    if store_param:
+    if flags.store_param:
         new_p, new_extra = codecs.store_weight(recipe.weights, p, bits)
         param.copy_(new_p)
         if extra is not None and new_extra is not None:

@@ -28,7 +28,7 @@ from .codecs import (
     to_storage,
 )
 from .config import launch_config
-from .formula import Scalars, adam_update
+from .formula import Scalars, adam_update, hidden_one
 from .launch import Launcher
 
 TYPES = {
@@ -258,6 +258,7 @@ def store_block(
     v_max,
     ema,
     bits,
+    one,
     moves,  # whether the parameter is stored
     first,
     limit,
@@ -277,7 +278,7 @@ def store_block(
         if has_extra(WEIGHTS):
             tl.store(ptrs.extra + offs, new_extra, mask=mask)
     if STATES == "int8":
-        m, v, m_scale, v_scale = encode_moments(m, v, state_noise(bits))
+        m, v, m_scale, v_scale = encode_moments(m, v, state_noise(bits), one)
         # The thread that holds a group's first elements stores its scale. Stores by group instead
         # of by vector would move the scales between threads, through shared memory.
         vectors = first + VEC * tl.arange(0, N // VEC).to(tl.int64)
@@ -306,6 +307,7 @@ def store_block(
 def update_block(
     ptrs,  # Pointers
     s,  # Scalars
+    one,  # from `hidden_one`
     key,  # RandomKey
     first,  # i64: first element of the block
     limit,  # i64: end of the elements that may be updated
@@ -323,13 +325,14 @@ def update_block(
     p, g, m, v, v_max, ema = load_block(
         ptrs, first, limit, N, COMPUTE, WEIGHTS, STATES, AMSGRAD, EMA
     )
-    p, m, v, v_max, ema = adam_update(p, g, m, v, v_max, ema, s, AMSGRAD, CAUTIOUS, EMA)
+    p, m, v, v_max, ema = adam_update(p, g, m, v, v_max, ema, s, one, AMSGRAD, CAUTIOUS, EMA)
     bits = block_bits(key, first, N, SHARED_DRAWS, WEIGHTS, STATES)
     # A step of size zero leaves parameters as they are: p - 0 would turn -0.0 into 0.0.
     moves = (s.step_size != 0) | (s.lr_wd != 0)
     store_block(
-        ptrs, p, m, v, v_max, ema, bits, moves, first, limit, N, VEC, WEIGHTS, STATES, AMSGRAD, EMA
-    )
+        ptrs, p, m, v, v_max, ema, bits, one, moves, first, limit, N, VEC, WEIGHTS, STATES,
+        AMSGRAD, EMA,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -371,6 +374,7 @@ def adam_kernel(
     key = load_key(row_ptr, s_ptr)
     s = load_scalars(s_ptr)
     COMPUTE: tl.constexpr = scalars_ptr.dtype.element_ty
+    one = hidden_one(rows_ptr, COMPUTE)
 
     # The body: vector accesses, for rows whose operands are all aligned to 16 bytes and whose
     # random bits come in whole draws. The compiler vectorizes a masked access only if it sees that
@@ -386,7 +390,7 @@ def adam_kernel(
     # to 80 registers (6 programs at a time instead of 7), and spill up to 24 bytes more with random
     # bits (sm_90). fp32 and bf16 gain nothing from it: the memory's time is still the longer one.
     update_block(
-        body, s, key, start, body_end, True, BLOCK, VEC, COMPUTE, WEIGHTS, STATES,
+        body, s, one, key, start, body_end, True, BLOCK, VEC, COMPUTE, WEIGHTS, STATES,
         AMSGRAD, CAUTIOUS, EMA,
     )  # fmt: skip
 
@@ -397,7 +401,7 @@ def adam_kernel(
         end = tl.minimum(start + BLOCK, n)
         for first in range(tl.maximum(start, body_end), end, TAIL):
             update_block(
-                tail, s, key, first, end, False, TAIL, VEC, COMPUTE, WEIGHTS, STATES,
+                tail, s, one, key, first, end, False, TAIL, VEC, COMPUTE, WEIGHTS, STATES,
                 AMSGRAD, CAUTIOUS, EMA,
             )  # fmt: skip
 

@@ -8,6 +8,8 @@ NaN's sign and payload). Nothing rests on a library function's last bits: all is
 import triton
 import triton.language as tl
 
+from .formula import add
+
 INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
 GROUP = tl.constexpr(32)  # elements that share one scale
 LARGEST_BF16 = tl.constexpr(3.3895313892515355e38)
@@ -247,14 +249,14 @@ def root(v_bits):
 
 
 @triton.jit
-def inverse(bits):
+def inverse(bits, one):
     """1 / x of a normal float32 by its bits, within 4e-5: a guess within 5 %, one cubic step.
 
     A division would take 20 instructions, and 5 more where it is slow.
     """
     guess = float_of(0x7EF30000 - bits)
     t = guess * float_of(bits)
-    return guess * (CUBIC - t * (CUBIC - t))
+    return guess * add(t * (CUBIC - t), CUBIC, -one)
 
 
 @triton.jit
@@ -307,7 +309,7 @@ def decode_moments(m_code, v_code, m_scale, v_scale):
 
 
 @triton.jit
-def encode_moments(m, v, noise):
+def encode_moments(m, v, noise, one):
     """Return codes and scales (m_code, v_code, m_scale, v_scale), rounded stochastically.
 
     Each moment goes to one of the two decoded values around it, in proportion to nearness:
@@ -329,6 +331,7 @@ def encode_moments(m, v, noise):
     Args:
         m, v: float32, shape (N,); v >= 0.
         noise: uint32 below 2^16, shape (N,). v takes all of it, m the low 8 bits.
+        one: from `hidden_one`.
 
     Returns:
         int8 and uint8, shape (N,), and two float32 that bfloat16 holds exactly, shape (N // 32,).
@@ -339,7 +342,7 @@ def encode_moments(m, v, noise):
     top = tl.max(groups_of(v_bits), axis=1)
 
     # m: the group's largest ratio has code 126.9, so that rounding it up still fits 127.
-    ratio = m * inverse(root(v_bits))
+    ratio = m * inverse(root(v_bits), one)
     largest_ratio = largest_magnitude(groups_of(ratio))
     bad = (largest_ratio >= LARGEST_V) | (top == LARGEST_V)
     m_scale = (bits_of(float_of(largest_ratio) * (1.0 / 126.9)) + 0xFFFF) & 0xFFFF0000
@@ -347,7 +350,7 @@ def encode_moments(m, v, noise):
     # 2^15 + 2^14 plus noise / 256: the sum's low bits count 1/256 of a code, and its second byte
     # is the code. With noise 0x8000 it is the nearest.
     noise_above = float_of((noise & 0xFF) ^ 0x47400080)
-    m_code = bits_of(ratio * spread(inverse(m_scale), N) + noise_above) >> 8
+    m_code = bits_of(add(ratio * spread(inverse(m_scale, one), N), noise_above, one)) >> 8
     m_code = tl.where(spread(bad, N), 0, m_code)
     m_scale = float_of(tl.where(bad, 0x7FC00000, m_scale))
 

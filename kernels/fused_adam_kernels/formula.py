@@ -43,6 +43,28 @@ def exact_div(x, y):
 
 
 @triton.jit
+def add(x, y, one):
+    """Return x + y, rounded once, where one of them may be a product; with -`one`: y - x.
+
+    ptxas 12.9 (Triton 3.6) fuses products and sums on Blackwell, packed two by two, even with
+    fusion switched off (see `inspect.py`). A sum that is a fused multiply-add already is left
+    alone, and takes no longer. x times 1 is exact, so its bits are those of the sum.
+    """
+    return tl.fma(x, one, y)
+
+
+@triton.jit
+def hidden_one(ptr, DTYPE: tl.constexpr):
+    """Return the 1 for `add`, from an address's highest bit: it is 0, which no compiler knows.
+
+    A factor that it knew to be 1 would be dropped. Made from a loaded value instead of a kernel's
+    argument, it costs fp32 and sr-bf16 7 instructions per thread (Triton 3.7, sm_90).
+    """
+    highest_bit = (ptr.to(tl.int64) >> 63).to(tl.int32)
+    return (highest_bit + 0x3F800000).to(tl.float32, bitcast=True).to(DTYPE)
+
+
+@triton.jit
 def adam_update(
     p,
     g,
@@ -51,6 +73,7 @@ def adam_update(
     v_max,
     ema,
     s,
+    one,
     AMSGRAD: tl.constexpr,
     CAUTIOUS: tl.constexpr,
     EMA: tl.constexpr,
@@ -73,6 +96,7 @@ def adam_update(
         p, g, m, v, v_max, ema: parameter, gradient, moments, AMSGrad's maximum and the average of
             the parameter; registers of one float type and shape.
         s: Scalars of the same type.
+        one: from `hidden_one`.
         AMSGRAD: keep the running maximum of v. Otherwise v_max comes back unchanged.
         CAUTIOUS: decay a parameter only where the update moves it towards zero.
         EMA: average the new parameter. Otherwise ema comes back unchanged.
@@ -81,16 +105,14 @@ def adam_update(
 
     # A weight decay of 0 must be absent, not multiplied: 0 * inf would turn an infinite p into NaN.
     # Adding -0.0 instead changes no bit. (The literal -0.0 becomes 0.0 before Triton 3.9.)
-    # The branch also separates product and sum. Without it ptxas 12.9 (Triton 3.6) fuses 16 of 63
-    # additions per thread on Blackwell, even with fusion switched off (see `inspect.py`).
     negative_zero = tl.zeros_like(p) * -1.0
     l2_term = negative_zero
     if s.l2 != 0:
         l2_term = s.l2 * p
-    g = g + l2_term
+    g = add(g, l2_term, one)
 
-    m = m + s.one_minus_beta1 * (g - m)
-    v = s.beta2 * v + (s.one_minus_beta2 * g) * g
+    m = add(s.one_minus_beta1 * (g - m), m, one)
+    v = add(s.beta2 * v, (s.one_minus_beta2 * g) * g, one)
     if AMSGRAD:
         # As torch.maximum: a NaN stays, where the default would drop it.
         v_max = tl.maximum(v_max, v, propagate_nan=tl.PropagateNan.ALL)
@@ -103,13 +125,14 @@ def adam_update(
     # One division. Bias correction after the root needs only a product.
     update = exact_div(s.step_size * m, exact_sqrt(second_moment) * s.rsqrt_bc2 + s.eps)
 
-    # Decay and update are subtracted together, so p rounds once and a tiny decay is not lost.
+    # Decay and update are subtracted together, so p rounds once and a tiny decay is not lost. The
+    # branch keeps product and sum apart for ptxas; see `add`.
     decay_term = negative_zero
     if s.lr_wd != 0:
         decay_term = s.lr_wd * p
         if CAUTIOUS:
             # A product of the two could underflow. Where p is 0, so is the decay, whatever is
-            # decided. (By the sign of m, ptxas 12.9 would fuse 16 additions; see above.)
+            # decided. (By the sign of m, ptxas 12.9 would fuse 16 additions.)
             towards_zero = tl.where(p < 0, -update, update) > 0
             decay_term = tl.where(towards_zero, decay_term, negative_zero)
     before = p
@@ -119,5 +142,5 @@ def adam_update(
         averaged = p
         if (s.step_size == 0) & (s.lr_wd == 0):
             averaged = before
-        ema = ema + s.one_minus_ema_decay * (averaged - ema)
+        ema = add(s.one_minus_ema_decay * (averaged - ema), ema, one)
     return p, m, v, v_max, ema

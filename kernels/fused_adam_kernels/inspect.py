@@ -256,13 +256,15 @@ def read_nvidia(asm: Any) -> dict[str, Any]:
     # The last real instruction is followed by a jump to itself and padding.
     names = [name for _, name in instructions if name != "NOP"]
     ptx = asm["ptx"]
-    fused = re.findall(r"^\s*(?:@\S+ )?fma\.[\w.]*f(?:32|64)(x2)?\s", ptx, re.M)
+    fmas = re.findall(r"^\s*(?:@\S+ )?fma\.[\w.]*f(?:32|64)(x2)?\s", ptx, re.M)
     additions = re.findall(r"^\s*(?:@\S+ )?(?:add|sub)\.[\w.]*f32(x2)?\s", ptx, re.M)
-    # ptxas fuses packed arithmetic even where PTX says .rn (CUDA 12.9), so count the additions of
+    # Fusing means more fused multiply-adds in PTX than the kernel asks for. And ptxas fuses packed
+    # arithmetic even where PTX says .rn (CUDA 12.9, sm_100 and sm_120), so count the additions of
     # PTX that are missing from SASS. SASS also negates and takes magnitudes by adding -0.0: these
     # are no additions of ours.
     signs = len(re.findall(r"\bFADD R\d+, (?:-R\d+|\|R\d+\|)(?:\.reuse)?, -RZ ", text))
-    added = names.count("FADD") - signs + 2 * names.count("FADD2")
+    added = names.count("FADD") - signs + names.count("UFADD") + 2 * names.count("FADD2")
+    asked = asked_fmas(asm["llir"], "32") + asked_fmas(asm["llir"], "64")
     widths = {"": 32, "64": 64, "128": 128, "256": 256, "ENL2.256": 256, "U16": 16, "U8": 8}
     accesses: dict[str, dict[int, int]] = {"LDG": {}, "STG": {}}
     for mask, name in instructions:
@@ -282,9 +284,20 @@ def read_nvidia(asm: Any) -> dict[str, Any]:
         ),
         "sqrt": kinds(ptx, "sqrt|rsqrt"),
         "div": kinds(ptx, "div|rcp"),
-        "fused": sum(1 + bool(x2) for x2 in fused + additions) - added,
+        "fused": sum(1 + bool(x2) for x2 in fmas + additions) - asked - added,
         "instructions": len(names),
     }
+
+
+def asked_fmas(llir: str, bits: str) -> int:
+    """Fused multiply-adds that the kernel asks for, with `tl.fma`.
+
+    LLVM IR names them apart: what fuses, comes after it. Triton 3.6 also writes AMD's correctly
+    rounded root there, as a reciprocal root and five of them.
+    """
+    widths = re.findall(rf"call .*@llvm\.fma\.(?:v(\d+))?f{bits}\(", llir)
+    roots = re.findall(rf"call .*@llvm\.amdgcn\.rsq\.f{bits}\(", llir)
+    return sum(int(width or 1) for width in widths) - 5 * len(roots)
 
 
 def kinds(ptx: str, names: str) -> str:
@@ -320,18 +333,18 @@ def read_amd(asm: Any) -> dict[str, Any]:
         )
 
     def unexplained_fmas(bits: str) -> int:
-        """Fused multiply-adds that belong to no correctly rounded division or root."""
+        """Those that nobody asks for, and that belong to no correctly rounded division or root."""
         # A correctly rounded division is one reciprocal and 5 fused multiply-adds between
         # v_div_scale and v_div_fixup. Such a root is v_sqrt and 2 of them, or v_rsq and 5 (more in
         # double precision).
-        fmas = total(rf"v_(pk_)?fma(c|ak|mk)?_{bits}")
-        divisions = total(rf"v_div_fixup_{bits}")
-        return fmas - 5 * divisions - 2 * total(rf"v_sqrt_{bits}") - 5 * total(rf"v_rsq_{bits}")
+        fmas = total(rf"v_(pk_)?fma(c|ak|mk)?_f{bits}") - asked_fmas(asm["llir"], bits)
+        divisions = total(rf"v_div_fixup_f{bits}")
+        return fmas - 5 * divisions - 2 * total(rf"v_sqrt_f{bits}") - 5 * total(rf"v_rsq_f{bits}")
 
-    extra_fmas = unexplained_fmas("f32")
+    extra_fmas = unexplained_fmas("32")
     # Mixed-precision ones are conversions if they multiply by one or add zero.
     mixed_fmas = re.findall(r"^\tv_fma_mix\w* (?!.*(?: 1\.0|\b0\)?))", code, re.M)
-    exact_roots = min(extra_fmas, unexplained_fmas("f64")) >= 0
+    exact_roots = min(extra_fmas, unexplained_fmas("64")) >= 0
     reciprocals = total(r"v_rcp_f\d+")
     exact_divisions = reciprocals == total(r"v_div_fixup_f\d+")
     return {

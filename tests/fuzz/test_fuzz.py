@@ -206,10 +206,11 @@ def decay_after_the_update(patch):
     """p * (1 - lr * wd) of the new p: off by lr^2 * wd."""
     update = reference.adam_update
 
-    def late(p, g, m, v, v_max, ema, scalars, l2, decoupled, cautious, store_param, *rest, **more):
-        update(p, g, m, v, v_max, ema, scalars, l2, False, False, store_param, *rest, **more)
-        if decoupled and store_param:
-            p *= 1 - scalars[7]
+    def late(p, g, m, v, v_max, ema, scalars, flags, *rest):
+        undecayed = flags._replace(has_lr_wd=False, cautious=False)
+        update(p, g, m, v, v_max, ema, scalars, undecayed, *rest)
+        if flags.has_lr_wd and flags.store_param:
+            p *= 1 - scalars.lr_wd
 
     patch.setattr(reference, "adam_update", late)
 
@@ -218,9 +219,11 @@ def cautious_by_the_gradient(patch):
     """Its sign is often that of the first moment, but not always."""
     update = reference.adam_update
 
-    def hasty(p, g, m, v, v_max, ema, scalars, l2, decoupled, cautious, *rest, **more):
-        decoupled = decoupled and (not cautious or bool((g * p > 0).any()))
-        update(p, g, m, v, v_max, ema, scalars, l2, decoupled, False, *rest, **more)
+    def hasty(p, g, m, v, v_max, ema, scalars, flags, *rest):
+        if flags.cautious:
+            decays = bool((g * p > 0).any())
+            flags = flags._replace(has_lr_wd=decays, cautious=False)
+        update(p, g, m, v, v_max, ema, scalars, flags, *rest)
 
     patch.setattr(reference, "adam_update", hasty)
 
@@ -231,7 +234,7 @@ def averages_of_the_weight_before(patch):
 
     def late(p, g, m, v, v_max, ema, scalars, *rest, **more):
         if ema is not None:
-            ema += scalars[9] * (p - ema)
+            ema += scalars.one_minus_ema_decay * (p - ema)
         update(p, g, m, v, v_max, None, scalars, *rest, **more)
 
     patch.setattr(reference, "adam_update", late)

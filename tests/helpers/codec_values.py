@@ -26,7 +26,8 @@ def float_of(bits):
 
 
 def bits_of(x):
-    return x.view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[x.element_size()])
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return x.view(integers[x.element_size()])
 
 
 def same(left, right):

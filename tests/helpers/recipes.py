@@ -64,10 +64,11 @@ def trained(
     grad_dtype=None,
     scale=1.0,
     device="cpu",
+    optimizer_class=FusedAdamW,
     **options,
 ):
     options = {"lr": 1e-2, "weight_decay": 0.1, "precision": precision, **options}
-    optimizer = FusedAdamW(
+    optimizer = optimizer_class(
         parameters(dtype or dtype_of(precision), shapes, device=device), **options
     )
     train(optimizer, steps, first, grad_dtype, scale)

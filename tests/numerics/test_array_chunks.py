@@ -59,11 +59,13 @@ def test_a_step_in_inference_mode_on_several_threads(threads):
 def test_nobody_writes_after_an_interrupt(threads, monkeypatch):
     """Other threads finish the chunk they are at, and take no other."""
     step, main = array_chunks.Workspace.step, threading.main_thread()
-    stepped = []
+    stepped, interrupt = [], threading.Event()
 
     def interrupted(self, chunk):
         if threading.current_thread() is main:
+            interrupt.set()
             raise KeyboardInterrupt
+        interrupt.wait()  # or they could be done before the main thread has taken a chunk
         step(self, chunk)
         stepped.append(chunk)
 

@@ -146,7 +146,7 @@ def moments_kernel(
     span = tl.program_id(0) * (N // 8) + tl.arange(0, N // 8)
     words = tl.load(words_ptr + offs).to(tl.uint32, bitcast=True)
     m_code, v_code, m_scale, v_scale = jit.encode_moments(
-        tl.load(m_ptr + offs), tl.load(v_ptr + offs), jit.state_noise(words)
+        tl.load(m_ptr + offs), tl.load(v_ptr + offs), jit.state_noise(words), 1.0
     )
     m, v = jit.decode_moments(m_code, v_code, m_scale, v_scale)
     tl.store(m_code_ptr + offs, m_code)

@@ -2,6 +2,8 @@
 own.
 """
 
+import json
+
 import pytest
 from process import outside_the_interpreter
 
@@ -22,6 +24,7 @@ NVIDIA = {
     "fp32-bf16-grad": ({"128": 6, "64": 2}, {"128": 6}),
     "bf16-fp32-grad": ({"128": 2, "64": 6}, {"64": 6}),
 }
+MIXES = [name for name in NVIDIA if not name.endswith(("-amsgrad", "-cautious"))] + ["fp64"]
 # What is beside a parameter takes as many elements per access as the widest operand.
 RECIPES = {
     "native-bf16": ({"128": 4, "64": 4}, {"128": 2, "64": 4}),
@@ -152,6 +155,58 @@ def test_what_full_blocks_run_is_counted_without_the_tail(reports):
         assert (
             report["instructions"] / 8 - report["per_element"] > least
         )  # 1024 elements over 128 threads
+
+
+FUSED = """
+import json, sys
+from fused_adam_kernels.inspect import MIXES, RECIPES, TARGETS, compiled, read_nvidia, update
+target, mixes, options = json.loads(sys.argv[1])
+print(json.dumps([
+    (name, flags, read_nvidia(compiled(update(*mix, **flags), TARGETS[target]).asm)["fused"])
+    for name, mix in (MIXES | RECIPES).items() if name in mixes
+    for flags in options
+]))
+"""
+PLAIN = {"amsgrad": False, "cautious": False}
+EVERY_OPTION = {"amsgrad": True, "cautious": True}
+OPTIONS = [{"amsgrad": a, "cautious": c} for a in (False, True) for c in (False, True)]
+
+
+def fused(target, mixes, options):
+    """Additions that vanished, of every mix that has some, by its name and options."""
+    found = outside_the_interpreter("-c", FUSED, json.dumps([target, mixes, options]))
+    assert len(found) == len(mixes) * len(options)
+    return [case for case in found if case[-1] != 0]
+
+
+@pytest.mark.parametrize(("target", "option"), [("sm_100", EVERY_OPTION), ("sm_120", PLAIN)])
+def test_recipes_fuse_nothing_on_blackwell(target, option):
+    """There ptxas 12.9 (Triton 3.6) fuses what PTX keeps apart."""
+    assert fused(target, [*RECIPES, *INT8], [option]) == []
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "sm_120"])
+def test_no_mix_fuses_anything(target):
+    assert fused(target, [*MIXES, *RECIPES, *INT8], OPTIONS) == []
+
+
+FMAS = """
+import json, re
+from fused_adam_kernels.inspect import TARGETS, VARIANTS, compiled
+print(json.dumps({
+    name: len(re.findall(r"fma.rn.f", compiled(VARIANTS[name], TARGETS["sm_90"]).asm["ptx"]))
+    for name in ("fp32", "fp64", "native-int8")
+}))
+"""
+
+
+def test_sums_next_to_products_are_fused_multiply_adds_already():
+    """So no ptxas fuses them. If the compiler saw that their factor is 1, they would be sums."""
+    elements = 8 + 2  # per thread: body and tail
+    # Gradient, m, v. int8: two more per element, and one per group that a thread has part of.
+    expected = {"fp32": 3 * elements, "fp64": 3 * elements, "native-int8": 5 * elements + 2 + 2}
+    assert outside_the_interpreter("-c", FMAS) == expected
 
 
 MAXIMA = """

@@ -15,25 +15,33 @@ import dataclasses, json
 import triton, triton.language as tl
 from fused_adam_kernels.inspect import Variant, inspect
 
+compile_unfused = triton.compile
+
+def compile_fused(*arguments, options, **others):
+    return compile_unfused(*arguments, options=options | {"enable_fp_fusion": True}, **others)
+
 @triton.jit
 def kernel(x_ptr, y_ptr, d_ptr, FAULTY: tl.constexpr):
     offs = tl.arange(0, 1024)
     x = tl.load(x_ptr + offs, mask=offs < 1000)
     y = tl.load(y_ptr + offs, mask=offs < 1000)
     if FAULTY:
-        z = tl.fma(x, y, tl.sqrt(x) / y)
+        z = x * y + tl.sqrt(x) / y
         tl.store(d_ptr + offs, z.to(tl.float64) * 3, mask=offs < 1000)
         # Neighbours come together: a conversion of layouts through shared memory.
         z = tl.reshape(tl.permute(tl.reshape(z, [32, 32]), [1, 0]), [1024])
     else:
-        z = x * y + tl.div_rn(tl.sqrt_rn(x), y)
+        z = x * y + tl.fma(x, y, tl.div_rn(tl.sqrt_rn(x), y))  # asked for is not fused
     tl.store(x_ptr + offs, z, mask=offs < 1000)
 
 types = {"x_ptr": "*fp32", "y_ptr": "*fp32", "d_ptr": "*fp64"}
-print(json.dumps([
-    dataclasses.asdict(inspect("faults", target, Variant(kernel, types, {"FAULTY": faulty}, 1024)))
-    for target in ("sm_90", "sm_100", "gfx942") for faulty in (False, True)
-]))
+found = []
+for target in ("sm_90", "sm_100", "gfx942"):
+    for faulty in (False, True):
+        triton.compile = compile_fused if faulty else compile_unfused
+        variant = Variant(kernel, types, {"FAULTY": faulty}, 1024)
+        found.append(dataclasses.asdict(inspect("faults", target, variant)))
+print(json.dumps(found))
 """
 
 

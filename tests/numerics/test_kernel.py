@@ -4,6 +4,9 @@ test_parity.py.
 
 import pytest
 import torch
+import triton
+import triton.language as tl
+from codec_values import same
 from training import gradient, parameters, results, same_bits, train, values
 
 from fused_adam import FusedAdam, FusedAdamW
@@ -36,6 +39,28 @@ def test_scalars_have_the_same_names_and_order_everywhere():
     for column, name in enumerate(scalars.HyperParams._fields):
         assert getattr(table, f"HYPER_{name.upper()}") == column
     assert len(scalars.HyperParams._fields) == table.HYPER
+
+
+@triton.jit
+def sums_kernel(x_ptr, y_ptr, one_ptr, sum_ptr, difference_ptr, N: tl.constexpr):
+    offs = tl.arange(0, N)
+    x, y, one = tl.load(x_ptr + offs), tl.load(y_ptr + offs), tl.load(one_ptr)
+    tl.store(sum_ptr + offs, kernel_formula.add(x, y, one))
+    tl.store(difference_ptr + offs, kernel_formula.add(x, y, -one))
+
+
+@pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")  # numpy's, of infinities
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_sums_by_fused_multiply_adds_have_the_bits_of_sums(dtype, kernel_device):
+    limits = torch.finfo(dtype)
+    special = [0.0, 1.0, torch.inf, torch.nan, limits.max, limits.tiny, limits.tiny / 8]
+    special = torch.tensor([*special, *(-x for x in special)], dtype=dtype)
+    pairs = torch.cartesian_prod(special, special)
+    x, y = torch.cat([pairs, values((1024 - len(pairs), 2), 0, dtype)]).T.contiguous()
+    x, y, one = (tensor.to(kernel_device) for tensor in (x, y, torch.ones(1, dtype=dtype)))
+    total, difference = torch.empty_like(x), torch.empty_like(x)
+    sums_kernel[(1,)](x, y, one, total, difference, N=1024, enable_fp_fusion=False)
+    assert same(total, x + y) and same(difference, y - x)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

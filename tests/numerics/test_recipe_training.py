@@ -167,6 +167,16 @@ def test_a_nan_spoils_its_own_group_and_can_be_undone(precision, backend):
     assert same_bits(results(optimizer), results(clean))
 
 
+@pytest.mark.parametrize("precision", ["split24-int8", "split32-int8", "master32-int8"])
+def test_what_lies_behind_the_end_reaches_no_group(precision):
+    """There 0 / (0 + eps) is NaN with an eps of 0, and decay would bring it into the gradient."""
+    options = {"optimizer_class": FusedAdam, "shapes": [(70,)], "eps": 0.0, "dtype": BF16}
+    kernel = trained(precision, 4, backend="triton", **options)
+    reference = trained(precision, 4, backend="reference", **options)
+    assert same_bits(results(kernel), results(reference))
+    assert weights(kernel)[0].isfinite().all()
+
+
 @every_backend
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
 def test_master_weights_begin_as_the_parameters(dtype, backend):
