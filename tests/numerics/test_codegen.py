@@ -2,6 +2,7 @@
 own.
 """
 
+import itertools
 import json
 
 import pytest
@@ -17,6 +18,7 @@ NVIDIA = {
     "fp32-ema": ({"128": 10}, {"128": 8}),
     "bf16": ({"128": 4}, {"128": 3}),
     "bf16-ema": ({"128": 2, "64": 8}, {"128": 2, "64": 6}),
+    "split32-bf16-ema": ({"128": 2, "64": 10}, {"128": 2, "64": 8}),
     "bf16-cautious": ({"128": 4}, {"128": 3}),
     "bf16-fp32-state": ({"128": 4, "64": 4}, {"128": 4, "64": 2}),
     "bf16-amsgrad": ({"128": 5}, {"128": 4}),
@@ -33,7 +35,6 @@ RECIPES = {
     "split32-bf16": ({"128": 5}, {"128": 4}),
     "split24-bf16": ({"128": 4, "64": 1}, {"128": 3, "64": 1}),
     "sr-bf16": ({"128": 4}, {"128": 3}),
-    "split32-bf16-ema": ({"128": 2, "64": 10}, {"128": 2, "64": 8}),
 }
 # Recipes that draw random bits run under a limit of registers, which an H100 was faster with: bytes
 # per thread that are spilled to keep it, at most.
@@ -167,9 +168,11 @@ print(json.dumps([
     for flags in options
 ]))
 """
-PLAIN = {"amsgrad": False, "cautious": False}
-EVERY_OPTION = {"amsgrad": True, "cautious": True}
-OPTIONS = [{"amsgrad": a, "cautious": c} for a in (False, True) for c in (False, True)]
+FLAGS = ("amsgrad", "cautious", "ema")
+PLAIN, EVERY_OPTION = dict.fromkeys(FLAGS, False), dict.fromkeys(FLAGS, True)
+OPTIONS = [
+    dict(zip(FLAGS, values, strict=True)) for values in itertools.product((False, True), repeat=3)
+]
 
 
 def fused(target, mixes, options):
