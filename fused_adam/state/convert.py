@@ -98,7 +98,7 @@ def decode(entry: Mapping[str, Any], param: Tensor) -> dict[str, Tensor]:
 
     Returns:
         float32 (or complex64) moments and average, and `master_weight` if the entry has one or a
-        remainder, all of the parameter's shape.
+        remainder that completes the parameter, all of the parameter's shape.
     """
     values = {key: widened(entry[key]) for key in ("exp_avg", "exp_avg_sq") if key in entry}
     if CODED["exp_avg"][0] in entry:
@@ -115,7 +115,7 @@ def decode(entry: Mapping[str, Any], param: Tensor) -> dict[str, Tensor]:
         values["ema"] = widened(entry["ema"])
     if "master_weight" in entry:
         values["master_weight"] = entry["master_weight"].float()
-    elif "remainder" in entry:
+    elif "remainder" in entry and param.dtype in WEIGHTS["split32"].params:
         high = param.detach().contiguous()
         remainder = entry["remainder"].to(param.device).contiguous()
         weights = "split32" if remainder.dtype == torch.int16 else "split24"
@@ -129,7 +129,7 @@ def convert(entry: Mapping[str, Any], param: Tensor, target: Recipe) -> dict[str
     Args:
         entry: in any precision, this rank's part. Entries that are not state are kept as they are.
         param: this rank's part. Remainders complete the weights that are in it, so load those
-            before the state.
+            before the state. In another dtype than the one they were cut from, they are lost.
         target: the recipe to store it in.
     """
     if not any(key in entry for key in ENTRIES):

@@ -245,6 +245,36 @@ def test_from_any_recipe_to_any_other(source, target):
     assert all(second.state[p]["step"] == 4 for p in members(second))
 
 
+@pytest.mark.parametrize(
+    ("target", "dtype"),
+    [
+        (None, FP32),
+        ("native-bf16", FP32),
+        (None, FP16),
+        ("master32", FP16),
+        (None, torch.float64),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("source", ["split32", "split24", "split24-bf16", "split32-int8"])
+def test_remainders_complete_no_weight_of_another_dtype(source, target, dtype):
+    """A model that is trained on in another dtype: moments go on, its weights are its own."""
+    saved = trained(source, 2, SHAPES)
+    exported = saved.export_fp32()["state"]["state"]
+    other = FusedAdamW(parameters(dtype, SHAPES), precision=target, **options)
+    train(other, 1)
+    other.load_state_dict(saved.state_dict())
+    for number, param in enumerate(members(other)):
+        entry = other.state[param]
+        for key in ("exp_avg", "exp_avg_sq"):
+            assert torch.equal(entry[key], exported[number][key].to(entry[key].dtype))
+        assert "remainder" not in entry
+    train(other, 1, first=2)
+    assert all(param.isfinite().all() for param in members(other))
+    if target == "master32":
+        assert all(map(torch.equal, [w.half() for w in weights(other)], members(other)))
+
+
 @pytest.mark.parametrize("states", ["fp32", "bf16", "int8"])
 def test_split32_and_master32_exchange_exactly(states):
     """There and back again, in mid-training: the weights go on as if nothing had been changed."""
