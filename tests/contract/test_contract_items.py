@@ -31,11 +31,11 @@ from actions import (
     stepped,
     steps_as,
     strided,
-    through_a_file,
     with_grad,
     without,
 )
 from torch import nn
+from training import through_a_file
 
 from fused_adam import FusedAdam, FusedAdamW
 

@@ -1,7 +1,6 @@
 """Actions on an optimizer class, whose outcomes on our class and on torch's are compared."""
 
 import copy
-import io
 import pickle
 import warnings
 
@@ -158,13 +157,6 @@ def steps_as(kind):
             entry["step"] = kind(entry["step"])
 
     return change
-
-
-def through_a_file(saved):
-    file = io.BytesIO()
-    torch.save(saved, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 def fresh_pickle(optimizer):

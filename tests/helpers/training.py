@@ -4,6 +4,7 @@ bits.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -91,3 +92,11 @@ def _same(x: Tensor, y: Tensor) -> bool:
         x, y = torch.view_as_real(x), torch.view_as_real(y)
     same = (x == y) & (x.signbit() == y.signbit()) | (x.isnan() & y.isnan())
     return bool(same.all())
+
+
+def through_a_file(saved: Any) -> Any:
+    """What comes back of it, saved and loaded as users do."""
+    file = io.BytesIO()
+    torch.save(saved, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)

@@ -1,7 +1,6 @@
 """Checkpoints: torch's form, exact resumption, exchange with torch.optim both ways."""
 
 import copy
-import io
 from multiprocessing.reduction import ForkingPickler
 
 import pytest
@@ -9,20 +8,12 @@ import torch
 import torch.multiprocessing  # says how ForkingPickler sends tensors
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from training import parameters, results, same_bits, train
+from training import parameters, results, same_bits, through_a_file, train
 
 from fused_adam import FusedAdam, FusedAdamW
 
 FLATTEN = [False, True]
 SHAPES = [(5,), (3, 4), (), (200,)]
-
-
-def saved(state_dict):
-    """Through a file, as users do it."""
-    file = io.BytesIO()
-    torch.save(state_dict, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 def copies(optimizer):
@@ -40,7 +31,7 @@ def test_resuming_is_bit_equal_to_not_having_stopped(amsgrad, flatten, backend, 
     optimizer = FusedAdamW(parameters(dtype, SHAPES), **options)
     train(optimizer, 3)
     resumed = FusedAdamW(copies(optimizer), **{**options, "lr": 7.0})
-    resumed.load_state_dict(saved(optimizer.state_dict()))
+    resumed.load_state_dict(through_a_file(optimizer.state_dict()))
     assert same_bits(results(resumed), results(optimizer))
     train(optimizer, 2, first=3)
     train(resumed, 2, first=3)
@@ -65,7 +56,7 @@ def test_exchange_with_torch_in_mid_training(ours, theirs, flatten, options):
     b = theirs(parameters(torch.float32, SHAPES), **options)
     for optimizer in (a, b):
         train(optimizer, 3)
-    sa, sb = saved(a.state_dict()), saved(b.state_dict())
+    sa, sb = through_a_file(a.state_dict()), through_a_file(b.state_dict())
     assert sa["param_groups"] == sb["param_groups"] and list(sa["param_groups"][0]) == list(
         sb["param_groups"][0]
     )

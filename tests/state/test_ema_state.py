@@ -2,7 +2,6 @@
 
 import copy
 import gc
-import io
 import pickle
 import weakref
 
@@ -21,7 +20,7 @@ from recipes import (
 )
 from torch import nn
 from torch._subclasses import FakeTensorMode
-from training import parameters, results, same_bits, values
+from training import parameters, results, same_bits, through_a_file, values
 
 from fused_adam import FusedAdam, FusedAdamW, step_in_backward
 from fused_adam.backends import choose as backend
@@ -30,13 +29,6 @@ from fused_adam.state import offload
 SHAPES = [(40,), (5, 13), ()]
 OPTIONS = {"lr": 0.05, "weight_decay": 0.3}
 DECAY = {"ema_decay": 0.9}
-
-
-def through_a_file(state_dict):
-    file = io.BytesIO()
-    torch.save(state_dict, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 def successor(optimizer, dtype=None, **arguments):

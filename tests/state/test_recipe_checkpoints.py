@@ -23,7 +23,7 @@ from recipes import (
     within_int8,
 )
 from torch import nn
-from training import results, same_bits, values
+from training import results, same_bits, through_a_file, values
 
 from fused_adam import FusedAdam, FusedAdamW
 from fused_adam.precision import NAMES, parse
@@ -31,13 +31,6 @@ from fused_adam.precision import NAMES, parse
 SHAPES = [(), (40,), (5, 13), (0, 3)]
 
 options = {"lr": 1e-2, "weight_decay": 0.1}
-
-
-def through_a_file(state_dict):
-    file = io.BytesIO()
-    torch.save(state_dict, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 def successor(optimizer, dtype=None, **arguments):
