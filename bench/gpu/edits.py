@@ -35,7 +35,7 @@ class Variant:
 ENTRY = """    row = tl.load(blocks_ptr + 2 * program).to(tl.int64)
     start = tl.load(blocks_ptr + 2 * program + 1).to(tl.int64) * BLOCK
 """
-BODY = "    update_block(\n        body, s, key, start, body_end,"
+BODY = "    update_block(\n        body, s, one, key, start, body_end,"
 
 
 def several_chunks(number: int, stages: int = 0, **changes: int | None) -> Variant:
