@@ -22,7 +22,7 @@ bench: .venv/installed
 	$(BIN)/python -m bench step --quick --plot bench.png
 
 test: .venv/installed
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; \
 	then $(BIN)/python -m pytest -m gpu; else echo "No GPU here: tests marked gpu were skipped."; fi
 

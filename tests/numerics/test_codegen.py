@@ -8,9 +8,6 @@ import json
 import pytest
 from process import outside_the_interpreter
 
-# `reports` takes a minute and a half, which a second worker would take again.
-pytestmark = pytest.mark.xdist_group("codegen")
-
 # Accesses per thread to elements, by their bits: loads and stores of the body; the tail takes 32
 # bits at most. 1024 elements over 128 threads are 8 each: per operand two 128-bit accesses in fp32,
 # one in bf16. Mixed: every operand takes 4 elements per access, so that no layout is converted.
