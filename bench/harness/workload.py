@@ -113,15 +113,18 @@ def tensor_bytes(tensor: Tensor) -> int:
 def instantiate(spec: OptimizerSpec, params: list[Tensor], case: Case) -> Instance | str:
     """An optimizer over these parameters, whose gradients it keeps; or the reason for its absence.
 
-    Moving parameters into flat buffers zeroes their gradients: the values are put back.
+    As in a training loop, gradients come after `zero_grad()`: with flat buffers into these.
     """
     grads = [param.grad for param in params]
     optimizer = make(spec, params, case)
     if isinstance(optimizer, str):
         return optimizer
+    optimizer.zero_grad()
     for param, grad in zip(params, grads, strict=True):
-        if param.grad is not grad:
-            assert param.grad is not None and grad is not None
+        assert grad is not None
+        if param.grad is None:
+            param.grad = grad
+        else:
             param.grad.copy_(grad)
     instance = Instance(spec, params, optimizer, step_of(spec, optimizer, params, case.options))
     if case.options.ema_decay is not None and not spec.averages:

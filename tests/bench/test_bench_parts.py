@@ -242,7 +242,8 @@ def test_stubbed_steps_launch_nothing_and_others_do():
     assert (other < 1).all()
 
 
-def test_flat_buffers_keep_the_gradients_they_were_given():
+def test_flat_buffers_have_the_gradients_they_were_given():
+    """As in a training loop, where backward writes into the buffers: nothing is copied there."""
     params = workload.make_params([(5,), (3, 2)], Case(CPU))
     before = [param.grad.clone() for param in params]
     made = workload.instantiate(optimizers.ours("reference", flatten=True), params, Case(CPU))
@@ -250,6 +251,8 @@ def test_flat_buffers_keep_the_gradients_they_were_given():
         torch.equal(p.grad, g) and g.abs().sum() > 0
         for p, g in zip(made.params, before, strict=True)
     )
+    grads = [param.grad for param in made.params]
+    assert made.optimizer._engine.flat.in_buffers(made.params, grads) == (0, 1)
 
 
 def test_graphs_are_for_those_whose_steps_count_on_in_them():
