@@ -53,9 +53,7 @@ COLUMNS = (
     "state MB",
     "same bits",
 )
-ON_CPU = (
-    "Without a GPU FusedAdamW runs its reference in plain torch: for equal bits, not for speed."
-)
+ON_CPU = "Without a GPU FusedAdamW runs its reference: for equal bits, not for speed."
 
 
 def run(arguments: argparse.Namespace) -> int:
