@@ -294,6 +294,11 @@ def encode_moments(m: Tensor, v: Tensor, noise: Tensor) -> tuple[Tensor, Tensor,
     return m_code.to(torch.int8), v_code.to(torch.uint8), m_scale.to(torch.bfloat16), v_scale
 
 
+def weights_of(extra: Tensor) -> str:
+    """Which way of storing weights has this master weight or remainder: its dtype tells."""
+    return {torch.int16: "split32", torch.int8: "split24"}.get(extra.dtype, "master32")
+
+
 def load_weight(weights: str | None, p: Tensor, extra: Tensor | None) -> Tensor:
     """The float32 weight of a parameter and what is stored next to it, its master weight or
     remainder.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..distributed import group_elements, local, local_as_stored, to_dtensor, to_local
-from ..numerics.codecs import load_weight
+from ..numerics.codecs import load_weight, weights_of
 from ..precision import GROUP, GROUPED, EntrySpec
 from .memory import (
     Slot,
@@ -475,8 +475,7 @@ def _unrounded_weight(param: Tensor, entry: Mapping[str, Any]) -> Tensor:
     for key in ("master_weight", "remainder"):
         if entry.get(key) is not None:
             extra = to_local(param, key, entry[key]).to(part.device)
-            weights = {torch.int16: "split32", torch.int8: "split24"}.get(extra.dtype, "master32")
-            return load_weight(weights, part, extra)
+            return load_weight(weights_of(extra), part, extra)
     return part
 
 

@@ -118,7 +118,7 @@ def decode(entry: Mapping[str, Any], param: Tensor) -> dict[str, Tensor]:
     elif "remainder" in entry and param.dtype in WEIGHTS["split32"].params:
         high = param.detach().contiguous()
         remainder = entry["remainder"].to(param.device).contiguous()
-        weights = "split32" if remainder.dtype == torch.int16 else "split24"
+        weights = codecs.weights_of(remainder)
         values["master_weight"] = codecs.load_weight(weights, high, remainder)
     return values
 
