@@ -49,7 +49,6 @@ check: Callable[[bool], None] = torch._check
 foreach_add_: Callable[..., None] = torch._foreach_add_
 foreach_copy_: Callable[..., None] = torch._foreach_copy_
 foreach_zero_: Callable[..., None] = torch._foreach_zero_
-flatten_dense_tensors: Callable[[Sequence[Tensor]], Tensor] = torch._utils._flatten_dense_tensors
 # A capsule. `Tensor.__dlpack__` refuses a GPU that is not the current one.
 to_dlpack: Callable[[Tensor], Any] = torch._C._to_dlpack
 # The base class of torch's convolutions.
@@ -59,6 +58,15 @@ ConvNd = nn.modules.conv._ConvNd
 def under_fake_mode() -> bool:
     """Whether FakeTensorMode is on. Every step asks, so it is a cheap question."""
     return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
+
+
+def inductor(graph: Any, examples: Sequence[Any]) -> Callable[..., Any]:
+    """torch.compile's own backend. Importing it takes seconds, so only those do who compile."""
+    from torch._dynamo import lookup_backend
+
+    compile_graph: Any = lookup_backend("inductor")
+    compiled: Callable[..., Any] = compile_graph(graph, examples)
+    return compiled
 
 
 def holders_of(storage: torch.UntypedStorage) -> int:

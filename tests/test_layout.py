@@ -225,3 +225,21 @@ except RuntimeError as error:
     print(error)
 """
     assert "torch.compile needs a C++ compiler" in run(code).stdout
+
+
+def test_compiled_needs_torch_compile():
+    """torch would run the same functions as they are, and its square root rounds otherwise."""
+    code = """
+import os
+os.environ["TORCHDYNAMO_DISABLE"] = "1"
+import torch, fused_adam
+param = torch.nn.Parameter(torch.ones(3))
+param.grad = torch.ones(3)
+try:
+    fused_adam.FusedAdam([param], backend="compiled").step()
+except RuntimeError as error:
+    print(error, param.tolist())
+"""
+    done = run(code)
+    assert "needs torch.compile, which is switched off" in done.stdout, done.stderr
+    assert "[1.0, 1.0, 1.0]" in done.stdout

@@ -6,10 +6,8 @@ bits, slowly.
 
 from __future__ import annotations
 
-import functools
-import types
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,39 +16,21 @@ from torch.nn.functional import pad
 from fused_adam_kernels import table
 
 from ..numerics.codecs import elements_per_draw, random_words
-from ..numerics.formula import CHUNK, COMPILED, EAGER, Flags, adam_step, recipe_step
+from ..numerics.formula import CHUNK, EAGER, Flags, adam_step, recipe_step
 from ..numerics.norm import PartialSums, square_sums, total
 from ..numerics.scalars import LAST_STEP, GradTransform, Hyper, scalars
 from ..plan import CoalescedRows, Launch, LaunchGroup, Row, grouped
 from ..precision import GROUP, GROUPED
 from ..state.memory import SLOT_ALIGN, Slot, align, as_flat, as_real, with_own_storage
-from ..state.staging import PackedCopies, StagedCopies, same_order
-from ..torch_private import check, foreach_add_
+from ..state.staging import JoinedCopies, StagedCopies, same_order
+from ..torch_private import foreach_add_
 from .array_chunks import ArrayChunk, ArrayOperand, chunks_of, step_chunks, suits
+from .compiled import CompiledStep, compiled_step
 
 Step = Callable[..., None]
 Operands = dict[str, Tensor]
 # The operands of `adam_step`, in its order.
 OPERANDS = ("param", "grad", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "ema")
-
-
-@functools.cache
-def compiled_adam_step(*variant: object) -> Step:
-    """`adam_step` on whole slots through torch.compile, once per variant (dtypes and flags).
-
-    Inductor's square root is correctly rounded, and its C++ is compiled without fused
-    multiply-adds.
-    """
-    # dynamo compiles one code object eight times at most, so each variant has its own.
-    code = _step_slots.__code__.replace(co_name=f"adam_step_{abs(hash(variant))}")
-    function = types.FunctionType(code, _step_slots.__globals__)
-    return torch.compile(function, fullgraph=True, dynamic=True)
-
-
-def _step_slots(p: Tensor, *rest: Any) -> None:
-    # Else the compiler asks in every iteration whether it is the last: a fifth of the time.
-    check(p.numel() % SLOT_ALIGN == 0)
-    adam_step(p, *rest)
 
 
 class StepValues(NamedTuple):
@@ -111,18 +91,26 @@ class ReferenceRunner:
             transform.stats[table.SKIPPED_STEPS] += numbers.skip
         if numbers.skip:
             return
-        counts = self.counters.advance()
+        counts = self.counters.following()
         # Most rows share a param group and a step count, so they share their scalars, too.
         shared: dict[tuple[int, float], StepValues] = {}
-        pending: list[ArrayChunk] = []
+        of_spans: list[StepValues] = []
         for span, index in zip(self.spans, self.count_indexes, strict=True):
             group, step = key = (span.row.group, counts[index])
             if key not in shared:
                 in_float64 = scalars(step, hyper[group], numbers)
-                values = torch.tensor(in_float64, dtype=self.compute, device="cpu")
-                flags = Flags.of(values, span.row.options.cautious)
-                shared[key] = StepValues(step, values, flags)
-            span.update(shared[key], grads, pending)
+                rounded = torch.tensor(in_float64, dtype=self.compute, device="cpu")
+                flags = Flags.of(rounded, span.row.options.cautious)
+                shared[key] = StepValues(step, rounded, flags)
+            of_spans.append(shared[key])
+        if self.backend == "compiled":
+            # Before anything is changed, as a compiler may fail.
+            for span, values in zip(self.spans, of_spans, strict=True):
+                span.compile(values)
+        self.counters.advance()
+        pending: list[ArrayChunk] = []
+        for span, values in zip(self.spans, of_spans, strict=True):
+            span.update(values, grads, pending)
         step_chunks(pending)
 
 
@@ -144,20 +132,24 @@ class StepCounters:
             self.buffers.append((_steps(members[0]), on_host.to(device)))
         self.alone = [_steps(row)[row.param_state.counter] for row in alone]
         in_order = [row for members in [*shared, alone] for row in members]
-        # grad_index of a row -> where its count is in what `advance` returns.
+        # grad_index of a row -> where its count is in what `following` returns.
         self.index = {row.grad_index: i for i, row in enumerate(in_order)}
 
-    def advance(self) -> list[float]:
-        """Add one to each counter, and return the new counts."""
+    def following(self) -> list[float]:
+        """The counts of the step that is about to be made."""
         counts: list[float] = []
         for steps, indexes in self.buffers:
-            values = steps[indexes] + 1
-            steps[indexes] = values
-            counts += values.tolist()
+            counts += (steps[indexes] + 1).tolist()
+        if self.alone:
+            counts += (torch.stack(self.alone) + 1).tolist()
+        return counts
+
+    def advance(self) -> None:
+        """Add one to each counter."""
+        for steps, indexes in self.buffers:
+            steps[indexes] += 1
         if self.alone:
             foreach_add_(self.alone, 1)
-            counts += torch.stack(self.alone).tolist()
-        return counts
 
 
 def _steps(row: Row) -> Tensor:
@@ -171,7 +163,7 @@ class ReferenceRows:
 
     def __init__(self, launch: Launch, span: CoalescedRows, compiled: bool) -> None:
         self.row, self.numel = span.first, span.numel
-        self.launch, self.compiled = launch, compiled
+        self.launch = launch
         # Storages of their own: compiled code must not take two slices of one segment for aliases.
         self.operands = {
             key: Slot(slot.segment, slot.start, self._length(key, slot)).flat()
@@ -179,6 +171,13 @@ class ReferenceRows:
             if slot
         }
         self.staged = _staged_copies(span, self.operands)
+        # A user's own memory may end before the last slot does, and gradients come from users.
+        ends = [x.numel() for x in self.operands.values()]
+        ends += [] if "grad" in self.operands else [self.numel]
+        self.ends_within_slot = min(ends) < align(self.numel)
+        self.compiled_step: CompiledStep | None = None
+        dtypes = {key: x.dtype for key, x in self.operands.items()} | {"grad": launch.grad}
+        self.dtypes = tuple(map(dtypes.get, OPERANDS))
         # What is always here is viewed once; most gradients come anew with each step.
         self.arrays: dict[str, ArrayOperand] | None = None
         plain = launch.recipe.weights is None and not compiled
@@ -196,6 +195,13 @@ class ReferenceRows:
         """
         whole = align(self.numel) // (GROUP if key in GROUPED else 1)
         return min(whole, slot.segment.numel() - slot.start)
+
+    def compile(self, values: StepValues) -> None:
+        """Make the code for these values, unless it has been made."""
+        # A multiplication by 1 is nothing next to the memory's time, and saves a variant.
+        flags = values.flags._replace(has_multiplier=True)
+        threads = torch.get_num_threads()
+        self.compiled_step = compiled_step(self.dtypes, values.scalars.dtype, flags, threads)
 
     def update(
         self, values: StepValues, grads: Sequence[Tensor], pending: list[ArrayChunk]
@@ -218,8 +224,8 @@ class ReferenceRows:
         if self.arrays is not None:
             # Pages share their memory, so this one cannot wait.
             step_chunks(self._chunks(self.arrays, values, grads))
-        elif self.compiled:
-            self._compiled(operands, values)
+        elif self.compiled_step is not None:
+            self._compiled(self.compiled_step, operands, values)
         elif self.launch.recipe.weights is None:
             self._plain(operands, values)
         else:
@@ -242,26 +248,19 @@ class ReferenceRows:
             step: Step = adam_step
             step(*map(part.get, OPERANDS), values.scalars, values.flags, EAGER)
 
-    def _compiled(self, operands: Operands, values: StepValues) -> None:
-        launch = self.launch
-        # A multiplication by 1 is nothing next to the memory's time, and saves a variant.
-        flags = values.flags._replace(has_multiplier=True)
-        variant = launch.param, launch.grad, launch.amsgrad, launch.ema
-        step = compiled_adam_step(variant, flags)
-
-        def run(part: Operands) -> None:
-            step(*map(part.get, OPERANDS), values.scalars, flags, COMPILED)
-
-        end, body = align(self.numel), self.numel // SLOT_ALIGN * SLOT_ALIGN
-        if all(x.numel() == end for x in operands.values()):
-            run(operands)
+    def _compiled(self, step: CompiledStep, operands: Operands, values: StepValues) -> None:
+        if not self.ends_within_slot:
+            step(*map(operands.get, OPERANDS), values.scalars)
             return
         # Compiled code takes whole slots alone. Where a user's memory ends within one, the last
         # slot is stepped on a padded copy.
+        body = self.numel // SLOT_ALIGN * SLOT_ALIGN
         if body:
-            run({key: x[:body] for key, x in operands.items()})
-        tail, copies = _to_whole_slots({key: x[body:] for key, x in operands.items()}, end - body)
-        run(tail)
+            part = {key: x[:body] for key, x in operands.items()}
+            step(*map(part.get, OPERANDS), values.scalars)
+        tail = {key: x[body:] for key, x in operands.items()}
+        tail, copies = _to_whole_slots(tail, SLOT_ALIGN)
+        step(*map(tail.get, OPERANDS), values.scalars)
         _copy_back(copies)
 
     def _by_recipe(self, operands: Operands, values: StepValues) -> None:
@@ -306,9 +305,9 @@ def _staged_copies(span: CoalescedRows, operands: Operands) -> StagedCopies | No
     params = [row.param for row in span.rows]
     grad_indexes = [row.grad_index for row in span.rows]
     is_real = not any(row.user_param.is_complex() for row in span.rows)
-    if is_real and PackedCopies.suits(params):
+    if is_real and JoinedCopies.suits(params):
         pages = (operands["param"], operands["grad"])
-        return PackedCopies(params, scratch, grad_indexes, pages)
+        return JoinedCopies(params, scratch, grad_indexes, pages)
     return StagedCopies(params, scratch, grad_indexes)
 
 

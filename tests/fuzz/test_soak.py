@@ -15,7 +15,7 @@ import torch
 from training import gradient, parameters, results, same_bits, train
 
 from fused_adam import FusedAdam, FusedAdamW
-from fused_adam.backends import reference as host
+from fused_adam.backends import compiled, reference
 from fused_adam.engine import Engine
 from fused_adam_kernels.launch import Launcher
 
@@ -45,7 +45,7 @@ class Counts:
         """Decisions anew, launchers made, compiled variants, live tensors."""
         gc.collect()
         tensors = sum(issubclass(type(x), torch.Tensor) for x in gc.get_objects())
-        return self.builds, self.launchers, host.compiled_adam_step.cache_info().currsize, tensors
+        return self.builds, self.launchers, compiled.compiled_step.cache_info().currsize, tensors
 
 
 def in_use():
@@ -126,13 +126,13 @@ def test_a_soak_of_compiled_code(backend, rounds, monkeypatch):
 
 
 def test_what_a_step_keeps_is_seen(monkeypatch):
-    kept, begin = [], host.ReferenceRunner.begin
+    kept, begin = [], reference.ReferenceRunner.begin
 
     def keeping(self, grads, *rest):
         kept.append(grads[0] * 2)
         begin(self, grads, *rest)
 
-    monkeypatch.setattr(host.ReferenceRunner, "begin", keeping)
+    monkeypatch.setattr(reference.ReferenceRunner, "begin", keeping)
     with pytest.raises(AssertionError):
         soak(FusedAdamW(parameters(torch.float32, SHAPES)), 12, monkeypatch)
 
