@@ -18,6 +18,13 @@ DECAYS = {
     "coupled": {"weight_decay": 0.1},
     "decoupled": {"weight_decay": 0.1, "decoupled": True},
 }
+# Small parameters with gaps of every size between their slots, or none.
+SMALL = {
+    "vectors": [(n,) for n in range(1, 400)],
+    "matrices": [(n, 2) for n in range(1, 250)],
+    "mixed": [(n, 2) if n % 40 == 0 else (n,) for n in range(1, 400)],
+    "whole slots": 12 * [(32 * n,) for n in range(1, 17)],
+}
 CASES = [
     pytest.param(
         dtype,
@@ -96,6 +103,20 @@ def test_flatten_gives_the_same_bits(dtype, options):
 @pytest.mark.parametrize(("dtype", "options"), CASES)
 def test_compiled_gives_the_same_bits(dtype, options, flatten):
     assert_same(dtype, run(dtype, options, "compiled", flatten), run(dtype, options))
+
+
+@pytest.mark.parametrize("shapes", SMALL)
+@pytest.mark.parametrize("backend", ["reference", "compiled"])
+def test_small_parameters_share_a_page(backend, shapes):
+    """More of them than one call joins."""
+    shapes = SMALL[shapes]
+    moved, expected = (
+        FusedAdamW(parameters(torch.float32, shapes), lr=1e-2, **options)
+        for options in ({"backend": backend}, {"flatten": True})
+    )
+    for optimizer in (moved, expected):
+        train(optimizer, 2)
+    assert same_bits(results(moved), results(expected))
 
 
 @pytest.mark.parametrize("flatten", [False, True])
