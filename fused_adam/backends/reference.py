@@ -6,6 +6,7 @@ bits, slowly.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -29,6 +30,7 @@ from .compiled import CompiledStep, compiled_step
 
 Step = Callable[..., None]
 Operands = dict[str, Tensor]
+Copies = list[tuple[Tensor, Tensor]]  # a user's memory, and its padded copy
 # The operands of `adam_step`, in its order.
 OPERANDS = ("param", "grad", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "ema")
 
@@ -108,10 +110,29 @@ class ReferenceRunner:
             for span, values in zip(self.spans, of_spans, strict=True):
                 span.compile(values)
         self.counters.advance()
-        pending: list[ArrayChunk] = []
+        pending = Pending()
         for span, values in zip(self.spans, of_spans, strict=True):
             span.update(values, grads, pending)
-        step_chunks(pending)
+        pending.run()
+
+
+class Pending:
+    """Updates of memory that no other one shares, which wait until all are known.
+
+    An update drives everything else out of the caches, so what comes between two of them costs ten
+    times as much as it does here, between none.
+    """
+
+    def __init__(self) -> None:
+        self.chunks: list[ArrayChunk] = []
+        self.calls: list[Callable[[], None]] = []
+        self.copies: Copies = []  # to copy back after that
+
+    def run(self) -> None:
+        step_chunks(self.chunks)
+        for call in self.calls:
+            call()
+        _copy_back(self.copies)
 
 
 class StepCounters:
@@ -203,35 +224,37 @@ class ReferenceRows:
         threads = torch.get_num_threads()
         self.compiled_step = compiled_step(self.dtypes, values.scalars.dtype, flags, threads)
 
-    def update(
-        self, values: StepValues, grads: Sequence[Tensor], pending: list[ArrayChunk]
-    ) -> None:
+    def update(self, values: StepValues, grads: Sequence[Tensor], pending: Pending) -> None:
         """Step all rows.
 
         Args:
             grads: of every parameter that has one, in order.
-            pending: takes the chunks of rows that can wait, to be stepped with those of others.
+            pending: takes what can wait for other rows.
         """
-        operands = self.operands
-        if self.arrays is not None and not self.staged:
-            pending += self._chunks(self.arrays, values, grads)
+        if not self.staged:
+            self._update(values, grads, pending)
             return
-        if self.staged:
-            self.staged.load_params()
-            self.staged.load_grads(grads)
-        elif "grad" not in operands:
-            operands = operands | {"grad": as_flat(as_real(grads[self.row.grad_index]))}
+        self.staged.load_params()
+        self.staged.load_grads(grads)
+        # Pages share their memory, so this one cannot wait.
+        page = Pending()
+        self._update(values, grads, page)
+        page.run()
+        self.staged.store_params()
+
+    def _update(self, values: StepValues, grads: Sequence[Tensor], pending: Pending) -> None:
         if self.arrays is not None:
-            # Pages share their memory, so this one cannot wait.
-            step_chunks(self._chunks(self.arrays, values, grads))
-        elif self.compiled_step is not None:
-            self._compiled(self.compiled_step, operands, values)
+            pending.chunks += self._chunks(self.arrays, values, grads)
+            return
+        operands = self.operands
+        if "grad" not in operands:
+            operands = operands | {"grad": as_flat(as_real(grads[self.row.grad_index]))}
+        if self.compiled_step is not None:
+            self._compiled(self.compiled_step, operands, values, pending)
         elif self.launch.recipe.weights is None:
             self._plain(operands, values)
         else:
             self._by_recipe(operands, values)
-        if self.staged:
-            self.staged.store_params()
 
     def _chunks(
         self, arrays: dict[str, ArrayOperand], values: StepValues, grads: Sequence[Tensor]
@@ -248,20 +271,25 @@ class ReferenceRows:
             step: Step = adam_step
             step(*map(part.get, OPERANDS), values.scalars, values.flags, EAGER)
 
-    def _compiled(self, step: CompiledStep, operands: Operands, values: StepValues) -> None:
+    def _compiled(
+        self, step: CompiledStep, operands: Operands, values: StepValues, pending: Pending
+    ) -> None:
+        def add(part: Operands) -> None:
+            in_order = map(part.get, OPERANDS)
+            pending.calls.append(functools.partial(step, *in_order, values.scalars))
+
         if not self.ends_within_slot:
-            step(*map(operands.get, OPERANDS), values.scalars)
+            add(operands)
             return
         # Compiled code takes whole slots alone. Where a user's memory ends within one, the last
         # slot is stepped on a padded copy.
         body = self.numel // SLOT_ALIGN * SLOT_ALIGN
         if body:
-            part = {key: x[:body] for key, x in operands.items()}
-            step(*map(part.get, OPERANDS), values.scalars)
+            add({key: x[:body] for key, x in operands.items()})
         tail = {key: x[body:] for key, x in operands.items()}
         tail, copies = _to_whole_slots(tail, SLOT_ALIGN)
-        step(*map(tail.get, OPERANDS), values.scalars)
-        _copy_back(copies)
+        add(tail)
+        pending.copies += copies
 
     def _by_recipe(self, operands: Operands, values: StepValues) -> None:
         row, seed, recipe = self.row, self.row.options.seed, self.row.options.recipe
@@ -311,7 +339,7 @@ def _staged_copies(span: CoalescedRows, operands: Operands) -> StagedCopies | No
     return StagedCopies(params, scratch, grad_indexes)
 
 
-def _to_whole_slots(operands: Operands, numel: int) -> tuple[Operands, list[tuple[Tensor, Tensor]]]:
+def _to_whole_slots(operands: Operands, numel: int) -> tuple[Operands, Copies]:
     """Pad operands to `numel` elements with zeros, where a user's memory ends within a slot.
 
     Returns what to step, and for `_copy_back` the pairs of a user's memory and its padded copy.
@@ -325,6 +353,6 @@ def _to_whole_slots(operands: Operands, numel: int) -> tuple[Operands, list[tupl
     return padded, copies
 
 
-def _copy_back(copies: Sequence[tuple[Tensor, Tensor]]) -> None:
+def _copy_back(copies: Copies) -> None:
     for memory, copy in copies:
         memory.copy_(copy[: len(memory)])
