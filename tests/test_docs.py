@@ -84,11 +84,12 @@ def test_every_shell_line_is_a_command_that_exists(line, monkeypatch):
             assert options in ([], ["--ptx", "sm_90"])
             assert re.search(rf"^def test_\w*{word}", pathlib.Path(path).read_text(), re.M)
         case [python, "-m", "fused_adam_kernels.inspect", *arguments]:
-            from fused_adam_kernels import inspect
+            from fused_adam_kernels.inspect import TARGETS
+            from fused_adam_kernels.variants import VARIANTS
 
             assert python in ("python", ".venv/bin/python")
             options = dict(zip(arguments[::2], arguments[1::2], strict=True))
-            assert options["--arch"] in inspect.TARGETS and options["--variant"] in inspect.VARIANTS
+            assert options["--arch"] in TARGETS and options["--variant"] in VARIANTS
         case _:
             raise AssertionError(f"no test knows this command: {line}")
 

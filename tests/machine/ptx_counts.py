@@ -22,7 +22,7 @@ from ptx_driver import GROUP
 from ptx_instructions import access_bytes
 from ptx_machine import Count, Machine, Region
 
-from fused_adam_kernels import adam, inspect, norm, table
+from fused_adam_kernels import adam, inspect, norm, table, variants
 
 ROOT = pathlib.Path(__file__).parents[2]
 ELEMENTS = 16 * 1024  # several programs of every launch shape, and no tail if they are aligned
@@ -57,7 +57,7 @@ def operand(dtype: torch.dtype, shift: int) -> torch.Tensor:
     return values.copy_(torch.linspace(1, 100, ELEMENTS))
 
 
-def launch_update(variant: inspect.Variant, shift: int) -> Launch:
+def launch_update(variant: variants.Variant, shift: int) -> Launch:
     """The update of one row, all of whose operands are `shift` elements from where they align."""
     dtypes = {triton_type: dtype for dtype, triton_type in adam.TYPES.items()}
     constants = variant.constants
@@ -95,7 +95,7 @@ def launch_update(variant: inspect.Variant, shift: int) -> Launch:
     return Launch(programs, [row, blocks, scalars], operands)
 
 
-def launch_norm(variant: inspect.Variant, shift: int) -> Launch:
+def launch_norm(variant: variants.Variant, shift: int) -> Launch:
     """The sum of squares of one gradient, `shift` elements from where it aligns."""
     dtypes = {triton_type: dtype for dtype, triton_type in adam.TYPES.items()}
     grad = operand(dtypes[variant.constants["GRAD"]], shift)
@@ -130,11 +130,11 @@ def measure(name: str, target: str, cache: pathlib.Path) -> Iterator[dict[str, A
     """Execute one variant on an aligned row and on a misaligned one, and count.
 
     Args:
-        name: a key of `inspect.VARIANTS`, of an update or a norm.
+        name: a key of `variants.VARIANTS`, of an update or a norm.
         target: a key of `inspect.TARGETS`, of NVIDIA.
         cache: folder for what gcc compiled.
     """
-    variant = inspect.VARIANTS[name]
+    variant = variants.VARIANTS[name]
     kernel = inspect.compiled(variant, inspect.TARGETS[target])
     machine = Machine(kernel.asm["ptx"], kernel.metadata.shared, cache, counting=True)
     launch_of = launch_norm if variant.kernel is norm.square_sum_kernel else launch_update

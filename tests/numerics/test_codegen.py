@@ -159,7 +159,9 @@ def test_what_full_blocks_run_is_counted_without_the_tail(reports):
 
 FUSED = """
 import json, sys
-from fused_adam_kernels.inspect import MIXES, RECIPES, TARGETS, compiled, read_nvidia, update
+from fused_adam_kernels.assembly import read_nvidia
+from fused_adam_kernels.inspect import TARGETS, compiled
+from fused_adam_kernels.variants import MIXES, RECIPES, update
 target, mixes, options = json.loads(sys.argv[1])
 print(json.dumps([
     (name, flags, read_nvidia(compiled(update(*mix, **flags), TARGETS[target]).asm)["fused"])
@@ -195,7 +197,8 @@ def test_no_mix_fuses_anything(target):
 
 FMAS = """
 import json, re
-from fused_adam_kernels.inspect import TARGETS, VARIANTS, compiled
+from fused_adam_kernels.inspect import TARGETS, compiled
+from fused_adam_kernels.variants import VARIANTS
 print(json.dumps({
     name: len(re.findall(r"fma.rn.f", compiled(VARIANTS[name], TARGETS["sm_90"]).asm["ptx"]))
     for name in ("fp32", "fp64", "native-int8")
@@ -213,7 +216,8 @@ def test_sums_next_to_products_are_fused_multiply_adds_already():
 
 MAXIMA = """
 import json, re
-from fused_adam_kernels.inspect import TARGETS, VARIANTS, compiled
+from fused_adam_kernels.inspect import TARGETS, compiled
+from fused_adam_kernels.variants import VARIANTS
 print(json.dumps([
     re.findall(r"max\\S*\\.f32", compiled(VARIANTS[name], TARGETS["sm_90"]).asm["ptx"])
     for name in ("fp32-amsgrad", "bf16-amsgrad")
@@ -229,7 +233,8 @@ def test_the_maximum_of_amsgrad_keeps_a_nan():
 
 ADDRESSES = """
 import json, re
-from fused_adam_kernels.inspect import TARGETS, VARIANTS, compiled
+from fused_adam_kernels.inspect import TARGETS, compiled
+from fused_adam_kernels.variants import VARIANTS
 print(json.dumps({
     name: re.findall(
         r"tt.addptr .* : (\\S+), (\\S+)",
@@ -256,7 +261,8 @@ def test_every_offset_to_an_element_is_64_bits_wide():
 
 NORM_LOOPS = """
 import json, re
-from fused_adam_kernels.inspect import TARGETS, VARIANTS, compiled
+from fused_adam_kernels.inspect import TARGETS, compiled
+from fused_adam_kernels.variants import VARIANTS
 print(json.dumps({
     name: re.findall(
         r"scf[.]for.*?scf[.]yield",

@@ -14,7 +14,7 @@ from training import parameters, results, same_bits, train
 from fused_adam import FusedAdamW
 from fused_adam_kernels import adam, config
 from fused_adam_kernels.config import Config
-from fused_adam_kernels.inspect import MIXES, RECIPES
+from fused_adam_kernels.variants import MIXES, RECIPES
 
 KINDS = {
     "fp32": "32-bit",

@@ -13,7 +13,8 @@ from process import ROOT, outside_the_interpreter
 FAULTS = """
 import dataclasses, json
 import triton, triton.language as tl
-from fused_adam_kernels.inspect import Variant, inspect
+from fused_adam_kernels.inspect import inspect
+from fused_adam_kernels.variants import Variant
 
 compile_unfused = triton.compile
 
