@@ -17,7 +17,7 @@ from .backends.streaming import Ring
 from .grad_norms import GradNorms
 from .guards import Gradients, PlanGuard
 from .plan import LaunchGroup
-from .state.arena import ParamState
+from .state.param_state import ParamState
 
 
 class PlanKey(NamedTuple):

@@ -27,10 +27,11 @@ from .grad_norms import GradNorms
 from .guards import Gradients, PlanGuard, StateGuard, reader
 from .numerics.scalars import GradTransform, hyper
 from .state import shapes
-from .state.arena import Arena, Groups, Params, State, advance_step_keys
+from .state.arena import Arena, Groups, Params, State
 from .state.convert import keep_dtype_of_moments
 from .state.flatten import FlatBuffers
 from .state.memory import as_real
+from .state.param_state import advance_step_keys
 
 # Patterns of missing gradients come back (experts, frozen layers), and so should their plans. They
 # are bounded by rows, which is what takes memory: this many per parameter, over all plans.

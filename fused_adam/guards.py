@@ -16,8 +16,9 @@ from torch import Tensor
 
 from .distributed import LocalShards, is_sharded, local
 from .plan import Row
-from .state.arena import Arena, Entries, ParamState, State
+from .state.arena import Arena, Entries, State
 from .state.flatten import FlatBuffers, read_grad
+from .state.param_state import ParamState
 from .torch_private import dynamo_guards as guards
 from .torch_private import under_fake_mode
 

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from .distributed import global_offset, local
 from .precision import Recipe, parse
-from .state.arena import Arena, Entries, Params, ParamState, State
+from .state.arena import Arena, Entries, Params, State
 from .state.convert import reorder
 from .state.flatten import FlatBuffers
 from .state.memory import Slot, align, as_flat, as_real
+from .state.param_state import ParamState
 from .state.staging import Scratch, Staging, allocate, same_order
 from .state.validate import check_entry, check_pair
 

@@ -1,110 +1,28 @@
 """Runs launch groups with the Triton kernels, on a GPU or in the interpreter.
 
-Tables, uploads and launches are here; the arithmetic is in the kernels. Nothing here waits for the
-device, and all of it may be captured in a CUDA graph.
+Nothing here waits for the device, and all of it may be captured in a CUDA graph.
 """
 
 from __future__ import annotations
 
 import contextlib
 from array import array
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fused_adam_kernels import adam, norm, scalars, table
 
-from ..numerics.codecs import elements_per_draw
 from ..numerics.norm import PartialSums
 from ..numerics.scalars import GradTransform, Hyper
-from ..plan import CoalescedRows, Launch, LaunchGroup, Row, grouped
+from ..plan import Launch, LaunchGroup, Row
 from ..state import staging
-from ..state.memory import send, upload
-from .pieces import Part, advanced_offset, cut
-from .streaming import Ring, StreamedPiece
-
-# Name of an operand -> its column among a row's addresses.
-COLUMNS = {
-    "param": table.PARAM,
-    "grad": table.GRAD,
-    "exp_avg": table.EXP_AVG,
-    "exp_avg_sq": table.EXP_AVG_SQ,
-    "max_exp_avg_sq": table.MAX_EXP_AVG_SQ,
-    "master_weight": table.EXTRA,
-    "remainder": table.EXTRA,
-    "exp_avg_ratio": table.EXP_AVG,
-    "exp_avg_sq_lattice": table.EXP_AVG_SQ,
-    "exp_avg_ratio_scale": table.EXP_AVG_SCALE,
-    "exp_avg_sq_lattice_scale": table.EXP_AVG_SQ_SCALE,
-    "ema": table.EMA,
-}
-
-
-def on_host(values: Sequence[Any], dtype: torch.dtype) -> Tensor:
-    """Numbers as a tensor on the host, whatever the user's default device and dtype."""
-    return torch.tensor(values, dtype=dtype, device="cpu")
-
-
-class DeviceTable:
-    """A device's copy of numbers that the host decides, made anew whenever they change.
-
-    The copy is never rewritten. So no upload can overtake the step before it, and a captured graph
-    keeps what it was captured with.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.key: object = None
-        self.tensor = torch.empty(0, device=device)
-        self.spare: Tensor | None = None  # pinned memory for an upload within a capture
-        self.captured: list[Tensor] = []  # what graphs read, for as long as this lives
-
-    def get(self, key: object, make: Callable[[], Tensor], capturing: bool) -> Tensor:
-        """The tensor on the device.
-
-        Args:
-            key: a value that is equal as long as the numbers are.
-            make: gives the numbers on the host; called when the key changes.
-            capturing: whether the stream is being captured in a CUDA graph.
-        """
-        if key != self.key:
-            # The table outlives the user's inference mode, and is written to outside of it.
-            with torch.inference_mode(False):
-                host = self._pinned(make(), capturing)
-                self.tensor = send(host, self.device)
-            # A captured copy happens at replay, not now: the next eager step needs one of its own.
-            self.key = None if capturing else key
-            if capturing:
-                self.captured.append(host)
-        if capturing:
-            self.captured.append(self.tensor)
-        return self.tensor
-
-    def _pinned(self, values: Tensor, capturing: bool) -> Tensor:
-        """The values in pinned memory, where the device is a GPU.
-
-        It comes from torch's allocator, which gives a block out again only when the copy from it is
-        done.
-        """
-        if self.device.type == "cpu":
-            return values
-        if capturing and self.spare is not None and self.spare.shape == values.shape:
-            host, self.spare = self.spare.copy_(values), None
-            return host
-        if not capturing and self.spare is None:
-            # Allocating pinned memory is better done before a capture than in it.
-            self.spare = torch.empty_like(values, pin_memory=True)
-        return values.pin_memory()
-
-
-class Update(NamedTuple):
-    """One launch of the update: the kernel, and which row and chunk each program takes."""
-
-    launch: Callable[..., None]
-    blocks: Tensor  # int32, shape (B, 2), see `table.py`
+from ..state.memory import upload
+from .streamed_updates import StreamedUpdates
+from .streaming import Ring
+from .tables import DeviceTable, Update, Work, on_host, table_row
 
 
 class TritonRunner:
@@ -127,20 +45,24 @@ class TritonRunner:
         position = {row.grad_index: i for i, row in enumerate(rows)}
         spans = [span for launch in group.launches for span in launch.spans]
         leaders = {span.first.grad_index: span for span in spans}
-        table_rows = [_table_row(row, leaders.get(row.grad_index)) for row in rows]
+        table_rows = [table_row(row, leaders.get(row.grad_index)) for row in rows]
         launchers = [
             adam.adam_step(*_mix(launch), launch.amsgrad, launch.cautious, launch.ema)
             for launch in group.launches
         ]
+
+        def make_update(number: int, work: Sequence[Work]) -> Update:
+            return Update(launchers[number], _blocks(group.launches[number], work, self.device))
+
         self.streamed: StreamedUpdates | None = None
         self.updates: list[Update] = []
         if ring is not None:
-            self.streamed = StreamedUpdates(group, launchers, ring, table_rows, position)
+            self.streamed = StreamedUpdates(group, make_update, ring, table_rows, position)
             table_rows += self.streamed.rows
         else:
             self.updates = [
-                Update(launcher, _blocks(launch, _work(launch, position), self.device))
-                for launcher, launch in zip(launchers, group.launches, strict=True)
+                make_update(number, _work(launch, position))
+                for number, launch in enumerate(group.launches)
                 if launch.spans
             ]
         self.host_rows = on_host(table_rows, torch.int64)
@@ -264,13 +186,6 @@ class TritonRunner:
         return torch.get_device_module(self.device).device(self.device)
 
 
-class Work(NamedTuple):
-    """A row of the row table, and how many elements an update covers."""
-
-    row: int
-    numel: int
-
-
 def _work(launch: Launch, position: Mapping[int, int]) -> list[Work]:
     """What the launch updates; `position` of a row in the table, by its grad_index."""
     return [Work(position[span.first.grad_index], span.numel) for span in launch.spans]
@@ -288,97 +203,6 @@ def _blocks(launch: Launch, work: Sequence[Work], device: torch.device) -> Tenso
     return upload(torch.stack([row, chunk], dim=1).to(torch.int32), device)
 
 
-class StreamedLaunches(NamedTuple):
-    """A piece of state that is on the host, and the launches that update it."""
-
-    piece: StreamedPiece
-    updates: list[Update]
-
-
-class StreamedUpdates:
-    """The updates of one launch group whose state is on the host.
-
-    Each part of a piece has a row of its own, behind those of the parameters: with addresses in a
-    buffer, and with a copy of its parameter's scalars. So the kernels are those of state on the
-    device, and the prologue still counts every step once.
-
-    Args:
-        group: what to update.
-        launchers: those of the group's launches.
-        ring: what the state is streamed through.
-        table_rows: the row table of the parameters.
-        position: grad_index of a row -> where it is in that table.
-    """
-
-    def __init__(
-        self,
-        group: LaunchGroup,
-        launchers: Sequence[Callable[..., None]],
-        ring: Ring,
-        table_rows: Sequence[list[int]],
-        position: Mapping[int, int],
-    ) -> None:
-        self.ring, self.num_rows = ring, len(table_rows)
-        self.rows: list[list[int]] = []
-        self.pieces: list[StreamedLaunches] = []
-        owners: list[int] = []
-        grad_offsets: list[int] = []
-        pieces = cut(group.launches, ring.nbytes)
-        for piece, streamed in zip(pieces, ring.assign(pieces), strict=True):
-            updates = []
-            for number, parts in grouped(piece.parts, lambda part: part.launch).items():
-                work = []
-                for part in parts:
-                    row = part.span.first
-                    owners.append(position[row.grad_index])
-                    grad_offsets.append(part.start * row.grad_dtype.itemsize)
-                    work.append(Work(self.num_rows + len(self.rows), part.numel))
-                    buffer = streamed.buffer.memory.data_ptr()
-                    self.rows.append(_part_row(table_rows[owners[-1]], part, buffer))
-                blocks = _blocks(group.launches[number], work, group.device)
-                updates.append(Update(launchers[number], blocks))
-            self.pieces.append(StreamedLaunches(streamed, updates))
-        self.host_owners = on_host(owners, torch.int64)
-        self.grad_offsets = on_host(grad_offsets, torch.int64)
-        self.owners = upload(self.host_owners, group.device)
-
-    def set_grads(self, rows: Tensor) -> None:
-        """Give all parts the addresses of their gradients, which the parameters' rows have."""
-        grads = rows[self.host_owners, table.GRAD] + self.grad_offsets
-        rows[self.num_rows :, table.GRAD] = grads
-
-    def run(self, rows: Tensor, scalars: Tensor) -> None:
-        """Launch everything. `scalars`: the prologue has written those of the parameters."""
-        of_params, of_parts = scalars[: self.num_rows], scalars[self.num_rows :]
-        torch.index_select(of_params, 0, self.owners, out=of_parts)
-        for piece, updates in self.pieces:
-            self.ring.step(piece, partial(_launch, updates, rows, scalars))
-
-
-def _launch(updates: Sequence[Update], rows: Tensor, scalars: Tensor) -> None:
-    for launch, blocks in updates:
-        launch(len(blocks), rows, blocks, scalars)
-
-
-def _part_row(owner: Sequence[int], part: Part, buffer: int) -> list[int]:
-    """The row of a part.
-
-    Args:
-        owner: the row of the span that it is a part of.
-        part: what to update.
-        buffer: the address of the buffer that its state is in.
-    """
-    row, columns = part.span.first, list(owner)
-    for key, place in part.state.items():
-        columns[COLUMNS[key]] = buffer + place.offset
-    columns[table.PARAM] += part.start * row.param.element_size()
-    columns[table.NUMEL] = part.numel
-    if row.options.recipe.random:
-        share = elements_per_draw(row.options.recipe.states)
-        columns[table.GLOBAL_OFFSET] = advanced_offset(row.global_offset, part.start, share)
-    return columns
-
-
 def _like(default: Tensor, value: Tensor | None) -> Tensor:
     """The value with the device and dtype of its default, which stands for None."""
     return default if value is None else value.to(default, non_blocking=True)
@@ -388,26 +212,6 @@ def _mix(launch: Launch) -> tuple[torch.dtype, torch.dtype, str, str]:
     """Element types and recipe, as the kernels name them."""
     weights, states = launch.recipe.weights or "native", launch.recipe.states or "native"
     return launch.param, launch.grad, weights, states
-
-
-def _table_row(row: Row, span: CoalescedRows | None) -> list[int]:
-    """One row of the row table.
-
-    Args:
-        row: gradients that move have address 0 for now.
-        span: what is updated with the row's scalars, if it is the first of coalesced rows. The
-            others have no elements of their own to update.
-    """
-    columns = [0] * table.ROW
-    for key, slot in row.slots.items():
-        columns[COLUMNS[key]] = slot.address if slot else 0
-    columns[table.STEP] = row.param_state.step_address
-    columns[table.GROUP] = row.group
-    columns[table.NUMEL] = span.numel if span else 0
-    columns[table.GRAD_NUMEL] = row.param.numel()
-    columns[table.SEED], columns[table.PARAM_INDEX] = row.options.seed, row.param_index
-    columns[table.GLOBAL_OFFSET] = row.global_offset if row.options.recipe.random else 0
-    return columns
 
 
 def _staged_copies(rows: Sequence[Row]) -> staging.StagedCopies | None:

@@ -19,9 +19,10 @@ from ..distributed import as_byte_pairs, local, to_dtensor
 from ..numerics import codecs
 from ..precision import ENTRIES, WEIGHTS, Recipe, as_seed, parse
 from . import shapes
-from .arena import HOST, Arena, Entries, Groups, ParamState, State
+from .arena import HOST, Arena, Entries, Groups, State
 from .convert import convert, decode, parts_of_entry, same_storage, widened
 from .memory import Slot, is_lazy, with_own_storage
+from .param_state import ParamState
 from .validate import check_entry, check_state_dict
 
 OWN_KEYS = ("precision", "seed", "cautious", "ema_decay")  # what we add to torch's param groups

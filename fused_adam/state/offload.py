@@ -13,8 +13,9 @@ from torch import Tensor
 
 from ..distributed import local, to_dtensor
 from ..precision import ENTRIES
-from .arena import Arena, ParamState, State
+from .arena import Arena, State
 from .memory import Slot
+from .param_state import ParamState
 
 # Segments that are on the host now -> the devices they came from.
 Origins = dict[Tensor, torch.device]

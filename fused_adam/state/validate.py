@@ -15,8 +15,9 @@ from torch import Tensor
 from ..distributed import local, to_local
 from ..numerics.scalars import is_number
 from ..precision import COMPANDED, ENTRIES, EntrySpec
-from .arena import Entries, ParamState
+from .arena import Entries
 from .memory import is_lazy
+from .param_state import ParamState
 
 # What parameters and gradients may store, or the complex dtype of it.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

@@ -11,8 +11,8 @@ from training import gradient, parameters, results, same_bits
 
 from fused_adam import FusedAdamW
 from fused_adam.backends import reference as host
-from fused_adam.backends import triton as device
-from fused_adam.state import arena
+from fused_adam.backends import tables
+from fused_adam.state import param_state
 from fused_adam_kernels import table
 from fused_adam_kernels.launch import Launcher
 
@@ -98,9 +98,9 @@ def test_launchers_are_held_whatever_changes(monkeypatch):
 def uploads(monkeypatch):
     """Shapes of the tables sent to the device."""
     shapes = []
-    send = device.send
+    send = tables.send
     monkeypatch.setattr(
-        device, "send", lambda host, where: (shapes.append(tuple(host.shape)), send(host, where))[1]
+        tables, "send", lambda host, where: (shapes.append(tuple(host.shape)), send(host, where))[1]
     )
     return shapes
 
@@ -160,7 +160,7 @@ def test_no_step_reads_the_device(monkeypatch, flatten):
 
     monkeypatch.setattr(Launcher, "__call__", lambda *_: None)
     monkeypatch.setattr(
-        arena, "reads_cost_nothing", lambda tensor: False
+        param_state, "reads_cost_nothing", lambda tensor: False
     )  # the CPU stands in for a GPU
     for name in ("tolist", "cpu", "numpy"):
         monkeypatch.setattr(torch.Tensor, name, read)

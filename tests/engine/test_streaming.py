@@ -21,8 +21,8 @@ from fused_adam.backends.streaming import BUFFERS, COMPUTE, IN, OUT
 from fused_adam.numerics.codecs import random_words
 from fused_adam.plan import Row, _launch, options_of
 from fused_adam.precision import parse
-from fused_adam.state.arena import ParamState
 from fused_adam.state.memory import Slot
+from fused_adam.state.param_state import ParamState
 from fused_adam.state.staging import Staging
 
 # Around a group and a piece; larger than a buffer; empty and 0-dim.

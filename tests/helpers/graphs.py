@@ -4,7 +4,7 @@ import torch
 from training import gradient
 
 from fused_adam.backends import choose as backend
-from fused_adam.backends import triton as device
+from fused_adam.backends import tables
 from fused_adam.state import staging
 from fused_adam_kernels.launch import Launcher
 
@@ -17,7 +17,7 @@ class Recorder:
         monkeypatch.setattr(backend, "is_capturing", lambda: self.capturing)
         for owner, name in ((Launcher, "__call__"), (staging, "copy_all")):
             monkeypatch.setattr(owner, name, self._deferred(getattr(owner, name)))
-        monkeypatch.setattr(device, "send", self._send)
+        monkeypatch.setattr(tables, "send", self._send)
 
     def _deferred(self, function):
         def call(*args):
