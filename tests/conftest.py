@@ -6,6 +6,7 @@ compiled for that GPU, on CPU tensors (tests/machine). One process does one of t
 decides when it is imported.
 """
 
+import gc
 import os
 import signal
 
@@ -44,6 +45,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.timeout(GPU_LIMIT_S))
             if not (native and torch.cuda.is_available()):
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def pytest_collection_finish() -> None:
+    # 8000 tests and what they import live on: the garbage collector need not look at them again and
+    # again.
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(wrapper=True)
