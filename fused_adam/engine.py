@@ -462,6 +462,9 @@ class Engine:
             self.last_norms = cached.grad_norms
             if not cached.runners:
                 transform.record(self.skip_grad_norm)
+        if len(cached.runners) > 1:  # one alone fails before it changes anything
+            for runner in cached.runners:
+                runner.prepare(hypers, transform)
         for i, runner in enumerate(cached.runners):
             # The first one records norm and skip; all of them would count a skipped step twice.
             runner.run(hypers, transform if i == 0 else transform._replace(stats=None))

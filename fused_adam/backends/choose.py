@@ -61,6 +61,10 @@ class Runner(Protocol):
         """What the last `square_sum` has left in memory; None if there is no norm."""
         ...
 
+    def prepare(self, hyper: Hyper, transform: GradTransform) -> None:
+        """Do what may fail in `run` and changes nothing. Arguments: as for `run`."""
+        ...
+
     def run(self, hyper: Hyper, transform: GradTransform) -> None:
         """Update every row, or none if the step is skipped, and let go of the gradients.
 

@@ -19,7 +19,7 @@ from fused_adam_kernels import table
 from ..numerics.codecs import elements_per_draw, random_words
 from ..numerics.formula import CHUNK, EAGER, Flags, adam_step, recipe_step
 from ..numerics.norm import PartialSums, square_sums, total
-from ..numerics.scalars import LAST_STEP, GradTransform, Hyper, scalars
+from ..numerics.scalars import LAST_STEP, GradTransform, GradTransformValues, Hyper, scalars
 from ..plan import CoalescedRows, Launch, LaunchGroup, Row, grouped
 from ..precision import GROUP, GROUPED
 from ..state.memory import SLOT_ALIGN, Slot, align, as_flat, as_real, with_own_storage
@@ -82,6 +82,15 @@ class ReferenceRunner:
             return as_flat(as_real(grad))
         return as_flat(torch.empty_like(row.param, dtype=row.grad_dtype).copy_(as_real(grad)))
 
+    def prepare(self, hyper: Hyper, transform: GradTransform) -> None:
+        """Compile, before this group or another one is changed, as a compiler may fail."""
+        if self.backend != "compiled":
+            return
+        numbers = transform.read(hyper[0].max_grad_norm, hyper[0].skip_grad_norm)
+        if not numbers.skip:
+            for span, values in zip(self.spans, self._values(hyper, numbers), strict=True):
+                span.compile(values)
+
     def run(self, hyper: Hyper, transform: GradTransform) -> None:
         # Let go of the gradients: `zero_grad()` should free their memory, not the next step.
         grads, self.grads = self.grads, ()
@@ -93,6 +102,18 @@ class ReferenceRunner:
             transform.stats[table.SKIPPED_STEPS] += numbers.skip
         if numbers.skip:
             return
+        of_spans = self._values(hyper, numbers)
+        if self.backend == "compiled":
+            for span, values in zip(self.spans, of_spans, strict=True):
+                span.compile(values)
+        self.counters.advance()
+        pending = Pending()
+        for span, values in zip(self.spans, of_spans, strict=True):
+            span.update(values, grads, pending)
+        pending.run()
+
+    def _values(self, hyper: Hyper, numbers: GradTransformValues) -> list[StepValues]:
+        """What each span is updated with in the step that is about to be made."""
         counts = self.counters.following()
         # Most rows share a param group and a step count, so they share their scalars, too.
         shared: dict[tuple[int, float], StepValues] = {}
@@ -105,15 +126,7 @@ class ReferenceRunner:
                 flags = Flags.of(rounded, span.row.options.cautious)
                 shared[key] = StepValues(step, rounded, flags)
             of_spans.append(shared[key])
-        if self.backend == "compiled":
-            # Before anything is changed, as a compiler may fail.
-            for span, values in zip(self.spans, of_spans, strict=True):
-                span.compile(values)
-        self.counters.advance()
-        pending = Pending()
-        for span, values in zip(self.spans, of_spans, strict=True):
-            span.update(values, grads, pending)
-        pending.run()
+        return of_spans
 
 
 class Pending:

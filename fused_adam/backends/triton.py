@@ -120,6 +120,9 @@ class TritonRunner:
         with self._on_device():
             return self.norm.square_sum(self.device_rows)
 
+    def prepare(self, hyper: Hyper, transform: GradTransform) -> None:
+        """Nothing: Triton compiles a kernel when it is first launched."""
+
     def run(self, hyper: Hyper, transform: GradTransform) -> None:
         with self._on_device():
             # Here, not in `begin`: a group that ran before this one may have written to the same

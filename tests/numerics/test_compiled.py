@@ -115,6 +115,27 @@ def test_a_failed_compilation_changes_nothing(monkeypatch):
     assert same_bits(results(stepped), results(expected))
 
 
+def test_the_second_compilation_fails(monkeypatch):
+    """Float64 is a launch group of its own: the first group must not have stepped by then."""
+    params = [torch.nn.Parameter(torch.ones(40, dtype=t)) for t in (torch.float32, torch.float64)]
+    stepped, made = FusedAdamW(params, lr=1e-2, backend="compiled"), []
+    stepped.init_state()
+    before = copy.deepcopy(results(stepped))
+
+    def fail(graph, inputs):
+        made.append(graph)
+        if len(made) == 2:
+            raise OSError("no space left on device")
+        return graph
+
+    monkeypatch.setattr(compiled, "inductor", fail)
+    with pytest.raises(Exception, match="no space left"):
+        train(stepped, 1)
+    assert same_bits(results(stepped), before)
+    train(stepped, 1)
+    assert [float(stepped.state[p]["step"]) for p in params] == [1, 1]
+
+
 def test_without_torch_compile_there_is_no_silent_fallback():
     stepped = optimizer()
     stepped.init_state()
